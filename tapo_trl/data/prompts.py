@@ -1,0 +1,101 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Prompts and their embeddings, kept on disk so that the text encoders run once per prompt, ever."""
+
+import hashlib
+import os
+from importlib import resources
+from pathlib import Path
+
+from datasets import Dataset
+from huggingface_hub.constants import HF_HOME
+from safetensors.torch import load_file, save_file
+
+from ..policies import FlowPolicy, PromptEmbeddings
+
+
+def default_prompts() -> Dataset:
+    """The prompts that ship with the package, one per row, in the column `prompt`."""
+    text = resources.files("tapo_trl.data").joinpath("prompts.txt").read_text(encoding="utf-8")
+    return Dataset.from_dict({"prompt": [line for line in text.splitlines() if line]})
+
+
+class PromptCache:
+    """
+    Prompt embeddings on disk, one safetensors file per prompt, in a folder per text encoder.
+
+    Args:
+        policy ([`FlowPolicy`]):
+            Policy that encodes. Its text encoders are needed only for prompts that are not on disk yet.
+        cache_dir (`str` or `Path`, *optional*):
+            Root of the cache. Defaults to `tapo_trl/prompts` in the Hugging Face home.
+        max_sequence_length (`int`, *optional*, defaults to `256`):
+            Number of tokens of the T5 or UMT5 encoder.
+    """
+
+    def __init__(
+        self, policy: FlowPolicy, cache_dir: str | Path | None = None, max_sequence_length: int = 256
+    ) -> None:
+        self.policy = policy
+        self.max_sequence_length = max_sequence_length
+        root = Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl" / "prompts"
+        self.folder = root / self._encoder_fingerprint()
+
+    def _encoder_fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{type(self.policy).__name__} {self.max_sequence_length}".encode())
+        for name in self.policy.text_encoder_names:
+            encoder = self.policy.pipeline.components[name]
+            digest.update(name.encode())
+            if encoder is not None:
+                digest.update(f"{encoder.dtype} {sum(1 for _ in encoder.parameters())}".encode())
+                for parameter in encoder.parameters():
+                    # The start of every tensor tells fine-tuned encoders apart at the cost of a few bytes each.
+                    digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _file(self, prompt: str) -> Path:
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
+
+    def encode(self, prompts: list[str], batch_size: int = 32) -> None:
+        """Encode the prompts that are not on disk yet. Safe to interrupt, and to run in several processes at once."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            embeds = self.policy.encode_prompts(batch, self.max_sequence_length).to("cpu")
+            for row, prompt in enumerate(batch):
+                tensors = {"prompt_embeds": embeds.prompt_embeds[row].contiguous()}
+                if embeds.pooled_prompt_embeds is not None:
+                    tensors["pooled_prompt_embeds"] = embeds.pooled_prompt_embeds[row].contiguous()
+                file = self._file(prompt)
+                aside = file.with_suffix(f".{os.getpid()}.tmp")
+                save_file(tensors, aside)
+                aside.replace(file)
+
+    def load(self, prompts: list[str]) -> PromptEmbeddings:
+        """
+        Embeddings of `prompts`, on the CPU, in the dtype of the text encoders.
+
+        Raises:
+            KeyError: if a prompt has not been encoded.
+        """
+        rows = []
+        for prompt in prompts:
+            file = self._file(prompt)
+            if not file.exists():
+                raise KeyError(f"The prompt {prompt!r} was not encoded before the text encoders were unloaded.")
+            tensors = load_file(file)
+            rows.append(PromptEmbeddings(**{name: tensor[None] for name, tensor in tensors.items()}))
+        return PromptEmbeddings.cat(rows)

@@ -1,0 +1,249 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What every model family offers to rollouts, losses and trainers: [`FlowPolicy`]."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils.torch_utils import randn_tensor
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+
+from ..schedulers import FlowMatchSDEScheduler
+
+
+@dataclass
+class PromptEmbeddings:
+    """
+    Encoded prompts, as the transformer takes them.
+
+    Args:
+        prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`):
+            Embeddings of the tokens.
+        pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`, *optional*):
+            Pooled embeddings, for the families that have them.
+    """
+
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor | None = None
+
+    def _map(self, function) -> "PromptEmbeddings":
+        pooled = self.pooled_prompt_embeds
+        return PromptEmbeddings(function(self.prompt_embeds), None if pooled is None else function(pooled))
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index: slice | list[int] | torch.Tensor) -> "PromptEmbeddings":
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "PromptEmbeddings":
+        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def repeat(self, times: int) -> "PromptEmbeddings":
+        """`[a, b] -> [a, b, a, b]`."""
+        return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+
+    def repeat_interleave(self, times: int) -> "PromptEmbeddings":
+        """`[a, b] -> [a, a, b, b]`."""
+        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def expand(self, batch_size: int) -> "PromptEmbeddings":
+        """One prompt, as a view of `batch_size` of them."""
+        return self._map(lambda tensor: tensor.expand(batch_size, *tensor.shape[1:]))
+
+    @staticmethod
+    def cat(parts: Sequence["PromptEmbeddings"]) -> "PromptEmbeddings":
+        pooled = [part.pooled_prompt_embeds for part in parts]
+        return PromptEmbeddings(
+            torch.cat([part.prompt_embeds for part in parts]), None if pooled[0] is None else torch.cat(pooled)
+        )
+
+
+class FlowPolicy(ABC):
+    """
+    A text-to-image or text-to-video flow-matching pipeline, seen as a policy.
+
+    A policy holds what differs between model families and nothing of an algorithm. The network is always passed to
+    [`~FlowPolicy.velocity`], because the trainer wraps it (PEFT, accelerate); `policy.transformer` is the bare one.
+    Latents are the normalised ones that the transformer sees, in float32.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            Pipeline with all of its components.
+    """
+
+    lora_target_modules: list[str]
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        self.pipeline = pipeline
+        self.name_or_path = str(pipeline.config["_name_or_path"] or "") if "_name_or_path" in pipeline.config else ""
+
+    @property
+    def transformer(self) -> ModelMixin:
+        return self.pipeline.transformer
+
+    @property
+    def vae(self) -> ModelMixin:
+        return self.pipeline.vae
+
+    @property
+    @abstractmethod
+    def text_encoder_names(self) -> list[str]:
+        """Components that encode text."""
+
+    @abstractmethod
+    def build_scheduler(
+        self, num_inference_steps: int, latent_shape: tuple[int, ...], device: torch.device | str = "cpu", **overrides
+    ) -> FlowMatchSDEScheduler:
+        """
+        A scheduler on the grid that the pipeline itself uses for `num_inference_steps` and `latent_shape`.
+
+        Args:
+            num_inference_steps (`int`): number of sampling steps T.
+            latent_shape (`tuple[int, ...]`): shape of one latent, see [`~FlowPolicy.latent_shape`].
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where the grid lies.
+            overrides: fields of [`FlowMatchSDEScheduler`], such as `noise_level` or `sde_type`.
+        """
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str], max_sequence_length: int = 256) -> PromptEmbeddings:
+        """Run the text encoders on `prompts`. Needs them loaded, see [`~FlowPolicy.unload_text_encoders`]."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int, num_frames: int | None = None) -> tuple[int, ...]:
+        """Shape of one latent for an image or video of this size in pixels, without the batch dimension."""
+
+    @abstractmethod
+    def forward(
+        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: PromptEmbeddings
+    ) -> torch.Tensor:
+        """Call `model` once, without guidance. `timestep` is float32 in [0, 1000]."""
+
+    @abstractmethod
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1] of shape `(batch_size, 3, height, width)` to latents (mode of the VAE's posterior)."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents to pixels in [0, 1], float32, of shape `(batch_size, 3, height, width)`."""
+
+    def velocity(
+        self,
+        model: torch.nn.Module,
+        latents: torch.Tensor,
+        sigma: float | torch.Tensor,
+        prompt_embeds: PromptEmbeddings,
+        negative_prompt_embeds: PromptEmbeddings | None = None,
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """
+        Velocity x1 - x0 that `model` predicts, with classifier-free guidance in one batched forward.
+
+        Args:
+            model (`torch.nn.Module`): the family's transformer, wrapped or not.
+            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): noisy latents, float32.
+            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): their noise levels in [0, 1].
+            prompt_embeds ([`PromptEmbeddings`]): one prompt per latent.
+            negative_prompt_embeds ([`PromptEmbeddings`], *optional*):
+                one per latent, or a single one for all; needed if `guidance_scale > 1`.
+            guidance_scale (`float`, *optional*, defaults to `1.0`): no guidance if at most 1.
+
+        Returns:
+            `torch.Tensor`: velocity, float32, shaped as `latents`.
+        """
+        batch_size = len(latents)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)
+        timestep = (sigma * 1000).expand(batch_size)
+        if guidance_scale <= 1:
+            return self.forward(model, latents, timestep, prompt_embeds).float()
+        if negative_prompt_embeds is None:
+            raise ValueError(f"`guidance_scale={guidance_scale}` needs `negative_prompt_embeds`.")
+        if len(negative_prompt_embeds) == 1:
+            negative_prompt_embeds = negative_prompt_embeds.expand(batch_size)
+        both = PromptEmbeddings.cat([negative_prompt_embeds, prompt_embeds])
+        output = self.forward(model, torch.cat([latents] * 2), timestep.repeat(2), both).float()
+        unconditional, conditional = output.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: torch.nn.Module,
+        prompt_embeds: PromptEmbeddings,
+        negative_prompt_embeds: PromptEmbeddings | None = None,
+        *,
+        latent_shape: tuple[int, ...],
+        num_inference_steps: int,
+        guidance_scale: float,
+        generators: list[torch.Generator],
+    ) -> torch.Tensor:
+        """
+        Deterministic sampling, the same as the diffusers pipeline's with `output_type="latent"`.
+
+        Args:
+            latent_shape (`tuple[int, ...]`): shape of one latent.
+            num_inference_steps (`int`): number of sampling steps.
+            guidance_scale (`float`): scale of classifier-free guidance, none if at most 1.
+            generators (`list[torch.Generator]`): one per prompt, for its initial noise.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, *latent_shape)`, float32.
+        """
+        device = prompt_embeds.prompt_embeds.device
+        scheduler = self.build_scheduler(num_inference_steps, latent_shape, device)
+        latents = randn_tensor((len(prompt_embeds), *latent_shape), generator=generators, device=device)
+        for index in range(num_inference_steps):
+            velocity = self.velocity(
+                model, latents, scheduler.sigma(index), prompt_embeds, negative_prompt_embeds, guidance_scale
+            )
+            latents = scheduler.ode_step(latents, velocity, index)
+        return latents
+
+    def move_text_encoders(self, device: torch.device | str) -> None:
+        for name in self.text_encoder_names:
+            if self.pipeline.components[name] is not None:
+                self.pipeline.components[name].to(device)
+
+    def unload_text_encoders(self) -> None:
+        """Drop the text encoders, so that their memory is free for training."""
+        for name in self.text_encoder_names:
+            self.pipeline.register_modules(**{name: None})
+
+    def vae_fingerprint(self) -> str:
+        """Short hash of the VAE: its configuration and the signs of its weights, which no change of dtype moves."""
+        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        digest = hashlib.sha256(repr(sorted(config.items())).encode())
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().signbit().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_lora_weights(self, save_directory: str | Path, model: PeftModel) -> None:
+        """
+        Write `pytorch_lora_weights.safetensors` for the pipeline's `load_lora_weights`, with the adapter's metadata,
+        without which `lora_alpha` is lost.
+        """
+        self.pipeline.save_lora_weights(
+            save_directory,
+            transformer_lora_layers=get_peft_model_state_dict(model.get_base_model(), adapter_name="default"),
+            **_collate_lora_metadata({"transformer": model}),
+        )
