@@ -1,0 +1,77 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a reward may look at when it ranks the candidates of a stochastic step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..policies import PromptEmbeddings
+
+
+@dataclass
+class Candidates:
+    """
+    Candidates x' of one stochastic step, flattened to one batch.
+
+    Args:
+        latents (`torch.Tensor` of shape `(num_candidates, *latent_shape)`):
+            x', noisy latents, float32.
+        sigma (`torch.Tensor` of shape `()`):
+            sigma', the noise level of `latents`.
+        clean_estimate (`torch.Tensor`, shaped as `latents`):
+            \\( \\hat{x}_0 = x - \\sigma v(x) \\) of each candidate's parent x.
+        initial_noise (`torch.Tensor`, shaped as `latents`):
+            x_T of each candidate's trajectory.
+        prompts (`list[str]`):
+            Prompt of each candidate.
+        prompt_embeds ([`PromptEmbeddings`]):
+            Their embeddings.
+        columns (`dict[str, list]`):
+            The dataset's further columns, one value per candidate.
+        predict_velocity (`Callable`):
+            Returns v(x') of the current policy, with its guidance. Called at most once.
+        predict_reference_velocity (`Callable`):
+            Returns v(x') of the reference policy. Called at most once.
+    """
+
+    latents: torch.Tensor
+    sigma: torch.Tensor
+    clean_estimate: torch.Tensor
+    initial_noise: torch.Tensor
+    prompts: list[str]
+    prompt_embeds: PromptEmbeddings
+    columns: dict[str, list[Any]]
+    predict_velocity: Callable[[], torch.Tensor]
+    predict_reference_velocity: Callable[[], torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @cached_property
+    def velocity(self) -> torch.Tensor:
+        return self.predict_velocity()
+
+    @cached_property
+    def reference_velocity(self) -> torch.Tensor:
+        return self.predict_reference_velocity()
+
+    @property
+    def has_velocity(self) -> bool:
+        """Whether `velocity` was needed, and so costs nothing any more."""
+        return "velocity" in self.__dict__

@@ -1,0 +1,131 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Rewards as callables `candidates -> scores`: latent ones, pixel ones and their weighted sum."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..policies import FlowPolicy
+from .candidates import Candidates
+from .slrm import SLRMModel
+from .velocity_targets import VelocityTarget, velocity_target
+
+
+RewardFunction = Callable[..., torch.Tensor | Sequence[float]]
+"""`f(images, prompts, **columns) -> scores`: images are a float tensor `(N, 3, H, W)` in [0, 1]."""
+
+
+class LatentReward:
+    """
+    log S_hat of an SLRM at each candidate's own noise level (Eq. 8 and 12).
+
+    Args:
+        model ([`SLRMModel`]): frozen reward model.
+        velocity_target (`str`): see [`velocity_target`].
+        batch_size (`int`, *optional*): candidates per forward. All at once by default.
+    """
+
+    def __init__(self, model: SLRMModel, velocity_target: VelocityTarget, batch_size: int | None = None):
+        self.model = model
+        self.velocity_target = velocity_target
+        self.batch_size = batch_size
+        self.__name__ = "slrm"
+
+    @torch.no_grad()
+    def __call__(self, candidates: Candidates) -> torch.Tensor:
+        target = velocity_target(candidates, self.velocity_target)
+        batch_size = self.batch_size or len(candidates)
+        scores = []
+        for start in range(0, len(candidates), batch_size):
+            chunk = slice(start, start + batch_size)
+            embeds = candidates.prompt_embeds[chunk]
+            scores.append(
+                self.model.score(
+                    candidates.latents[chunk],
+                    candidates.sigma,
+                    embeds.prompt_embeds,
+                    embeds.pooled_prompt_embeds,
+                    velocity_target=None if target is None else target[chunk],
+                )
+            )
+        return torch.cat(scores)
+
+
+class PixelReward:
+    r"""
+    A reward of images, applied to the decoded one-step estimate \( \hat{x}_0 = x' - \sigma' v(x') \) of each candidate.
+
+    Args:
+        function (`Callable`): `f(images, prompts, **columns) -> scores`, see [`RewardFunction`].
+        policy ([`FlowPolicy`]): decodes.
+        batch_size (`int`, *optional*): images per decoding. All at once by default.
+    """
+
+    def __init__(self, function: RewardFunction, policy: FlowPolicy, batch_size: int | None = None):
+        self.function = function
+        self.policy = policy
+        self.batch_size = batch_size
+        self.__name__ = function.__name__ if isinstance(function, type(lambda: 0)) else type(function).__name__
+
+    @torch.no_grad()
+    def __call__(self, candidates: Candidates) -> torch.Tensor:
+        clean_estimate = candidates.latents - candidates.sigma * candidates.velocity
+        chunks = clean_estimate.split(self.batch_size or len(candidates))
+        images = torch.cat([self.policy.decode(chunk) for chunk in chunks])
+        scores = self.function(images, candidates.prompts, **candidates.columns)
+        scores = torch.as_tensor(scores, dtype=torch.float32, device=candidates.latents.device)
+        if scores.shape != (len(candidates),):
+            raise ValueError(
+                f"The reward function `{self.__name__}` must return one score per image, {len(candidates)}, but "
+                f"returned shape {tuple(scores.shape)}."
+            )
+        return scores
+
+
+class WeightedReward:
+    """
+    Weighted sum of rewards. The rewards of the last call are kept in `last_scores`, by name, for logging.
+
+    Args:
+        rewards (`list`): [`LatentReward`] and [`PixelReward`].
+        weights (`list[float]`, *optional*): one per reward, all 1 by default.
+    """
+
+    def __init__(self, rewards: Sequence[LatentReward | PixelReward], weights: Sequence[float] | None = None):
+        weights = [1.0] * len(rewards) if weights is None else list(weights)
+        if len(weights) != len(rewards):
+            raise ValueError(f"`reward_weights` has {len(weights)} entries for {len(rewards)} reward models.")
+        self.rewards = list(rewards)
+        self.weights = weights
+        names = [reward.__name__ for reward in rewards]
+        self.names = [
+            name if names.count(name) == 1 else f"{name}_{names[:index].count(name)}"
+            for index, name in enumerate(names)
+        ]
+        self.last_scores: dict[str, torch.Tensor] = {}
+
+    def __call__(self, candidates: Candidates) -> torch.Tensor:
+        self.last_scores = {
+            name: reward(candidates) for name, reward in zip(self.names, self.rewards, strict=True)
+        }
+        for name, scores in self.last_scores.items():
+            if not scores.isfinite().all():
+                row = int((~scores.isfinite()).nonzero()[0])
+                raise ValueError(
+                    f"The reward `{name}` is {scores[row].item()} for the prompt {candidates.prompts[row]!r} at "
+                    f"sigma {candidates.sigma.item():.4f}. Rewards must be finite."
+                )
+        return sum(weight * self.last_scores[name] for name, weight in zip(self.names, self.weights, strict=True))

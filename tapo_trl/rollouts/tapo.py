@@ -1,0 +1,218 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Trajectory advantage sampling, Algorithm 1 and Eq. 10-12 of the paper."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..policies import FlowPolicy, PromptEmbeddings
+from ..rewards.candidates import Candidates
+from ..rewards.scoring import WeightedReward
+from ..schedulers import FlowMatchSDEScheduler, draw_candidates
+from .trajectory import LOSE, WIN, TrajectoryPairs
+
+
+@dataclass
+class TAPOSampler:
+    """
+    Grows a winning and a losing trajectory per prompt.
+
+    Both start from the same noise and are one trajectory until the first stochastic step. At each of the n stochastic
+    steps every branch draws P candidates from one prediction; the winning branch keeps its best candidate, the losing
+    branch its worst (Eq. 12). All other steps follow the ODE.
+
+    Args:
+        policy ([`FlowPolicy`]):
+            Model family.
+        scheduler ([`FlowMatchSDEScheduler`]):
+            Scheduler with its grid of T steps set, on the device of the rollout.
+        step_indices (`list[int]`):
+            Stochastic steps W_T, see [`sde_step_indices`].
+        num_candidates (`int`):
+            P, at least 2.
+        reward ([`WeightedReward`]):
+            Scores candidates.
+        latent_shape (`tuple[int, ...]`):
+            Shape of one latent.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Scale of classifier-free guidance, none if at most 1.
+        reference (`Callable`, *optional*):
+            `model -> context manager` that yields the reference network; needed by the `"reference"` velocity target.
+        show_progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar over the sampling steps of rollouts that take longer than 10 seconds.
+    """
+
+    policy: FlowPolicy
+    scheduler: FlowMatchSDEScheduler
+    step_indices: list[int]
+    num_candidates: int
+    reward: WeightedReward
+    latent_shape: tuple[int, ...]
+    guidance_scale: float = 1.0
+    reference: Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]] | None = None
+    show_progress: bool = False
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: torch.nn.Module,
+        prompts: list[str],
+        prompt_embeds: PromptEmbeddings,
+        negative_prompt_embeds: PromptEmbeddings | None,
+        generators: list[torch.Generator],
+        columns: dict[str, list[Any]] | None = None,
+    ) -> TrajectoryPairs:
+        """
+        Run Algorithm 1, lines 4-13, for a batch of prompts.
+
+        Args:
+            model (`torch.nn.Module`): the policy's network.
+            prompts (`list[str]`): B prompts.
+            prompt_embeds ([`PromptEmbeddings`]): their embeddings, on the device of the rollout.
+            negative_prompt_embeds ([`PromptEmbeddings`], *optional*): a single embedding, for guidance.
+            generators (`list[torch.Generator]`): one per prompt, on the CPU: its noise depends on nothing else.
+            columns (`dict[str, list]`, *optional*): further columns of the dataset, for pixel rewards.
+
+        Returns:
+            [`TrajectoryPairs`]
+        """
+        batch_size, device = len(prompts), prompt_embeds.prompt_embeds.device
+        noise = _randn(generators, self.latent_shape, device)
+        latents = noise.unsqueeze(0)  # (branches, B, *latent_shape): one branch until the first stochastic step
+        velocity = None
+        steps, parents, kept, rewards, parts = [], [], [], [], []
+
+        progress = tqdm(
+            range(self.scheduler.num_inference_steps),
+            desc="Rollout",
+            delay=10,
+            leave=False,
+            disable=not self.show_progress,
+        )
+        for index in progress:
+            if velocity is None:
+                velocity = self._velocity(model, latents, index, prompt_embeds, negative_prompt_embeds)
+
+            if index not in self.step_indices:
+                latents = self.scheduler.ode_step(latents, velocity, index)
+                velocity = None
+                continue
+
+            latents, velocity = latents.expand(2, *noise.shape), velocity.expand(2, *noise.shape)
+            mean, std = self.scheduler.sde_mean_std(latents, velocity, index)
+            step_noise = _randn(generators, (2, self.num_candidates, *self.latent_shape), device).transpose(0, 1)
+            candidates = self._candidates(
+                model,
+                draw_candidates(mean.flatten(0, 1), std, step_noise.flatten(0, 1)),
+                clean_estimate=latents - self.scheduler.sigma(index) * velocity,
+                noise=noise,
+                index=index,
+                prompts=prompts,
+                embeds=prompt_embeds,
+                negative_embeds=negative_prompt_embeds,
+                columns=columns or {},
+            )
+            scores = self.reward(candidates).view(2, batch_size, self.num_candidates)
+            choice = select_candidates(scores)
+
+            steps.append(index)
+            parents.append(latents)
+            rewards.append(scores)
+            parts.append({name: part.view_as(scores) for name, part in self.reward.last_scores.items()})
+            latents = _take(candidates.latents, choice)
+            kept.append(latents)
+            velocity = _take(candidates.velocity, choice) if candidates.has_velocity else None
+
+        return TrajectoryPairs(
+            prompt_embeds=prompt_embeds,
+            step_indices=torch.tensor(steps),
+            latents=torch.stack(parents),
+            next_latents=torch.stack(kept),
+            rewards=torch.stack(rewards),
+            final_latents=latents,
+            reward_parts={name: torch.stack([part[name] for part in parts]) for name in self.reward.names},
+        )
+
+    def _velocity(self, model, latents, index, embeds, negative_embeds) -> torch.Tensor:
+        """Velocity of the branches, `(branches, B, *latent_shape)`, in one forward."""
+        velocity = self.policy.velocity(
+            model,
+            latents.flatten(0, 1),
+            self.scheduler.sigma(index),
+            embeds.repeat(len(latents)),
+            negative_embeds,
+            self.guidance_scale,
+        )
+        return velocity.view_as(latents)
+
+    def _candidates(
+        self, model, latents, clean_estimate, noise, index, prompts, embeds, negative_embeds, columns
+    ) -> Candidates:
+        """`latents` of shape `(2 B, P, *latent_shape)` with all that a reward may look at, flattened to `2 B P` rows."""
+        latents = latents.flatten(0, 1)
+        sigma = self.scheduler.sigma(index + 1)
+        embeds = embeds.repeat(2).repeat_interleave(self.num_candidates)
+
+        def predict(network: torch.nn.Module) -> torch.Tensor:
+            return self.policy.velocity(network, latents, sigma, embeds, negative_embeds, self.guidance_scale)
+
+        def predict_reference() -> torch.Tensor:
+            with self.reference(model) as network:
+                return predict(network)
+
+        def per_candidate(values: list) -> list:
+            return [value for value in values * 2 for _ in range(self.num_candidates)]
+
+        return Candidates(
+            latents=latents,
+            sigma=sigma,
+            clean_estimate=clean_estimate.flatten(0, 1).repeat_interleave(self.num_candidates, dim=0),
+            initial_noise=torch.cat([noise, noise]).repeat_interleave(self.num_candidates, dim=0),
+            prompts=per_candidate(prompts),
+            prompt_embeds=embeds,
+            columns={name: per_candidate(values) for name, values in columns.items()},
+            predict_velocity=lambda: predict(model),
+            predict_reference_velocity=predict_reference,
+        )
+
+
+def select_candidates(scores: torch.Tensor) -> torch.Tensor:
+    """
+    Eq. 12, for every prompt on its own: the best of the winning branch, the worst of the losing one.
+
+    Args:
+        scores (`torch.Tensor` of shape `(2, B, P)`): rewards of the candidates.
+
+    Returns:
+        `torch.LongTensor` of shape `(2, B)`: index of the candidate that is kept.
+    """
+    return torch.stack([scores[WIN].argmax(dim=-1), scores[LOSE].argmin(dim=-1)])
+
+
+def _take(values: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
+    """The chosen one of the P rows of each branch and prompt: `(2 B P, ...) -> (2, B, ...)`."""
+    values = values.view(choice.numel(), -1, *values.shape[1:])
+    chosen = values[torch.arange(choice.numel(), device=values.device), choice.flatten()]
+    return chosen.view(*choice.shape, *values.shape[2:])
+
+
+def _randn(generators: list[torch.Generator], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Standard normal noise, row b from generator b, drawn on the CPU so that it is the same on every device."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)

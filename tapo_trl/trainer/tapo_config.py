@@ -1,0 +1,281 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.trainer.base_config import _BaseConfig
+
+from ..rewards.velocity_targets import VELOCITY_TARGETS
+from ..schedulers import sde_step_indices
+
+
+@dataclass
+class TAPOConfig(_BaseConfig):
+    r"""
+    Configuration class for the [`TAPOTrainer`].
+
+    This class includes only the parameters that are specific to TAPO training. For a full list of training arguments,
+    please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
+    differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5).
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
+            the [`TAPOTrainer`] is a string, for example `{"torch_dtype": "bfloat16", "revision": "main"}`.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to disable dropout in the policy (LoRA dropout included).
+
+        > Parameters that control the data
+
+        dataset_name (`str`, *optional*):
+            Dataset on the Hub, or its folder, with a `prompt` column. Used when the trainer gets no `train_dataset`;
+            without either, the prompts that ship with the package are used.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split of `dataset_name`.
+        resolution (`int`, *optional*, defaults to `512`):
+            Height and width of the samples in pixels. `height` and `width` take precedence.
+        height (`int`, *optional*):
+            Height of the samples in pixels.
+        width (`int`, *optional*):
+            Width of the samples in pixels.
+        num_frames (`int`, *optional*):
+            Number of frames, for policies that make videos.
+        max_sequence_length (`int`, *optional*, defaults to `256`):
+            Number of tokens of the T5 (or UMT5) text encoder.
+        cache_dir (`str`, *optional*):
+            Where prompt embeddings are kept. Defaults to `tapo_trl/prompts` in the Hugging Face home.
+
+        > Parameters that control the rollout
+
+        num_inference_steps (`int`, *optional*, defaults to `20`):
+            Number of sampling steps T.
+        num_sde_steps (`int`, *optional*, defaults to `8`):
+            Number of stochastic steps n at which candidates are drawn and scored (Eq. 10).
+        num_candidates (`int`, *optional*, defaults to `4`):
+            Number of candidates P per branch and stochastic step (Eq. 12).
+        t_init (`int`, *optional*, defaults to `1`):
+            Index of the first stochastic step, counted from the noise (Eq. 10).
+        noise_level (`float`, *optional*, defaults to `0.7`):
+            Strength a of the noise of a stochastic step.
+        sde_type (`str`, *optional*, defaults to `"flow"`):
+            Noise law: `"flow"`, `"constant"` or `"cps"`, see [`FlowMatchSDEScheduler`].
+        guidance_scale (`float`, *optional*, defaults to `4.5`):
+            Scale of classifier-free guidance in rollouts, none if at most 1.
+        negative_prompt (`str`, *optional*, defaults to `""`):
+            Prompt of the unconditional half of the guidance.
+
+        > Parameters that control the reward
+
+        reward_weights (`list[float]`, *optional*):
+            Weights of several reward models. All 1 by default.
+        velocity_target (`str`, *optional*, defaults to `"parent"`):
+            What the SLRM's velocity is compared to for a candidate, whose clean latent is unknown: `"parent"`,
+            `"policy"`, `"reference"`, `"initial_noise"` or `"none"`, see
+            [`~rewards.velocity_targets.velocity_target`].
+        score_batch_size (`int`, *optional*):
+            Number of candidates per forward of a reward model. All of a step at once by default.
+
+        > Parameters that control the training
+
+        beta (`float`, *optional*, defaults to `1000.0`):
+            Strength of the regularisation towards the reference, Eq. 13. It fits log-probabilities that are averaged
+            over the latent's dimensions (`logprob_reduction="mean"`).
+        loss_type (`str`, *optional*, defaults to `"sigmoid"`):
+            `"sigmoid"` (Eq. 13), `"hinge"` or `"ipo"`.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Probability that a pair is the wrong way round.
+        ratio_clip (`float`, *optional*):
+            Keeps the ratios of the policy to the reference in `[1 - ratio_clip, 1 + ratio_clip]`, as SPO's code does
+            with 0.1. Off by default, as in Eq. 13.
+        logprob_reduction (`str`, *optional*, defaults to `"mean"`):
+            Reduction of log-probabilities over the latent's dimensions, `"mean"` or `"sum"`.
+        step_weighting (`str`, *optional*, defaults to `"none"`):
+            `"none"` weighs all steps alike (Eq. 13), which makes late steps count far more than early ones as changes
+            of the velocity go. `"velocity"` evens the gradient with respect to the velocity out over the steps.
+        train_cfg (`bool`, *optional*, defaults to `True`):
+            Whether transitions are scored with the guidance they were sampled with.
+        transition_batch_size (`int`, *optional*):
+            Number of transition pairs per forward and backward. The gradient does not depend on it. Defaults to
+            `per_device_train_batch_size`, that is one stochastic step at a time.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Number of optimiser steps per rollout.
+        sync_ref_model (`bool`, *optional*, defaults to `False`):
+            Whether the reference follows the policy. Needs full fine-tuning.
+        ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
+            Share of the policy in the reference at a synchronisation.
+        ref_model_sync_steps (`int`, *optional*, defaults to `512`):
+            Steps between synchronisations.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Whether a run that starts from the reference first checks that its loss is ln 2 on every transition.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `activation_checkpointing`: Defaults to `True` instead of `False`.
+    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
+    > - `learning_rate`: Defaults to `1e-4` instead of `5e-5`.
+    > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`.
+    """
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay `False`: reward functions get all columns of the dataset."}
+    )
+    activation_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Alias of `activation_checkpointing`, which it overrides if set."}
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, if `model` is a string."},
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the policy."})
+
+    # Parameters that control the data
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Dataset with a `prompt` column, used when the trainer gets no `train_dataset`."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`."})
+    resolution: int = field(default=512, metadata={"help": "Height and width of the samples in pixels."})
+    height: int | None = field(default=None, metadata={"help": "Height of the samples. Overrides `resolution`."})
+    width: int | None = field(default=None, metadata={"help": "Width of the samples. Overrides `resolution`."})
+    num_frames: int | None = field(default=None, metadata={"help": "Number of frames, for video policies."})
+    max_sequence_length: int = field(
+        default=256, metadata={"help": "Number of tokens of the T5 (or UMT5) text encoder."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where prompt embeddings are kept."})
+
+    # Parameters that control the rollout
+    num_inference_steps: int = field(default=20, metadata={"help": "Number of sampling steps T."})
+    num_sde_steps: int = field(default=8, metadata={"help": "Number of stochastic steps n, Eq. 10."})
+    num_candidates: int = field(
+        default=4, metadata={"help": "Number of candidates P per branch and stochastic step, Eq. 12."}
+    )
+    t_init: int = field(default=1, metadata={"help": "Index of the first stochastic step, Eq. 10."})
+    noise_level: float = field(default=0.7, metadata={"help": "Strength a of the noise of a stochastic step."})
+    sde_type: str = field(
+        default="flow",
+        metadata={"help": "Noise law of a stochastic step.", "choices": ["flow", "constant", "cps"]},
+    )
+    guidance_scale: float = field(default=4.5, metadata={"help": "Scale of classifier-free guidance."})
+    negative_prompt: str = field(default="", metadata={"help": "Prompt of the unconditional half of the guidance."})
+
+    # Parameters that control the reward
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of several reward models. All 1 by default."}
+    )
+    velocity_target: str = field(
+        default="parent",
+        metadata={
+            "help": "What the SLRM's velocity is compared to for a candidate, whose clean latent is unknown.",
+            "choices": list(VELOCITY_TARGETS),
+        },
+    )
+    score_batch_size: int | None = field(
+        default=None, metadata={"help": "Candidates per forward of a reward model. All of a step by default."}
+    )
+
+    # Parameters that control the training
+    beta: float = field(default=1000.0, metadata={"help": "Strength of the regularisation to the reference."})
+    loss_type: str = field(
+        default="sigmoid", metadata={"help": "Loss of a pair.", "choices": ["sigmoid", "hinge", "ipo"]}
+    )
+    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a pair is the wrong way round."})
+    ratio_clip: float | None = field(
+        default=None, metadata={"help": "Keeps ratios to the reference in `[1 - ratio_clip, 1 + ratio_clip]`."}
+    )
+    logprob_reduction: str = field(
+        default="mean",
+        metadata={"help": "Reduction of log-probabilities over the latent's dimensions.", "choices": ["mean", "sum"]},
+    )
+    step_weighting: str = field(
+        default="none",
+        metadata={
+            "help": "`none`: all steps weigh alike in the loss; `velocity`: alike in the velocity's gradient.",
+            "choices": ["none", "velocity"],
+        },
+    )
+    train_cfg: bool = field(
+        default=True, metadata={"help": "Whether transitions are scored with the guidance of the rollout."}
+    )
+    transition_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Transition pairs per forward and backward. Defaults to `per_device_train_batch_size`."},
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Number of optimiser steps per rollout."})
+    sync_ref_model: bool = field(default=False, metadata={"help": "Whether the reference follows the policy."})
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Share of the policy in the reference at a synchronisation."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between synchronisations."})
+    self_check: bool = field(
+        default=True, metadata={"help": "Whether to check at the start that the loss is ln 2 on every transition."}
+    )
+
+    def __post_init__(self):
+        if self.gradient_checkpointing is not None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+
+        sde_step_indices(self.num_inference_steps, self.num_sde_steps, self.t_init)
+        if self.num_candidates < 2:
+            raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
+        if self.noise_level <= 0:
+            raise ValueError(f"`noise_level` must be positive: candidates must differ. Got {self.noise_level}.")
+        if self.beta <= 0:
+            raise ValueError(f"`beta` must be positive, got {self.beta}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
+        if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:
+            raise ValueError(f"`ratio_clip` must be in (0, 1), got {self.ratio_clip}.")
+        for name in ("num_iterations", "transition_batch_size", "score_batch_size", "ref_model_sync_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        choices = {
+            "sde_type": ("flow", "constant", "cps"),
+            "loss_type": ("sigmoid", "hinge", "ipo"),
+            "logprob_reduction": ("mean", "sum"),
+            "step_weighting": ("none", "velocity"),
+            "velocity_target": VELOCITY_TARGETS,
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
+        if self.auto_find_batch_size:
+            raise ValueError("`auto_find_batch_size` is not supported: a retried step would repeat its rollout.")
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must be `False`: rewards get the columns of the dataset.")
+        if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"`save_steps` ({self.save_steps}) must be a multiple of `num_iterations` ({self.num_iterations}): "
+                "a checkpoint holds no rollouts, so it has to lie between two of them."
+            )

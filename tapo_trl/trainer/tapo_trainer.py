@@ -1,0 +1,637 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+import hashlib
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, is_peft_model
+from datasets import Dataset, load_dataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig, get_peft_model
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, identity
+
+from ..data.prompts import PromptCache, default_prompts
+from ..losses import tapo_loss
+from ..policies import FlowPolicy, load_policy
+from ..rewards import SLRMModel
+from ..rewards.scoring import LatentReward, PixelReward, RewardFunction, WeightedReward
+from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs
+from ..schedulers import gaussian_kl, sde_step_indices
+from .callbacks import TAPOCallback
+from .model_card import write_model_card
+from .tapo_config import TAPOConfig
+
+
+RewardModel = str | SLRMModel | RewardFunction
+
+ROW_COLUMN = "tapo_row"
+
+
+class TAPOTrainer(_BaseTrainer):
+    r"""
+    Trainer for Trajectory Advantages Preference Optimization (TAPO).
+
+    Every step grows a winning and a losing trajectory for each prompt, keeping the best and the worst of P stochastic
+    candidates at n of the T sampling steps (Algorithm 1), and trains on those pairs with a step-wise DPO loss (Eq. 13).
+
+    Example:
+
+    ```python
+    from tapo_trl import TAPOConfig, TAPOTrainer
+
+    trainer = TAPOTrainer(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        reward_model="my-name/sd35-slrm",
+        args=TAPOConfig(output_dir="sd35-tapo"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
+            Hub id or folder of a pipeline, a pipeline, or a policy.
+        reward_model (`str`, [`SLRMModel`], `Callable` or a `list` of those):
+            - `str`: Hub id or folder of an [`SLRMModel`].
+            - [`SLRMModel`]: scores the noisy latents.
+            - `Callable`: `f(images, prompts, **columns) -> scores`, with images as a float tensor of shape
+              `(N, 3, height, width)` in [0, 1]. It is applied to the decoded one-step estimate of the clean image.
+            - `list`: a weighted sum of them, see `args.reward_weights`.
+        args ([`TAPOConfig`], *optional*):
+            Configuration. Defaults to the paper's, with a folder named after the model.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Prompts, in the column `prompt`. Other columns are passed to reward callables. Defaults to
+            `args.dataset_name`, else to the prompts that ship with the package.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of those, *optional*):
+            Held-out prompts.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks. Those that are a [`TAPOCallback`] get the trainer and have their prompts encoded.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and learning rate scheduler.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
+            fine-tuned and a frozen copy of it is the reference.
+    """
+
+    loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
+    _tag_names = ["trl", "tapo"]
+    _name = "TAPO"
+    _paper = {
+        "title": "Consistent Noisy Latent Rewards for Trajectory Preference Optimization in Diffusion Models",
+        "citation": (
+            "@inproceedings{xian2026consistent,\n"
+            "    title     = {{Consistent Noisy Latent Rewards for Trajectory Preference Optimization in Diffusion "
+            "Models}},\n"
+            "    author    = {Xian, Xiaole and He, Xilin and Chen, Wenting and Liu, Wenshuang and Mu, Wenqi and He, "
+            "Yancheng and Li, Liang and Zhang, Yi and Yue, Xiangyu},\n"
+            "    year      = {2026},\n"
+            "}"
+        ),
+    }
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline | FlowPolicy,
+        reward_model: RewardModel | list[RewardModel],
+        args: TAPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            args = TAPOConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-TAPO")
+        _check_writable(args.output_dir)
+
+        # Data
+        if train_dataset is None:
+            train_dataset = (
+                default_prompts()
+                if args.dataset_name is None
+                else load_dataset(args.dataset_name, split=args.dataset_split)
+            )
+        train_dataset = _prepare_prompts(train_dataset, "train_dataset")
+        global_batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        if args.num_iterations > 1 and len(train_dataset) < global_batch_size:
+            raise ValueError(
+                f"With `num_iterations={args.num_iterations}` the train dataset needs at least one whole batch of "
+                f"{global_batch_size} prompts, but has {len(train_dataset)}."
+            )
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: _prepare_prompts(split, f"eval_dataset[{name!r}]") for name, split in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = _prepare_prompts(eval_dataset, "eval_dataset")
+
+        # Policy
+        self.policy = load_policy(model, **_model_init_kwargs(args, peft_config))
+        self.latent_shape = self.policy.latent_shape(
+            args.height or args.resolution, args.width or args.resolution, args.num_frames
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "`TAPOTrainer` does not run under `torch.nn.DataParallel`. Start it with `accelerate launch`, or show "
+                "it a single GPU with `CUDA_VISIBLE_DEVICES`."
+            )
+        rewards = [self._load_reward(reward, args) for reward in _as_list(reward_model)]
+        self.reward = WeightedReward(rewards, args.reward_weights)
+
+        transformer = self.policy.transformer.requires_grad_(peft_config is None)
+        if peft_config is not None:
+            if args.sync_ref_model:
+                raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
+            if peft_config.target_modules is None:
+                peft_config.target_modules = self.policy.lora_target_modules
+            transformer = get_peft_model(transformer, peft_config)
+            self.ref_model = None
+        else:
+            if args.fp16 and transformer.dtype == torch.float16:
+                raise ValueError(
+                    "`fp16=True` with full fine-tuning needs float32 weights: load `model` without `torch_dtype`, or "
+                    "pass a `peft_config`."
+                )
+            self.ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
+        if args.disable_dropout:
+            disable_dropout_in_model(transformer)
+        if args.activation_checkpointing:
+            self.policy.transformer.enable_gradient_checkpointing()
+            args.activation_checkpointing = False  # done: diffusers models lack the method that Trainer would call
+
+        # Prompts are encoded once, then the text encoders leave the memory
+        callbacks = list(callbacks or [])
+        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length)
+        with args.main_process_first(desc="encoding prompts"):
+            self.policy.move_text_encoders(args.device)
+            splits = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+            prompts = [args.negative_prompt, *train_dataset["prompt"]]
+            prompts += [prompt for split in splits if split is not None for prompt in split["prompt"]]
+            prompts += [prompt for cb in callbacks if isinstance(cb, TAPOCallback) for prompt in cb.prompts]
+            self.prompt_cache.encode(prompts)
+        self.policy.unload_text_encoders()
+
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._buffer: list[tuple[list[int], TrajectoryPairs]] = []
+        self._buffer_step, self._slot = -1, 0
+
+        super().__init__(
+            model=transformer,
+            args=args,
+            data_collator=identity,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.can_return_loss = True
+
+        device = self.accelerator.device
+        self.policy.vae.to(device).requires_grad_(False)
+        for reward in rewards:
+            if isinstance(reward, LatentReward):
+                reward.model.to(device)
+        if self.ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        if args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+
+        self.scheduler = self.policy.build_scheduler(
+            args.num_inference_steps,
+            self.latent_shape,
+            device,
+            noise_level=args.noise_level,
+            sde_type=args.sde_type,
+            logprob_reduction=args.logprob_reduction,
+        )
+        self.step_indices = sde_step_indices(args.num_inference_steps, args.num_sde_steps, args.t_init)
+        self.step_weights = self._step_weights()
+        self.sampler = TAPOSampler(
+            policy=self.policy,
+            scheduler=self.scheduler,
+            step_indices=self.step_indices,
+            num_candidates=args.num_candidates,
+            reward=self.reward,
+            latent_shape=self.latent_shape,
+            guidance_scale=args.guidance_scale,
+            reference=self.reference,
+            show_progress=self.is_world_process_zero() and not args.disable_tqdm,
+        )
+        self.negative_prompt_embeds = self.prompt_cache.load([args.negative_prompt]).to(device)
+        for callback in callbacks:
+            if isinstance(callback, TAPOCallback):
+                callback.attach(self)
+
+    def _load_reward(self, reward: RewardModel, args: TAPOConfig) -> LatentReward | PixelReward:
+        if isinstance(reward, str):
+            reward = SLRMModel.from_pretrained(reward)
+        if isinstance(reward, SLRMModel):
+            reward.check_compatible(self.policy, max_sequence_length=args.max_sequence_length)
+            reward.requires_grad_(False).eval()
+            return LatentReward(reward, args.velocity_target, args.score_batch_size)
+        if callable(reward):
+            return PixelReward(reward, self.policy, args.score_batch_size)
+        raise ValueError(
+            f"`reward_model` must be a folder or Hub id, an `SLRMModel`, or a callable, got `{type(reward).__name__}`."
+        )
+
+    def _step_weights(self) -> torch.Tensor:
+        """Weight of each of the T steps in the loss, `step_weighting`, with mean 1 over the stochastic ones."""
+        weights = torch.ones(self.args.num_inference_steps)
+        if self.args.step_weighting == "velocity":
+            # The mean of a step is linear in the velocity: the log-ratio's gradient is its slope over the std.
+            steps = torch.tensor(self.step_indices)
+            zeros = torch.zeros(len(steps), 1, device=self.accelerator.device)
+            offset, std = self.scheduler.sde_mean_std(zeros, zeros, steps)
+            slope = self.scheduler.sde_mean_std(zeros, zeros + 1, steps)[0] - offset
+            inverse = (std / slope.abs()).flatten().cpu()
+            weights[steps] = inverse / inverse.mean()
+        return weights
+
+    # Rollout: Algorithm 1, lines 2-13
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        pairs = self._pairs_of_step(inputs)
+        chunks = pairs.transitions(self.args.transition_batch_size or self.args.per_device_train_batch_size)
+        loss = torch.zeros((), device=self.accelerator.device)
+        for index, chunk in enumerate(chunks):
+            # Gradients are synchronised with the last chunk only. DeepSpeed does its own accounting.
+            is_last = index == len(chunks) - 1 or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss += super().training_step(model, chunk, num_items_in_batch)
+        return loss
+
+    def _pairs_of_step(self, batch: list[dict[str, Any]]) -> TrajectoryPairs:
+        """A new rollout, or the stored one of this batch when `num_iterations` uses it again."""
+        step = self.state.global_step
+        if step != self._buffer_step:
+            self._buffer_step, self._slot = step, 0
+            if step % self.args.num_iterations == 0:
+                self._buffer = []
+        slot, self._slot = self._slot, self._slot + 1
+
+        rows = [example[ROW_COLUMN] for example in batch]
+        if slot == len(self._buffer):
+            pairs = self._generate_and_score_trajectories(batch, seed_step=step)
+            self._buffer.append((rows, pairs))
+        stored_rows, pairs = self._buffer[slot]
+        if stored_rows != rows:
+            raise RuntimeError(f"The rollout of rows {stored_rows} is up for reuse, but the batch has rows {rows}.")
+        return pairs
+
+    def _generate_and_score_trajectories(self, batch: list[dict[str, Any]], seed_step: int) -> TrajectoryPairs:
+        device = self.accelerator.device
+        prompts = [example["prompt"] for example in batch]
+        columns = {
+            name: [example[name] for example in batch] for name in batch[0] if name not in ("prompt", ROW_COLUMN)
+        }
+        generators = [
+            torch.Generator().manual_seed(_seed(self.args.seed, seed_step, example[ROW_COLUMN])) for example in batch
+        ]
+        with self._eval_mode(), self.accelerator.autocast():
+            pairs = self.sampler.sample(
+                self.model,
+                prompts,
+                self.prompt_cache.load(prompts).to(device),
+                self.negative_prompt_embeds,
+                generators,
+                columns,
+            )
+        self._log_rewards(pairs)
+        return pairs
+
+    def _log_rewards(self, pairs: TrajectoryPairs) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["reward"].append(pairs.rewards.mean())
+        metrics["reward_std"].append(pairs.rewards.std(dim=-1).mean())
+        kept_gap = pairs.rewards[:, 0].amax(-1) - pairs.rewards[:, 1].amin(-1)
+        metrics["reward_gap"].append(kept_gap.mean())
+        if len(pairs.reward_parts) > 1:
+            for name, scores in pairs.reward_parts.items():
+                metrics[f"rewards/{name}/mean"].append(scores.mean())
+                metrics[f"rewards/{name}/std"].append(scores.std(dim=-1).mean())
+
+    @contextmanager
+    def reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """The reference network: `model` with its adapter disabled, or the frozen copy."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with self.accelerator.unwrap_model(model).disable_adapter():
+                yield model
+
+    # Loss: Eq. 13
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: TransitionPairs,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        mode = "train" if self.model.training else "eval"
+        latents, next_latents = inputs.latents.flatten(0, 1), inputs.next_latents.flatten(0, 1)
+        indices = inputs.step_indices.repeat(2)
+        embeds = inputs.prompt_embeds.repeat(2)
+        sigma = self.scheduler.sigma(indices.to(self.scheduler.sigmas.device))
+        guidance_scale = self.args.guidance_scale if self.args.train_cfg else 1.0
+        arguments = (latents, sigma, embeds, self.negative_prompt_embeds, guidance_scale)
+
+        # [win; lose] in one forward each
+        velocity = self.policy.velocity(model, *arguments)
+        with torch.no_grad(), self.reference(self.model) as reference:
+            ref_velocity = self.policy.velocity(reference, *arguments)
+
+        mean, std = self.scheduler.sde_mean_std(latents, velocity, indices)
+        ref_mean, _ = self.scheduler.sde_mean_std(latents, ref_velocity, indices)
+        chosen_log_ratios, rejected_log_ratios = self.scheduler.log_ratio(next_latents, mean, ref_mean, std).chunk(2)
+        losses, metrics = tapo_loss(
+            chosen_log_ratios,
+            rejected_log_ratios,
+            beta=self.args.beta,
+            loss_type=self.args.loss_type,
+            label_smoothing=self.args.label_smoothing,
+            ratio_clip=self.args.ratio_clip,
+        )
+        self._check_start(losses, mode)
+        kl = gaussian_kl(mean.detach(), ref_mean, std, self.args.logprob_reduction).view(2, -1).mean(0)
+        self._log_transitions(self._metrics[mode], inputs.step_indices, losses, metrics | {"kl": kl})
+
+        weights = self.step_weights[inputs.step_indices].to(losses.device)
+        loss = (weights * losses).mean() * inputs.share
+        return (loss, metrics) if return_outputs else loss
+
+    def _check_start(self, losses: torch.Tensor, mode: str) -> None:
+        """Policy and reference are the same at the start, so every loss is ln 2: anything else is a bug upstream."""
+        if not self.args.self_check or mode != "train" or self.state.global_step > 0:
+            return
+        if self.args.loss_type == "sigmoid" and (losses.detach() - math.log(2)).abs().max() > 1e-6:
+            raise RuntimeError(
+                f"The loss at the start is {losses.detach().tolist()}, not ln 2 = {math.log(2):.6f}: the policy and the "
+                "reference differ before the first update. Does the adapter start from trained weights, or is some "
+                "layer (dropout, batch norm) random? Set `self_check=False` if the difference is meant."
+            )
+
+    def _log_transitions(
+        self,
+        logs: dict[str, list],
+        step_indices: torch.Tensor,
+        losses: torch.Tensor,
+        metrics: dict[str, torch.Tensor],
+    ) -> None:
+        for name, values in metrics.items():
+            logs[name].append(values)
+        rows = {"loss": losses.detach(), "accuracy": metrics["rewards/accuracies"], "margin": metrics["rewards/margins"]}
+        for index in step_indices.unique().tolist():
+            chosen = (step_indices == index).nonzero().flatten().to(losses.device)
+            for name, values in rows.items():
+                logs[f"step_{index:02d}/{name}"].append(values[chosen])
+
+    # Trainer hooks
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = self.train_dataset.column_names
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        if self.args.num_iterations == 1:
+            return super()._get_train_sampler(dataset)
+        return RepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=1,
+            batch_size=self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
+            repeat_count=self.args.num_iterations,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: list[dict[str, Any]],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Loss and rewards on held-out prompts, from the same noise at every evaluation."""
+        pairs = self._generate_and_score_trajectories(inputs, seed_step=-1)
+        chunk_size = self.args.transition_batch_size or self.args.per_device_eval_batch_size
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = [self.compute_loss(model, chunk) for chunk in pairs.transitions(chunk_size)]
+        return torch.stack(losses).sum(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        names = sorted(self._metrics[mode])
+        if names:
+            means = torch.stack([torch.cat([v.flatten() for v in self._metrics[mode][n]]).mean() for n in names])
+            means = self.accelerator.reduce(means, reduction="mean").tolist()
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({f"{prefix}{name}": mean for name, mean in zip(names, means, strict=True)})
+        super().log(logs, start_time)
+        self._metrics[mode].clear()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[str],
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        batch_size: int | None = None,
+    ) -> torch.Tensor:
+        """
+        Images of the current policy, by deterministic sampling.
+
+        Args:
+            prompts (`list[str]`): prompts that were encoded at the start (of the datasets or of a callback).
+            seed (`int`, *optional*, defaults to `0`): prompt i starts from the noise of `seed + i`.
+            num_inference_steps (`int`, *optional*): defaults to the configuration's.
+            guidance_scale (`float`, *optional*): defaults to the configuration's.
+            batch_size (`int`, *optional*): prompts at once. Defaults to `per_device_eval_batch_size`.
+
+        Returns:
+            `torch.Tensor` of shape `(len(prompts), 3, height, width)`: images in [0, 1], float32, on the CPU.
+        """
+        device = self.accelerator.device
+        batch_size = batch_size or self.args.per_device_eval_batch_size
+        images = []
+        with self._eval_mode(), self.accelerator.autocast():
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                latents = self.policy.sample(
+                    self.model,
+                    self.prompt_cache.load(batch).to(device),
+                    self.negative_prompt_embeds,
+                    latent_shape=self.latent_shape,
+                    num_inference_steps=num_inference_steps or self.args.num_inference_steps,
+                    guidance_scale=self.args.guidance_scale if guidance_scale is None else guidance_scale,
+                    generators=[torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))],
+                )
+                images.append(self.policy.decode(latents).cpu())
+        return torch.cat(images)
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        """Evaluation mode of the network, without changing what `self.model.training` says to the logs."""
+        modules = [module for module in self.model.children() if module.training]
+        for module in modules:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.train()
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        output_dir = Path(output_dir if output_dir is not None else self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(model):
+            super()._save(str(output_dir), state_dict)
+            self.policy.save_lora_weights(output_dir, model)
+        else:
+            model.save_pretrained(output_dir / "transformer")
+            torch.save(self.args, output_dir / "training_args.bin")
+        self.create_model_card()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint) / "transformer"
+        if not folder.is_dir():
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(model, trial)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the model card `README.md` into the output folder.
+
+        Args:
+            model_name (`str`, *optional*): name of the model. Defaults to the Hub id's or the folder's.
+            dataset_name (`str`, *optional*): name of the dataset.
+            tags (`str` or `list[str]`, *optional*): further tags.
+        """
+        if not self.is_world_process_zero():
+            return
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        args = self.args
+        method = {
+            name: getattr(args, name)
+            for name in (
+                "beta",
+                "loss_type",
+                "num_inference_steps",
+                "num_sde_steps",
+                "num_candidates",
+                "noise_level",
+                "sde_type",
+                "guidance_scale",
+                "velocity_target",
+                "learning_rate",
+                "max_steps",
+                "num_train_epochs",
+            )
+        }
+        metrics = {}
+        for logs in self.state.log_history:
+            metrics |= {name: value for name, value in logs.items() if name.startswith(("reward", "eval_", "kl"))}
+        write_model_card(
+            Path(args.output_dir) / "README.md",
+            trainer_name=self._name,
+            base_model=self.policy.name_or_path,
+            model_name=model_name or (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1],
+            dataset_name=dataset_name or args.dataset_name,
+            tags=[*self._tag_names, *tags],
+            license=None,
+            method_table=method,
+            metrics=metrics,
+            images=sorted(Path(args.output_dir).glob("samples/*.png"))[-4:],
+            hub_model_id=self.hub_model_id,
+            paper=self._paper,
+            command=" ".join(["python", *(Path(part).name for part in sys.argv[:1]), *sys.argv[1:]]),
+        )
+
+    def _send_telemetry(self) -> None:
+        """TRL's reads fields that only language models have."""
+
+
+def _as_list(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _seed(*parts: int) -> int:
+    """A seed of its own for every combination of `parts`."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+def _check_writable(folder: str) -> None:
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`output_dir={folder}` cannot be created: {error}.") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"`output_dir={folder}` is not writable.")
+
+
+def _model_init_kwargs(args: TAPOConfig, peft_config: PeftConfig | None) -> dict[str, Any]:
+    """Loading arguments. A base that LoRA keeps frozen is loaded in the precision it is used in."""
+    kwargs = dict(args.model_init_kwargs or {})
+    dtype: str | torch.dtype | None = kwargs.pop("torch_dtype", None)
+    if dtype is None and peft_config is not None:
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return kwargs | {"torch_dtype": dtype}
+
+
+def _prepare_prompts(dataset: Dataset, name: str) -> Dataset:
+    """Check the prompts and number the rows: the noise of a rollout depends on the row, not on the process."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"`{name}` needs a column `prompt`, but has {dataset.column_names}. Rename yours.")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(f"`{name}` row {row}: `prompt` must be a string, got {prompt!r}.")
+    if ROW_COLUMN in dataset.column_names:
+        dataset = dataset.remove_columns(ROW_COLUMN)
+    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
