@@ -15,6 +15,7 @@
 """What every model family offers to rollouts, losses and trainers: [`FlowPolicy`]."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ class FlowPolicy(ABC):
     def vae_fingerprint(self) -> str:
         """Short hash of the VAE: its configuration and the signs of its weights, which no change of dtype moves."""
         config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
-        digest = hashlib.sha256(repr(sorted(config.items())).encode())
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.vae.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().signbit().numpy().tobytes())

@@ -49,7 +49,7 @@ def load_policy(
             name: None for name, value in DiffusionPipeline.load_config(model).items() if value == [None, None]
         }
         pipeline = DiffusionPipeline.from_pretrained(
-            model, torch_dtype=torch_dtype or torch.float32, **absent | model_init_kwargs
+            model, dtype=torch_dtype or torch.float32, **absent | model_init_kwargs
         )
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return SD3Policy(pipeline)

@@ -61,18 +61,20 @@ class StubTrainer(Trainer):
         self.generated = []
         if isinstance(model, ModelMixin):
             make_config_trackable(model)
-        super().__init__(model=model, args=args, train_dataset=[{"x": float(i)} for i in range(64)], callbacks=callbacks)
+        super().__init__(
+            model=model, args=args, train_dataset=[{"x": float(i)} for i in range(64)], callbacks=callbacks
+        )
         for callback in callbacks:
             if isinstance(callback, TAPOCallback):
                 callback.attach(self)
 
     def compute_loss(self, model, inputs, **kwargs):
         if self.rewards is not None:
-            self._metrics["train"]["reward"].append(self.rewards[self.state.global_step])
+            self._metrics["train"]["reward"].append(torch.tensor(float(self.rewards[self.state.global_step])))
         return sum((p - 5.0).square().sum() for p in model.parameters() if p.requires_grad)
 
     def log(self, logs, start_time=None):
-        averages = {name: sum(values) / len(values) for name, values in self._metrics["train"].items() if values}
+        averages = {name: torch.stack(values).mean().item() for name, values in self._metrics["train"].items()}
         self._metrics["train"].clear()
         super().log({**logs, **averages}, start_time)
 
@@ -289,7 +291,9 @@ class TestEMACallback:
         run(tmp_path, [ema], model=model, policy=policy)
         weights = load_file(tmp_path / "ema" / "pytorch_lora_weights.safetensors")
         with ema.average_parameters():
-            averaged = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+            averaged = {
+                name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad
+            }
         assert set(averaged) == {name for name in averaged if "lora" in name}
         assert len(weights) == len(averaged) > 2
         for name, value in averaged.items():
@@ -396,7 +400,11 @@ class TestRewardHackingGuardCallback:
         options = {"save_strategy": "steps", "save_steps": 4, "rewards": range(10)}
         run(tmp_path, [self.guard([2.0, 2.5, 1.5], action="stop")], max_steps=4, **options)
         trainer = run(
-            tmp_path, [self.guard([1.0], action="stop")], resume=str(tmp_path / "checkpoint-4"), max_steps=10, **options
+            tmp_path,
+            [self.guard([1.0], action="stop")],
+            resume=str(tmp_path / "checkpoint-4"),
+            max_steps=10,
+            **options,
         )
         assert trainer.state.global_step == 6, "one bad check before the resume, one after"
 

@@ -1,0 +1,83 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Preference pairs of real emoji: an annotator who likes the 3D style, and the right picture over a wrong one.
+
+    python examples/emoji/make_pairs.py
+
+Writes `pairs/train.parquet` and `pairs/test.parquet` (`prompt`, `chosen`, `rejected`, `kind`) and `prompts/train.txt`
+and `prompts/test.txt` beside this script. The captions of the two splits are disjoint. Two pairs of each kind per
+caption:
+
+- `style`: the caption drawn in the preferred style is chosen over each of the two other styles;
+- `subject`: a picture of the caption is chosen over a picture of another caption, both in the same other style or both
+  in the preferred one.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, Value, load_dataset
+
+
+HERE = Path(__file__).resolve().parent
+FEATURES = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image(), "kind": Value("string")})
+
+
+def make_pairs(images: dict[tuple[str, str], dict], preferred_style: str, seed: int) -> list[dict]:
+    """
+    Args:
+        images (`dict`): encoded image by `(caption, style)`.
+        preferred_style (`str`): style that wins.
+        seed (`int`): seed of the wrong captions.
+    """
+    rng = random.Random(seed)
+    captions = sorted({caption for caption, _ in images})
+    others = sorted({style for _, style in images} - {preferred_style})
+    rows = []
+    for caption in captions:
+        chosen = images[caption, preferred_style]
+        for style in others:
+            rows.append((caption, chosen, images[caption, style], "style"))
+        for style in (preferred_style, rng.choice(others)):
+            wrong = rng.choice([other for other in captions if other != caption])
+            rows.append((caption, images[caption, style], images[wrong, style], "subject"))
+    rng.shuffle(rows)
+    return [dict(zip(FEATURES, row, strict=True)) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preferred_style", default="fluent", choices=["fluent", "noto", "twemoji"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    emoji = load_dataset("parquet", data_files=str(HERE / "data" / "emoji.parquet"), split="train")
+    emoji = emoji.cast_column("image", Image(decode=False))
+    for folder in ("pairs", "prompts"):
+        (HERE / folder).mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        rows = [row for row in emoji if row["split"] == split]
+        images = {(row["prompt"], row["style"]): row["image"] for row in rows}
+        pairs = Dataset.from_list(make_pairs(images, args.preferred_style, args.seed), features=FEATURES)
+        pairs.to_parquet(HERE / "pairs" / f"{split}.parquet")
+        captions = sorted({row["prompt"] for row in rows})
+        (HERE / "prompts" / f"{split}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+        print(f"{split}: {len(pairs)} pairs of {len(captions)} captions, {args.preferred_style!r} preferred")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What TAPO did to the emoji model, measured by judges that training never saw, on prompts that training never saw.
+
+    python examples/emoji/report.py --base examples/emoji/pipeline --slrm runs/emoji/slrm --lora runs/emoji/tapo
+
+Prints a table and writes into `report/`: `metrics.json`, `before_after.png` (the same prompts and seeds), `curves.png`
+and `index.html`, which shows all of them.
+"""
+
+import argparse
+import html
+import json
+import time
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from datasets import load_dataset  # noqa: E402
+from diffusers import StableDiffusion3Pipeline  # noqa: E402
+from judges import load_judges, recall_at  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+from tapo_trl import SLRMModel, load_policy  # noqa: E402
+from tapo_trl.metrics import evaluate_preference_accuracy  # noqa: E402
+
+
+HERE = Path(__file__).resolve().parent
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+RULES = {"ground_truth": "paper's rule (sees the clean latent)", "reference": "velocity rule", "none": "logit only"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="examples/emoji/pipeline")
+    parser.add_argument("--slrm", default="runs/emoji/slrm")
+    parser.add_argument("--lora", default="runs/emoji/tapo")
+    parser.add_argument("--output_dir", default="report", type=Path)
+    parser.add_argument("--preferred_style", default="fluent")
+    parser.add_argument("--seeds", type=int, default=4, help="Images per held-out prompt.")
+    parser.add_argument("--num_inference_steps", type=int, default=16)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--max_sequence_length", type=int, default=1)
+    return parser.parse_args()
+
+
+def generate(pipeline: StableDiffusion3Pipeline, prompts: list[str], args: argparse.Namespace) -> torch.Tensor:
+    """`args.seeds` images per prompt by plain diffusers: `[len(prompts) * seeds, 3, 64, 64]` in [0, 1]."""
+    batches = []
+    for seed in range(args.seeds):
+        batches.append(
+            pipeline(
+                prompts,
+                height=64,
+                width=64,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                max_sequence_length=args.max_sequence_length,
+                generator=[torch.Generator().manual_seed(1000 * seed + row) for row in range(len(prompts))],
+                output_type="pt",
+            ).images
+        )
+    return torch.cat(batches)
+
+
+def judge(images: torch.Tensor, prompts: list[str], args: argparse.Namespace) -> dict[str, float]:
+    style_judge, subject_judge = load_judges(HERE / "judges")
+    styles = style_judge.style_probabilities(images).argmax(-1)
+    ranks = subject_judge.ranks(images, prompts)
+    shares = {name: (styles == index).float().mean().item() for index, name in enumerate(style_judge.styles)}
+    return {"style_shares": shares, "subject_r1": recall_at(ranks, 1), "subject_r10": recall_at(ranks, 10)}
+
+
+def read_logs(folder: str) -> list[dict]:
+    return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+
+
+def draw_grid(before: torch.Tensor, after: torch.Tensor, prompts: list[str], path: Path) -> None:
+    """One row per prompt: its images before, then after, of the same seeds."""
+    scale, label, gap = 2, 150, 24
+    columns, size = before.shape[1], 64 * scale
+    width = label + 2 * columns * size + gap
+    grid = Image.new("RGB", (width, 24 + len(prompts) * size), "white")
+    canvas = ImageDraw.Draw(grid)
+    canvas.text((label, 6), "before TAPO", fill="black")
+    canvas.text((label + columns * size + gap, 6), "after TAPO (same prompts and seeds)", fill="black")
+    for row, prompt in enumerate(prompts):
+        canvas.text((6, 24 + row * size + size // 2 - 6), prompt, fill="black")
+        for side, images in enumerate((before, after)):
+            for column in range(columns):
+                pixels = (images[row, column] * 255).round().byte().permute(1, 2, 0).numpy()
+                tile = Image.fromarray(pixels).resize((size, size), Image.BICUBIC)
+                grid.paste(tile, (label + side * (columns * size + gap) + column * size, 24 + row * size))
+    grid.save(path)
+
+
+def draw_curves(slrm_logs: list[dict], tapo_logs: list[dict], accuracy: dict, path: Path) -> None:
+    figure, axes = plt.subplots(1, 4, figsize=(18, 3.8))
+
+    def plot(axis, logs, names, title):
+        for name in names:
+            points = [(log["step"], log[name]) for log in logs if name in log]
+            axis.plot(*zip(*points, strict=True), label=name)
+        axis.set(title=title, xlabel="step")
+        axis.legend()
+
+    plot(axes[0], slrm_logs, ["accuracy"], "SLRM: training accuracy")
+    for rule, values in accuracy.items():
+        axes[1].plot(list(values), list(values.values()), marker="o", label=RULES[rule])
+    axes[1].axhline(0.5, color="grey", linestyle=":")
+    axes[1].set(title="SLRM: accuracy on held-out pairs", xlabel="sigma (noise level)")
+    axes[1].legend()
+    plot(axes[2], tapo_logs, ["reward"], "TAPO: latent reward of the candidates")
+    plot(axes[3], tapo_logs, ["rewards/accuracies"], "TAPO: share of pairs ranked rightly")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def write_page(metrics: dict, table: str, path: Path) -> None:
+    path.write_text(
+        "<!doctype html><meta charset='utf-8'><title>tapo_trl: the emoji world</title>"
+        "<style>body{font-family:sans-serif;max-width:1250px;margin:2em auto}img{max-width:100%}</style>"
+        "<h1>TAPO on the emoji world</h1>"
+        "<p>A tiny Stable Diffusion 3.5 draws each caption in three styles. The reward model learned from pairs of real "
+        "images to prefer one of them, and TAPO aligned the model with it. Everything below is measured on captions "
+        "that neither of the two trainings saw, by judges that were trained on real images only.</p>"
+        f"<pre>{html.escape(table)}</pre>"
+        "<h2>Before and after</h2><img src='before_after.png' alt='samples before and after TAPO'>"
+        "<h2>Curves</h2><img src='curves.png' alt='training curves'>"
+        f"<h2>metrics.json</h2><pre>{html.escape(json.dumps(metrics, indent=2))}</pre>",
+        encoding="utf-8",
+    )
+
+
+def format_table(metrics: dict, preferred_style: str) -> str:
+    lines = [
+        f"{'on held-out prompts':44}{'before':>8}{'after':>8}",
+        f"{f'share of the preferred style ({preferred_style})':44}"
+        f"{metrics['preferred_style_share_before']:8.2f}{metrics['preferred_style_share_after']:8.2f}",
+        f"{'right subject among the 10 best captions':44}"
+        f"{metrics['subject_r10_before']:8.2f}{metrics['subject_r10_after']:8.2f}",
+        f"{'right subject is the best caption':44}"
+        f"{metrics['subject_r1_before']:8.2f}{metrics['subject_r1_after']:8.2f}",
+        "",
+        f"{'SLRM accuracy on held-out pairs at sigma':44}" + "".join(f"{sigma:8}" for sigma in SIGMAS),
+    ]
+    for rule, values in metrics["slrm_accuracy"].items():
+        lines.append(f"{RULES[rule]:44}" + "".join(f"{value:8.2f}" for value in values.values()))
+    lines += ["", "seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in metrics["seconds"].items())]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+
+    policy = load_policy(args.base)
+    pairs = load_dataset("parquet", data_files=str(HERE / "pairs" / "test.parquet"), split="train")
+    slrm = SLRMModel.from_pretrained(args.slrm).eval()
+    accuracy = evaluate_preference_accuracy(slrm, policy, pairs, SIGMAS, tuple(RULES), resolution=64, batch_size=64)
+
+    prompts = (HERE / "prompts" / "test.txt").read_text(encoding="utf-8").splitlines()
+    policy.pipeline.set_progress_bar_config(disable=True)
+    before = generate(policy.pipeline, prompts, args)
+    policy.pipeline.load_lora_weights(args.lora)
+    after = generate(policy.pipeline, prompts, args)
+    results = {name: judge(images, prompts * args.seeds, args) for name, images in (("before", before), ("after", after))}
+
+    slrm_logs, tapo_logs = read_logs(args.slrm), read_logs(args.lora)
+    metrics = {
+        f"{name}_{when}": value
+        for when, result in results.items()
+        for name, value in {
+            "preferred_style_share": result["style_shares"][args.preferred_style],
+            "subject_r10": result["subject_r10"],
+            "subject_r1": result["subject_r1"],
+            "style_shares": result["style_shares"],
+        }.items()
+    }
+    metrics["slrm_accuracy"] = {rule: {str(s): value for s, value in values.items()} for rule, values in accuracy.items()}
+    metrics["seconds"] = {
+        "slrm": slrm_logs[-1]["train_runtime"],
+        "tapo": tapo_logs[-1]["train_runtime"],
+        "report": time.perf_counter() - start,
+    }
+
+    shape = (args.seeds, len(prompts), *before.shape[1:])
+    shown = slice(0, 12)
+    draw_grid(
+        before.view(shape).transpose(0, 1)[shown],
+        after.view(shape).transpose(0, 1)[shown],
+        prompts[shown],
+        args.output_dir / "before_after.png",
+    )
+    draw_curves(slrm_logs, tapo_logs, accuracy, args.output_dir / "curves.png")
+    (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    table = format_table(metrics, args.preferred_style)
+    write_page(metrics, table, args.output_dir / "index.html")
+    print(table)
+    print(f"\nPictures and curves: {args.output_dir / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..data import default_prompts
+from ..policies import FlowPolicy, load_policy
+from ..trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
+from .arguments import DiffusionModelConfig, PreferenceDatasetArguments, TAPOScriptArguments
+
+
+if TYPE_CHECKING:
+    from ..trainer.slrm_config import SLRMConfig
+    from ..trainer.tapo_config import TAPOConfig
+
+
+logger = logging.get_logger(__name__)
+
+FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
+
+
+def load_policy_from_args(model_args: DiffusionModelConfig, training_args: "SLRMConfig | TAPOConfig") -> FlowPolicy:
+    """
+    Loads the policy of a training command.
+
+    Args:
+        model_args ([`DiffusionModelConfig`]): The pipeline, its revision and its precision.
+        training_args ([`SLRMConfig`] or [`TAPOConfig`]): Its `model_init_kwargs` take precedence.
+
+    Returns:
+        [`FlowPolicy`]: The policy.
+    """
+    options = {"torch_dtype": model_args.dtype, "revision": model_args.model_revision}
+    return load_policy(model_args.require_model(), **{**options, **(training_args.model_init_kwargs or {})})
+
+
+def load_split(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """
+    Loads one split of a data set, wherever it is.
+
+    Args:
+        name (`str`): A `.parquet`, `.json`, `.jsonl`, `.csv` or `.txt` file, a folder written by
+            `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, a folder of data files, or a Hub id.
+        config (`str`, *optional*): Configuration of a data set on the Hub.
+        split (`str`, *optional*, defaults to `"train"`): Split. A file is one split, `train`, of which slices such as
+            `train[:90%]` can be taken.
+
+    Returns:
+        [`~datasets.Dataset`]: The split.
+    """
+    path = Path(name)
+    if path.suffix in FILE_BUILDERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {name} (the working directory is {os.getcwd()}).")
+        return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split=split)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(str(path))
+        if isinstance(saved, Dataset):
+            saved = DatasetDict({"train": saved})
+        if split not in saved:
+            raise ValueError(f"The data set in {name} has no split `{split}`; it has {sorted(saved)}.")
+        return saved[split]
+    return load_dataset(name, config, split=split)
+
+
+def _require_columns(dataset: Dataset, columns: dict[str, str], name: str) -> None:
+    """Checks that the columns exist; `columns` maps the option that names a column to the column."""
+    for option, column in columns.items():
+        if column not in dataset.column_names:
+            near = difflib.get_close_matches(column, dataset.column_names, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ValueError(
+                f"The data set {name} has no column `{column}` (`{option}`); it has {dataset.column_names}.{hint}"
+            )
+
+
+def _rename(dataset: Dataset, old: str, new: str) -> Dataset:
+    if old == new:
+        return dataset
+    if new in dataset.column_names:
+        dataset = dataset.remove_columns(new)
+    return dataset.rename_column(old, new)
+
+
+def load_prompts(name: str, config: str | None = None, split: str = "train", prompt_column: str = "prompt") -> Dataset:
+    """
+    Loads prompts into the column `prompt`, other columns beside it (reward functions receive them).
+
+    Args:
+        name (`str`), config (`str`, *optional*), split (`str`): See [`load_split`].
+        prompt_column (`str`, *optional*, defaults to `"prompt"`): Column of the prompts. The lines of a `.txt` file are
+            prompts; empty lines are left out.
+
+    Returns:
+        [`~datasets.Dataset`]: With the column `prompt`.
+    """
+    dataset = load_split(name, config, split)
+    if Path(name).suffix == ".txt":
+        return dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip())
+    _require_columns(dataset, {"prompt_column": prompt_column}, name)
+    return _rename(dataset, prompt_column, "prompt")
+
+
+def load_prompt_dataset(
+    script_args: TAPOScriptArguments, training_args: "TAPOConfig"
+) -> tuple[Dataset, Dataset | None]:
+    """
+    The prompts to train on and the held-out prompts.
+
+    Args:
+        script_args ([`TAPOScriptArguments`]): Where the prompts are.
+        training_args ([`TAPOConfig`]): Its `dataset_name` and `dataset_split` name the training prompts.
+
+    Returns:
+        `tuple[Dataset, Dataset | None]`: Both with the column `prompt`. Without a `dataset_name` the first holds the
+        prompts that ship with the package; the second is `None` if nothing is held out.
+    """
+    train_dataset, eval_dataset = default_prompts(), None
+    if training_args.dataset_name is not None:
+        train_dataset = load_prompts(
+            training_args.dataset_name,
+            script_args.dataset_config,
+            training_args.dataset_split,
+            script_args.prompt_column,
+        )
+    eval_name = script_args.eval_dataset_name or training_args.dataset_name
+    if script_args.eval_dataset_name is not None or script_args.dataset_test_split is not None:
+        if eval_name is None:
+            raise ValueError(
+                "`dataset_test_split` is set, but neither `eval_dataset_name` nor `dataset_name` says of which data set."
+            )
+        eval_dataset = load_prompts(
+            eval_name, script_args.dataset_config, script_args.dataset_test_split or "train", script_args.prompt_column
+        )
+    if training_args.eval_strategy != "no" and eval_dataset is None:
+        raise ValueError(
+            "`eval_strategy` asks for evaluations, but no prompts are held out: set `dataset_test_split` or "
+            '`eval_dataset_name`, or `eval_strategy: "no"`.'
+        )
+    return train_dataset, eval_dataset
+
+
+def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Dataset:
+    """
+    Loads preference pairs into the columns that [`SLRMTrainer`] reads. No image is decoded or copied.
+
+    Args:
+        args ([`PreferenceDatasetArguments`]): Where the pairs are, and how their columns are called.
+        split (`str`): Split.
+
+    Returns:
+        [`~datasets.Dataset`]: With the columns `prompt`, `chosen` and `rejected`, and with `pair_columns` also `label`
+            (1, or 0.5 for a tie), in the order of the data set. Pairs without a label are left out.
+    """
+    dataset = load_split(args.dataset_name, args.dataset_config, split)
+    if args.pair_columns is None:
+        columns = {
+            "prompt_column": args.prompt_column,
+            "chosen_column": args.chosen_column,
+            "rejected_column": args.rejected_column,
+        }
+        if args.chosen_column not in dataset.column_names and "image_0" in dataset.column_names:
+            raise ValueError(
+                f"The data set {args.dataset_name} stores pairs by position (`image_0`, `image_1`): set "
+                "`pair_columns: [image_0, image_1]` and `label_column`, the column that tells how much the first is "
+                "preferred."
+            )
+        _require_columns(dataset, columns, args.dataset_name)
+        dataset = _rename(dataset, args.chosen_column, "chosen")
+        dataset = _rename(dataset, args.rejected_column, "rejected")
+        return _rename(dataset, args.prompt_column, "prompt")
+
+    first, second = args.pair_columns
+    _require_columns(
+        dataset,
+        {
+            "prompt_column": args.prompt_column,
+            "pair_columns[0]": first,
+            "pair_columns[1]": second,
+            "label_column": args.label_column,
+        },
+        args.dataset_name,
+    )
+    labels = np.asarray(dataset[args.label_column][:], dtype=float)
+    labelled = ~np.isnan(labels)
+    if not ((labels[labelled] >= 0) & (labels[labelled] <= 1)).all():
+        raise ValueError(
+            f"`label_column` (`{args.label_column}`) must hold values in [0, 1], how much `{first}` is preferred, but they "
+            f"reach from {np.nanmin(labels)} to {np.nanmax(labels)}."
+        )
+    if not labelled.all():
+        logger.warning(f"Left out {(~labelled).sum()} of {len(labels)} pairs, which have no `{args.label_column}`.")
+    dataset = _rename(dataset, args.prompt_column, "prompt")
+    dataset = _rename(dataset, args.label_column, "label_of_first")
+    dataset = dataset.add_column("label", np.where(labels == 0.5, 0.5, 1.0).tolist())
+    first_rows, second_rows = np.flatnonzero(labels >= 0.5), np.flatnonzero(labels < 0.5)
+    parts = [
+        _rename(_rename(dataset.select(rows), chosen, "chosen"), rejected, "rejected")
+        for rows, chosen, rejected in ((first_rows, first, second), (second_rows, second, first))
+    ]
+    pairs = concatenate_datasets([part.select_columns(["prompt", "chosen", "rejected", "label"]) for part in parts])
+    return pairs.select(np.argsort(np.concatenate([first_rows, second_rows])))
+
+
+def load_function(spec: str, option: str) -> Callable:
+    """
+    Imports a callable. Modules of the working directory are found, too.
+
+    Args:
+        spec (`str`): `package.module:function`.
+        option (`str`): Name of the option, for the error.
+
+    Returns:
+        `Callable`: The function.
+    """
+    module_name, _, name = spec.partition(":")
+    if not name:
+        raise ValueError(f"`{option}` must have the form `package.module:function`, but it is `{spec}`.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = importlib.import_module(module_name).__dict__[name]
+    except ModuleNotFoundError as error:
+        raise ValueError(f"`{option}`: cannot import `{spec}`: {error}.") from error
+    except KeyError as error:
+        raise ValueError(f"`{option}`: the module `{module_name}` has no `{name}`.") from error
+    if not callable(function):
+        raise ValueError(f"`{option}`: `{spec}` is a `{type(function).__name__}`, not a function.")
+    return function
+
+
+def load_reward_models(specs: list[str] | None) -> str | Callable | list[str | Callable]:
+    """
+    The reward models for [`TAPOTrainer`].
+
+    Args:
+        specs (`list[str]`, *optional*): Folders or Hub ids of SLRMs, and `package.module:function` callables.
+
+    Returns:
+        One reward model, or a list of several, to be combined with `reward_weights`.
+    """
+    if not specs:
+        raise ValueError(
+            "`reward_model` is missing: give the folder or Hub id of an SLRM (train one with `tapo-trl slrm`), or "
+            "`package.module:function`."
+        )
+    rewards = [
+        load_function(spec, "reward_model") if ":" in spec and not Path(spec).exists() else spec for spec in specs
+    ]
+    return rewards[0] if len(rewards) == 1 else rewards
+
+
+def read_prompts(prompts: list[str], option: str) -> list[str]:
+    """
+    Prompts as they are, or the lines of the one `.txt` file that is named.
+
+    Args:
+        prompts (`list[str]`): Prompts, or one path that ends in `.txt`.
+        option (`str`): Name of the option, for the error.
+
+    Returns:
+        `list[str]`: At least one prompt.
+    """
+    if len(prompts) == 1 and prompts[0].endswith(".txt"):
+        path = Path(prompts[0])
+        if not path.is_file():
+            raise FileNotFoundError(f"`{option}`: there is no file {path}.")
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"`{option}` has no prompt in it.")
+    return prompts
+
+
+def build_callbacks(
+    script_args: TAPOScriptArguments,
+    training_args: "TAPOConfig",
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+) -> list[TrainerCallback]:
+    """
+    The callbacks that the flags ask for.
+
+    Args:
+        script_args ([`TAPOScriptArguments`]): The flags.
+        training_args ([`TAPOConfig`]): Its `resume_from_checkpoint` tells where a saved average lies.
+        train_dataset ([`~datasets.Dataset`]): Training prompts.
+        eval_dataset ([`~datasets.Dataset`], *optional*): Held-out prompts.
+
+    Returns:
+        `list[TrainerCallback]`: For `callbacks=`, in the order that they need.
+    """
+    callbacks, ema = [], None
+    if script_args.ema_decay is not None:
+        resume_from = training_args.resume_from_checkpoint
+        ema = EMACallback(
+            decay=script_args.ema_decay,
+            resume_from=resume_from if resume_from and Path(resume_from).is_dir() else None,
+        )
+        callbacks.append(ema)
+    if script_args.sample_every_steps is not None:
+        if script_args.sample_prompts is not None:
+            prompts = read_prompts(script_args.sample_prompts, "sample_prompts")
+        else:
+            prompts = (train_dataset if eval_dataset is None else eval_dataset)[:8]["prompt"]
+        callbacks.append(
+            SampleGridCallback(prompts, script_args.sample_every_steps, seed=script_args.sample_seed, ema=ema)
+        )
+    if script_args.guard_reward is not None:
+        if eval_dataset is None:
+            raise ValueError("`guard_reward` needs held-out prompts: set `dataset_test_split` or `eval_dataset_name`.")
+        callbacks.append(
+            RewardHackingGuardCallback(
+                load_function(script_args.guard_reward, "guard_reward"),
+                eval_dataset[: script_args.guard_num_prompts]["prompt"],
+                every_n_steps=script_args.guard_every_steps,
+                patience=script_args.guard_patience,
+                min_drop=script_args.guard_min_drop,
+                action=script_args.guard_action,
+            )
+        )
+    return callbacks

@@ -1,0 +1,113 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from .parser import RecipeParser
+
+
+def make_parser() -> RecipeParser:
+    """Parser of `tapo-trl evaluate`."""
+    from .arguments import EvaluateArguments, PipelineConfig
+
+    return RecipeParser((EvaluateArguments, PipelineConfig), prog="tapo-trl evaluate")
+
+
+def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
+    """
+    Accuracy of an SLRM on held-out pairs: share of the pairs whose preferred image has the higher score.
+
+    Args:
+        args ([`EvaluateArguments`]): The SLRM and the pairs.
+        model_args ([`PipelineConfig`]): The pipeline; by default the one that the SLRM was trained from.
+
+    Returns:
+        `dict[str, dict[float, float]]`: `{rule: {sigma: accuracy}}`.
+    """
+    from accelerate import PartialState
+
+    from ..metrics import evaluate_preference_accuracy
+    from ..policies import load_policy
+    from ..rewards import SLRMModel
+    from .builders import load_preference_pairs
+
+    pairs = load_preference_pairs(args, args.dataset_test_split)
+    if args.max_pairs is not None:
+        pairs = pairs.select(range(min(args.max_pairs, len(pairs))))
+    device = PartialState().device
+    slrm = SLRMModel.from_pretrained(args.slrm).to(device)
+    policy = load_policy(
+        model_args.model_name_or_path or slrm.config.base_model_name_or_path,
+        torch_dtype=model_args.dtype,
+        revision=model_args.model_revision,
+    )
+    policy.pipeline.to(device)
+    return evaluate_preference_accuracy(
+        slrm,
+        policy,
+        pairs,
+        sigmas=args.sigmas,
+        rules=args.rules,
+        resolution=args.resolution,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+
+
+def measure_rewards(args, model_args) -> dict[str, float]:
+    """
+    Mean rewards of a model's samples.
+
+    Args:
+        args ([`EvaluateArguments`]): The rewards, the prompts and how to sample.
+        model_args ([`PipelineConfig`]): The pipeline.
+
+    Returns:
+        `dict[str, float]`: `{reward: mean}`.
+    """
+    import torch
+
+    from .builders import load_function, read_prompts
+    from .sample import draw, load_pipeline
+
+    rewards = {spec: load_function(spec, "reward_model") for spec in args.reward_model}
+    prompts = read_prompts(args.prompts, "prompts")
+    images = draw(load_pipeline(model_args, args.lora), prompts, args)
+    return {
+        spec: torch.as_tensor(reward(images, prompts), dtype=torch.float32).mean().item()
+        for spec, reward in rewards.items()
+    }
+
+
+def main(args, model_args) -> None:
+    """
+    Measures, prints and (with `output_file`) writes the result as JSON: `slrm_accuracy` = `{rule: {sigma: accuracy}}`
+    and `rewards` = `{reward: mean}`, whichever were asked for.
+
+    Args:
+        args ([`EvaluateArguments`]): What to measure.
+        model_args ([`PipelineConfig`]): The pipeline.
+    """
+    import json
+    from pathlib import Path
+
+    result = {}
+    if args.slrm is not None:
+        result["slrm_accuracy"] = measure_accuracy(args, model_args)
+    if args.reward_model is not None:
+        result["rewards"] = measure_rewards(args, model_args)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.output_file is not None:
+        path = Path(args.output_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,51 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import importlib
+import sys
+
+
+COMMANDS = {
+    "slrm": "train a latent reward model on preference pairs",
+    "tapo": "align a text-to-image model with a reward model",
+    "evaluate": "measure a reward model on held-out pairs, or the reward of a model's samples",
+    "sample": "draw images, with or without trained weights",
+}
+
+USAGE = """usage: tapo-trl COMMAND [--config recipe.yaml] [--any_field value ...]
+
+commands:
+{commands}
+
+`tapo-trl COMMAND --help` lists every field. Several processes: `accelerate launch -m tapo_trl.cli COMMAND ...`."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `tapo-trl`. Runs one command and returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    usage = USAGE.format(commands="\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    if argv[0] == "--version":
+        from ..version import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"tapo-trl: error: unknown command `{argv[0]}`\n\n{usage}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"tapo_trl.cli.{argv[0]}")
+    command.main(*command.make_parser().parse_args_and_config(argv[1:]))
+    return 0

@@ -1,0 +1,88 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import difflib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from trl import TrlParser
+
+
+class RecipeParser(TrlParser):
+    """
+    A [`~trl.TrlParser`] whose errors are one line: a YAML key or a flag that no dataclass has is refused with the nearest
+    one that exists, and a value that a dataclass refuses is reported in that dataclass's words, without a traceback.
+
+    Flags override the file of `--config`, and the file overrides the defaults. Flags cannot be abbreviated.
+    """
+
+    def __init__(self, dataclass_types, prog: str, **kwargs):
+        super().__init__(dataclass_types, prog=prog, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints `message` without the usage, which has hundreds of flags, and exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple:
+        """
+        Parses the command line and the file of `--config`.
+
+        Args:
+            args (`Iterable[str]`, *optional*): Command line; `sys.argv[1:]` by default.
+
+        Returns:
+            `tuple`: One instance of each dataclass.
+        """
+        args = list(sys.argv[1:] if args is None else args)
+        args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        if "--config" in args:
+            position = args.index("--config") + 1
+            if position == len(args):
+                self.error("`--config` needs the path of a YAML file.")
+            self._check_file(Path(args[position]))
+        self._check_flags(args)
+        try:
+            return super().parse_args_and_config(args, **kwargs)
+        except ValueError as error:
+            self.error(str(error))
+
+    def _check_flags(self, args: list[str]) -> None:
+        for arg in args:
+            flag = arg.split("=", 1)[0]
+            if flag.startswith("--") and flag != "--config" and flag not in self._option_string_actions:
+                self.error(f"unknown flag `{flag}`." + self._nearest(flag.lstrip("-"), "--"))
+
+    def _check_file(self, path: Path) -> None:
+        if not path.is_file():
+            self.error(f"`--config`: there is no file {path}.")
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            self.error(f"{path} is not valid YAML: {error}")
+        if not isinstance(config, dict):
+            self.error(f"{path} must hold a YAML mapping of fields to values.")
+        fields = self._field_names()
+        for key in config:
+            if key != "env" and key not in fields:
+                self.error(f"unknown key `{key}` in {path}." + self._nearest(str(key)))
+
+    def _field_names(self) -> set[str]:
+        return {action.dest for action in self._actions if action.dest != "help"}
+
+    def _nearest(self, name: str, prefix: str = "") -> str:
+        near = difflib.get_close_matches(name.replace("-", "_"), sorted(self._field_names()), n=1, cutoff=0.5)
+        return f" Did you mean `{prefix}{near[0]}`?" if near else f" `{self.prog} --help` lists the fields."

@@ -1,0 +1,57 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from .parser import RecipeParser
+
+
+def make_parser() -> RecipeParser:
+    """Parser of `tapo-trl slrm`."""
+    from ..trainer.slrm_config import SLRMConfig
+    from .arguments import DiffusionModelConfig, SLRMScriptArguments
+
+    return RecipeParser((SLRMScriptArguments, SLRMConfig, DiffusionModelConfig), prog="tapo-trl slrm")
+
+
+def main(script_args, training_args, model_args) -> None:
+    """
+    Trains a latent reward model on preference pairs, saves it to `output_dir` and, with `push_to_hub`, uploads it.
+
+    Args:
+        script_args ([`SLRMScriptArguments`]): The preference pairs.
+        training_args ([`SLRMConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from.
+    """
+    from ..trainer.slrm_trainer import SLRMTrainer
+    from .arguments import get_lora_config
+    from .builders import load_policy_from_args, load_preference_pairs
+
+    train_dataset = load_preference_pairs(script_args, script_args.dataset_train_split)
+    eval_dataset = None
+    if script_args.dataset_test_split is not None:
+        eval_dataset = load_preference_pairs(script_args, script_args.dataset_test_split)
+
+    policy = load_policy_from_args(model_args, training_args)
+    trainer = SLRMTrainer(
+        model=policy,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_lora_config(model_args, policy),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()

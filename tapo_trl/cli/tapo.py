@@ -1,0 +1,58 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from .parser import RecipeParser
+
+
+def make_parser() -> RecipeParser:
+    """Parser of `tapo-trl tapo`."""
+    from ..trainer.tapo_config import TAPOConfig
+    from .arguments import DiffusionModelConfig, TAPOScriptArguments
+
+    return RecipeParser((TAPOScriptArguments, TAPOConfig, DiffusionModelConfig), prog="tapo-trl tapo")
+
+
+def main(script_args, training_args, model_args) -> None:
+    """
+    Aligns a policy with its reward model, saves it to `output_dir` and, with `push_to_hub`, uploads it.
+
+    Args:
+        script_args ([`TAPOScriptArguments`]): The reward model, the held-out prompts and the callbacks.
+        training_args ([`TAPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    from ..trainer.tapo_trainer import TAPOTrainer
+    from .arguments import get_lora_config
+    from .builders import build_callbacks, load_policy_from_args, load_prompt_dataset, load_reward_models
+
+    train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
+    reward_model = load_reward_models(script_args.reward_model)
+    callbacks = build_callbacks(script_args, training_args, train_dataset, eval_dataset)
+
+    policy = load_policy_from_args(model_args, training_args)
+    trainer = TAPOTrainer(
+        model=policy,
+        reward_model=reward_model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        peft_config=get_lora_config(model_args, policy),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=training_args.dataset_name)
+    trainer.end()

@@ -1,0 +1,165 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import os
+import re
+import shlex
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..version import __version__
+
+
+TRL_CITATION = """@software{vonwerra2020trl,
+  title   = {{TRL: Transformers Reinforcement Learning}},
+  author  = {von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and Thrush, Tristan and Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gallouédec, Quentin},
+  license = {Apache-2.0},
+  url     = {https://github.com/huggingface/trl},
+  year    = {2020}
+}"""
+
+# Licences of the base models by the start of their names, which fine-tuned weights inherit: `license`, `license_name`.
+BASE_LICENSES = {
+    "stabilityai/stable-diffusion-3": ("other", "stabilityai-ai-community"),
+    "Wan-AI/": ("apache-2.0", None),
+}
+
+SECRET_FLAGS = ("--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-token")
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` can be a repository on the Hub (`user/name`), and is not a folder or file on this machine."""
+    return name is not None and re.fullmatch(r"[\w-]+/[\w.-]+", name) is not None and not os.path.exists(name)
+
+
+def public_command(command: str) -> str:
+    """`command` without access tokens, and with the names of files instead of absolute paths."""
+    words, skip = [], False
+    for word in shlex.split(command):
+        if skip:
+            skip = False
+        elif word in SECRET_FLAGS:
+            skip = True
+        elif not word.startswith(tuple(f"{flag}=" for flag in SECRET_FLAGS)):
+            flag, separator, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+            words.append(flag + separator + (Path(value).name if os.path.isabs(value) else value))
+    return shlex.join(words)
+
+
+def write_model_card(
+    path: str | Path,
+    *,
+    trainer_name: Literal["TAPO", "SLRM"],
+    base_model: str | None,
+    model_name: str,
+    dataset_name: str | None,
+    tags: list[str],
+    license: str | None,
+    method_table: dict[str, Any],
+    metrics: dict[str, float],
+    images: list[Path],
+    hub_model_id: str | None,
+    paper: dict[str, str],
+    command: str | None,
+) -> ModelCard:
+    """
+    Writes the model card of a trained policy or reward model. Needs no network, and puts no path of this machine and no
+    access token into the card: a base model or data set in a local folder is called by the folder's name.
+
+    Args:
+        path (`str` or `Path`): Where the card goes, `<output folder>/README.md`.
+        trainer_name (`"TAPO"` or `"SLRM"`): Which card.
+        base_model (`str`, *optional*): Hub id or folder of the pipeline that was trained.
+        model_name (`str`): Title of the card.
+        dataset_name (`str`, *optional*): Hub id or path of the training data.
+        tags (`list[str]`): Tags beside those that every such model has.
+        license (`str`, *optional*): Licence; by default that of the base model, if it is known.
+        method_table (`dict[str, Any]`): Options of the training, for a table.
+        metrics (`dict[str, float]`): Last logged values, for a table.
+        images (`list[Path]`): Images in the folder of the card, for a gallery.
+        hub_model_id (`str`, *optional*): Repository of the trained model, for the code example.
+        paper (`dict[str, str]`): `title` and `citation` (BibTeX) of the paper.
+        command (`str`, *optional*): Command that started the training.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: The card, as written.
+    """
+    path = Path(path)
+    base_name = Path(base_model).name if base_model else "an unnamed pipeline"
+    base_on_hub, data_on_hub = is_hub_id(base_model), is_hub_id(dataset_name)
+    is_lora = not (path.parent / "transformer").is_dir()
+    is_video = "wan" in base_name.lower()
+    license_name = None
+    if license is None and base_on_hub:
+        known = [value for prefix, value in BASE_LICENSES.items() if base_model.startswith(prefix)]
+        if known:
+            license, license_name = known[0]
+
+    kind = ["tapo"] if trainer_name == "TAPO" else ["slrm", "reward-model"]
+    if trainer_name == "TAPO" and is_lora:
+        kind += ["lora", "template:sd-lora"]
+    task = "text-to-video" if is_video else "text-to-image"
+    card_data = ModelCardData(
+        base_model=base_model if base_on_hub else None,
+        datasets=[dataset_name] if data_on_hub else None,
+        library_name="diffusers",
+        license=license,
+        license_name=license_name,
+        license_link=f"https://huggingface.co/{base_model}/blob/main/LICENSE.md" if license_name else None,
+        metrics=sorted(metrics) or None,
+        model_name=model_name,
+        pipeline_tag=task if trainer_name == "TAPO" else None,
+        tags=list(dict.fromkeys(["trl", *kind, task, "diffusers", "diffusers-training", *tags])),
+    )
+    if base_on_hub:
+        base_link = f"[{base_model}](https://huggingface.co/{base_model})"
+    else:
+        base_link = f"the pipeline `{base_name}`"
+    data_name = Path(dataset_name).name if dataset_name else None
+    data_link = (
+        f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if data_on_hub else f"`{data_name}`"
+    )
+    packages = ("trl", "transformers", "diffusers", "peft", "torch", "datasets")
+
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(resources.files("tapo_trl").joinpath("templates", f"{trainer_name.lower()}_model_card.md")),
+        model_name=model_name,
+        base_model_link=base_link,
+        base_model_argument=base_model if base_on_hub else f"path/to/{base_name}",
+        model_argument=hub_model_id or f"path/to/{model_name}",
+        dataset_name=dataset_name,
+        dataset_link=data_link,
+        is_lora=is_lora,
+        is_video=is_video,
+        pipeline_class="WanPipeline" if is_video else "StableDiffusion3Pipeline",
+        transformer_class="WanTransformer3DModel" if is_video else "SD3Transformer2DModel",
+        images=[
+            {"url": image.relative_to(path.parent).as_posix(), "caption": image.stem.replace("_", " ")}
+            for image in images
+        ],
+        method_table=method_table,
+        metrics={name: f"{value:.4g}" if isinstance(value, float) else value for name, value in metrics.items()},
+        command=public_command(command) if command else None,
+        versions={"tapo_trl": __version__, **{package: version(package) for package in packages}},
+        paper_citation=paper["citation"],
+        trl_citation=TRL_CITATION,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card.save(path)
+    return card

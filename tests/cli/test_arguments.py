@@ -1,0 +1,120 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import dataclasses
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tapo_trl.cli.arguments import (
+    DiffusionModelConfig,
+    EvaluateArguments,
+    PreferenceDatasetArguments,
+    SampleArguments,
+    SLRMScriptArguments,
+    get_lora_config,
+)
+
+
+class TestDiffusionModelConfig:
+    @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+    def test_dtype(self, name):
+        assert DiffusionModelConfig(torch_dtype=name).dtype == getattr(torch, name)
+
+    def test_missing_model_names_the_flag(self):
+        with pytest.raises(ValueError, match="--model_name_or_path"):
+            DiffusionModelConfig().require_model()
+
+    @pytest.mark.parametrize(("field", "value"), [("lora_r", 0), ("lora_dropout", 1.0), ("lora_dropout", -0.1)])
+    def test_bad_values(self, field, value):
+        with pytest.raises(ValueError, match=f"`{field}` must be"):
+            DiffusionModelConfig(**{field: value})
+
+
+class TestGetLoraConfig:
+    def test_none_without_use_peft(self, tiny_sd3_policy):
+        assert get_lora_config(DiffusionModelConfig(), tiny_sd3_policy) is None
+
+    def test_defaults(self, tiny_sd3_policy):
+        config = get_lora_config(DiffusionModelConfig(use_peft=True), tiny_sd3_policy)
+        assert isinstance(config, LoraConfig)
+        assert (config.r, config.lora_alpha, config.lora_dropout) == (64, 64, 0.0)
+        assert config.task_type is None
+        assert config.init_lora_weights == "gaussian"
+        assert set(config.target_modules) == set(tiny_sd3_policy.lora_target_modules)
+
+    def test_own_values(self, tiny_sd3_policy):
+        args = DiffusionModelConfig(
+            use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.1, lora_target_modules=["to_q"]
+        )
+        args = dataclasses.replace(args, init_lora_weights="default")
+        config = get_lora_config(args, tiny_sd3_policy)
+        assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.1)
+        assert config.target_modules == {"to_q"}
+        assert config.init_lora_weights is True
+
+    def test_adapts_every_attention_layer_and_starts_at_zero(self, tiny_sd3_policy):
+        config = get_lora_config(DiffusionModelConfig(use_peft=True, lora_r=2), tiny_sd3_policy)
+        transformer = tiny_sd3_policy.transformer
+        transformer.add_adapter(config)
+        adapted = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A" in name}
+        assert any(".attn2.to_q" in name for name in adapted), "the dual attention layers of SD3.5 are adapted"
+        assert any(".attn.add_k_proj" in name for name in adapted)
+        matrices = [p for name, p in transformer.named_parameters() if ".lora_B" in name]
+        assert matrices
+        assert all((matrix == 0).all() for matrix in matrices)
+
+
+class TestDatasetArguments:
+    def test_pair_columns_need_two_names(self):
+        with pytest.raises(ValueError, match="two columns, but it names 1"):
+            PreferenceDatasetArguments(pair_columns=["image_0"], label_column="label")
+
+    @pytest.mark.parametrize(
+        ("options", "missing"),
+        [({"pair_columns": ["a", "b"]}, "label_column"), ({"label_column": "label"}, "pair_columns")],
+    )
+    def test_pair_columns_and_label_go_together(self, options, missing):
+        with pytest.raises(ValueError, match=f"`{missing}` is not"):
+            PreferenceDatasetArguments(**options)
+
+    def test_slrm_needs_a_dataset(self):
+        with pytest.raises(ValueError, match="`dataset_name` is missing"):
+            SLRMScriptArguments()
+
+
+class TestEvaluateArguments:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, "`slrm` .* `reward_model`"),
+            ({"slrm": "x"}, "`slrm` needs `dataset_name`"),
+            ({"reward_model": ["a:b"]}, "`reward_model` needs `prompts`"),
+            ({"slrm": "x", "dataset_name": "y", "sigmas": [0.5, 1.0]}, "`sigmas` must lie"),
+        ],
+    )
+    def test_bad_combinations(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            EvaluateArguments(**options)
+
+
+class TestSampleArguments:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({}, "`prompts` is missing"), ({"prompts": ["a"], "batch_size": 0}, "`batch_size` must be at least 1")],
+    )
+    def test_bad_values(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            SampleArguments(**options)

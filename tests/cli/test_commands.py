@@ -1,0 +1,172 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The four commands in a row, on a tiny pipeline: what one writes, the next one reads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from tapo_trl import SLRMModel
+from tapo_trl.cli.main import main
+
+from ..testing_utils import tiny_sd3_pipeline
+
+
+PROMPTS = [f"prompt {letter}" for letter in "abcdefgh"]
+COMMON = """
+output_dir: {output}
+use_cpu: true
+bf16: false
+resolution: 32
+max_sequence_length: 8
+cache_dir: {cache}
+max_steps: 2
+per_device_train_batch_size: 2
+learning_rate: 1e-2
+logging_steps: 1
+save_strategy: "no"
+report_to: none
+disable_tqdm: true
+"""
+
+
+def held_out_reward(images, prompts):
+    """Reward function of the guard."""
+    return images.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline, a reward model that `tapo-trl slrm` trained and a policy that `tapo-trl tapo` trained with it."""
+    folder = tmp_path_factory.mktemp("commands")
+    tiny_sd3_pipeline().save_pretrained(folder / "base")
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(16)]
+    features = Features({"prompt": Value("string"), "chosen": ImageFeature(), "rejected": ImageFeature()})
+    pairs = {"prompt": PROMPTS, "chosen": images[:8], "rejected": images[8:]}
+    Dataset.from_dict(pairs, features=features).to_parquet(folder / "pairs.parquet")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+
+    recipe = folder / "slrm.yaml"
+    common = COMMON.format(output=folder / "slrm", cache=folder / "cache")
+    recipe.write_text(common + "dataset_train_split: 'train[:6]'\ndataset_test_split: 'train[6:]'\n")
+    base = ["--model_name_or_path", str(folder / "base")]
+    main(["slrm", "--config", str(recipe), *base, "--dataset_name", str(folder / "pairs.parquet")])
+
+    recipe = folder / "tapo.yaml"
+    recipe.write_text(
+        COMMON.format(output=folder / "tapo", cache=folder / "cache")
+        + "num_inference_steps: 4\nnum_sde_steps: 2\nnum_candidates: 2\nsample_every_steps: 1\nema_decay: 0.9\n"
+        + "guard_every_steps: 1\nguard_num_prompts: 2\nuse_peft: true\nlora_r: 2\nlora_alpha: 6\n"
+        + "dataset_split: 'train[:6]'\ndataset_test_split: 'train[6:]'\n"
+    )
+    flags = ["--dataset_name", str(folder / "prompts.txt"), "--reward_model", str(folder / "slrm")]
+    main(["tapo", "--config", str(recipe), *base, *flags, "--guard_reward", f"{__name__}:held_out_reward"])
+    return folder
+
+
+class TestSLRM:
+    def test_writes_a_model_that_loads_and_was_trained(self, folder):
+        model = SLRMModel.from_pretrained(folder / "slrm")
+        base = StableDiffusion3Pipeline.from_pretrained(folder / "base", text_encoder_3=None, tokenizer_3=None)
+        weights = dict(model.named_parameters())
+        changed = [
+            name
+            for name, value in base.transformer.named_parameters()
+            for other in weights
+            if other.endswith(name) and not torch.equal(weights[other], value)
+        ]
+        assert changed
+
+    def test_writes_a_card_without_local_paths(self, folder):
+        card = (folder / "slrm" / "README.md").read_text()
+        assert "SLRMModel.from_pretrained" in card
+        assert str(folder) not in card
+
+
+class TestTAPO:
+    def test_writes_lora_weights_that_diffusers_loads(self, folder):
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "base", text_encoder_3=None, tokenizer_3=None)
+        pipeline.load_lora_weights(folder / "tapo")
+        matrices = {name: p for name, p in pipeline.transformer.named_parameters() if ".lora_B" in name}
+        assert matrices
+        assert any((matrix != 0).any() for matrix in matrices.values())
+        scaling = pipeline.transformer.transformer_blocks[0].attn.to_q.scaling
+        assert list(scaling.values()) == [3.0]
+
+    def test_callbacks_of_the_flags_ran(self, folder):
+        assert sorted(path.name for path in (folder / "tapo" / "samples").glob("*.png")) == [
+            "step_000000.png",
+            "step_000001.png",
+            "step_000002.png",
+        ]
+        assert (folder / "tapo" / "samples" / "prompts.txt").read_text().split("\n")[:2] == PROMPTS[6:]
+        assert (folder / "tapo" / "ema" / "pytorch_lora_weights.safetensors").is_file()
+
+    def test_writes_a_card_without_local_paths(self, folder):
+        card = (folder / "tapo" / "README.md").read_text()
+        assert "load_lora_weights" in card
+        assert str(folder) not in card
+
+
+class TestSample:
+    def sample(self, folder, output, *flags):
+        argv = ["sample", "--model_name_or_path", str(folder / "base"), "--output_dir", str(output)]
+        main([*argv, "--num_inference_steps", "2", "--resolution", "32", "--prompts", *PROMPTS[:3], *flags])
+        return [np.asarray(Image.open(output / f"{index:03d}.png")) for index in range(3)]
+
+    def test_images_depend_on_seed_and_weights_only(self, folder, tmp_path):
+        first = self.sample(folder, tmp_path / "a")
+        batched = self.sample(folder, tmp_path / "b", "--batch_size", "1")
+        reseeded = self.sample(folder, tmp_path / "c", "--seed", "1")
+        trained = self.sample(folder, tmp_path / "d", "--lora", str(folder / "tapo"))
+        assert all(image.shape == (32, 32, 3) for image in first)
+        assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(first, batched, strict=True))
+        assert any((a != b).any() for a, b in zip(first, reseeded, strict=True))
+        assert any((a != b).any() for a, b in zip(first, trained, strict=True))
+        assert Image.open(tmp_path / "a" / "grid.png").size == (256, 256)
+
+
+class TestEvaluate:
+    def test_accuracy_and_rewards(self, folder, tmp_path, capsys):
+        main(
+            [
+                *["evaluate", "--slrm", str(folder / "slrm"), "--model_name_or_path", str(folder / "base")],
+                *[
+                    "--dataset_name",
+                    str(folder / "pairs.parquet"),
+                    "--dataset_test_split",
+                    "train",
+                    "--max_pairs",
+                    "4",
+                ],
+                *["--sigmas", "0.25", "0.75", "--output_file", str(tmp_path / "out" / "result.json")],
+                *["--reward_model", f"{__name__}:held_out_reward", "--prompts", str(folder / "prompts.txt")],
+                *["--num_inference_steps", "2", "--resolution", "32"],
+            ]
+        )
+        result = json.loads((tmp_path / "out" / "result.json").read_text())
+        assert json.loads(capsys.readouterr().out) == result
+        assert set(result["slrm_accuracy"]) == {"ground_truth", "reference"}
+        for by_sigma in result["slrm_accuracy"].values():
+            assert set(by_sigma) == {"0.25", "0.75"}
+            assert all(4 * accuracy in range(5) for accuracy in by_sigma.values())
+        assert 0 < result["rewards"][f"{__name__}:held_out_reward"] < 1

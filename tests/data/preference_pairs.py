@@ -1,0 +1,41 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Preference pairs with a rule that anything can learn: reddish images win over bluish ones."""
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+
+
+def color_pairs(number: int, seed: int = 0, size: int = 32) -> Dataset:
+    rng = np.random.default_rng(seed)
+    chosen, rejected = [], []
+    for _ in range(number):
+        red, blue = (rng.integers(0, 80, (size, size, 3), dtype=np.uint8) for _ in range(2))
+        red[..., 0] += 150
+        blue[..., 2] += 150
+        chosen.append(Image.fromarray(red))
+        rejected.append(Image.fromarray(blue))
+    prompts = [f"thing {index % 4}" for index in range(number)]
+    return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected})
+
+
+def latent_pairs(number: int, shape: tuple[int, ...] = (4, 8, 8), seed: int = 0) -> Dataset:
+    rng = np.random.default_rng(seed)
+    latents = rng.normal(size=(2, number, *shape)).astype(np.float32)
+    latents[0, :, 0] += 2
+    latents[1, :, 0] -= 2
+    prompts = [f"thing {index % 4}" for index in range(number)]
+    return Dataset.from_dict({"prompt": prompts, "chosen": list(latents[0]), "rejected": list(latents[1])})

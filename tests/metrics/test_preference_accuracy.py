@@ -1,0 +1,114 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import math
+
+import pytest
+import torch
+
+from tapo_trl.data.prompts import PromptCache
+from tapo_trl.metrics import PreferenceAccuracy, evaluate_preference_accuracy
+from tapo_trl.metrics.preference_accuracy import pair_accuracies
+from tapo_trl.rewards.slrm import SLRMModel
+
+from ..data.preference_pairs import latent_pairs
+
+
+class TestPreferenceAccuracy:
+    def test_accuracy(self):
+        result = PreferenceAccuracy().compute(predictions=[0.5, -0.2, 0.1, 3.0], references=[1, 1, 0, 1])
+        assert result == {"accuracy": 0.5, "accuracy_with_ties": 0.5, "num_pairs": 4}
+
+    def test_equal_scores_count_one_half(self):
+        result = PreferenceAccuracy().compute(predictions=[0.0, 1.0], references=[1, 1])
+        assert result["accuracy"] == 0.75
+
+    def test_ties_of_people(self):
+        result = PreferenceAccuracy().compute(
+            predictions=[0.5, 0.05, -0.05, -0.5], references=[1, 0.5, 1, 0.5], tie_threshold=0.1
+        )
+        assert result["accuracy"] == 0.5  # the first and the third pair
+        assert result["accuracy_with_ties"] == 0.5  # the first and the second
+
+    def test_by_noise_level(self):
+        result = PreferenceAccuracy().compute(
+            predictions=[1.0, -1.0, 1.0, 1.0], references=[1, 1, 1, 0.5], sigmas=[0.1, 0.1, 0.9, 0.9]
+        )
+        assert result["by_sigma"] == {0.1: 0.5, 0.9: 1.0}
+
+    def test_ties_alone(self):
+        result = PreferenceAccuracy().compute(predictions=[0.1], references=[0.5])
+        assert math.isnan(result["accuracy"]) and result["accuracy_with_ties"] == 0
+
+    def test_batches(self):
+        metric = PreferenceAccuracy()
+        metric.add_batch(predictions=[1.0, 1.0], references=[1, 1])
+        metric.add_batch(predictions=[-1.0], references=[1])
+        assert metric.compute()["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_pair_accuracies():
+    margins = torch.tensor([2.0, -2.0, 0.0, 2.0, -2.0])
+    assert pair_accuracies(margins).tolist() == [1, 0, 0.5, 1, 0]
+    assert pair_accuracies(margins, torch.tensor([1, 1, 1, 0, 0])).tolist() == [1, 0, 0.5, 0, 1]
+
+
+class TestEvaluatePreferenceAccuracy:
+    def slrm(self, policy):
+        return SLRMModel.from_policy(policy, num_task_tokens=2, max_sequence_length=16, resolution=32)
+
+    def test_against_a_loop_over_single_images(self, tiny_sd3_policy, tmp_path):
+        slrm, pairs = self.slrm(tiny_sd3_policy), latent_pairs(7)
+        pairs = pairs.add_column("label", [1.0] * 6 + [0.5])
+        sigmas, rules = (0.0, 0.3, 0.8), ("ground_truth", "reference", "none")
+        result = evaluate_preference_accuracy(
+            slrm, tiny_sd3_policy, pairs, sigmas, rules, batch_size=3, seed=5, cache_dir=tmp_path
+        )
+
+        from tapo_trl.data.preferences import seeded_generator
+
+        prompts = PromptCache(tiny_sd3_policy, tmp_path, 16)
+        for rule in rules:
+            for sigma in sigmas:
+                wins = []
+                for row, pair in enumerate(pairs.select(range(6))):
+                    noise = torch.randn(1, 4, 8, 8, generator=seeded_generator(1, 5, row))
+                    embeds = prompts.load([pair["prompt"]])
+                    scores = []
+                    for side in ("chosen", "rejected"):
+                        clean = torch.tensor([pair[side]])
+                        noisy = (1 - sigma) * clean + sigma * noise
+                        target = {"ground_truth": noise - clean, "none": None}.get(rule, None)
+                        if rule == "reference":
+                            target = tiny_sd3_policy.velocity(tiny_sd3_policy.transformer, noisy, sigma, embeds)
+                        args = (noisy, sigma, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+                        scores.append(slrm.score(*args, velocity_target=target).item())
+                    wins.append(scores[0] > scores[1])
+                assert result[rule][sigma] == pytest.approx(sum(wins) / 6), (rule, sigma)
+        assert list(result) == list(rules) and list(result["none"]) == list(sigmas)
+
+    def test_same_result_for_every_batch_size_and_mode_is_kept(self, tiny_sd3_policy, tmp_path):
+        slrm, pairs = self.slrm(tiny_sd3_policy).train(), latent_pairs(5)
+        results = [
+            evaluate_preference_accuracy(slrm, tiny_sd3_policy, pairs, batch_size=size, cache_dir=tmp_path)
+            for size in (2, 5)
+        ]
+        assert results[0] == results[1]
+        assert slrm.training
+
+    def test_unknown_rule(self, tiny_sd3_policy, tmp_path):
+        with pytest.raises(ValueError, match="Unknown rule 'magic'"):
+            evaluate_preference_accuracy(
+                self.slrm(tiny_sd3_policy), tiny_sd3_policy, latent_pairs(2), rules=["magic"], cache_dir=tmp_path
+            )

@@ -1,0 +1,95 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import math
+
+import pytest
+from trl import RewardConfig, TrlParser
+
+from tapo_trl import SLRMConfig
+
+
+def config(tmp_path, **kwargs) -> SLRMConfig:
+    return SLRMConfig(str(tmp_path), bf16=False, report_to="none", **kwargs)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    args = config(tmp_path)
+    assert isinstance(args, RewardConfig)
+    assert (args.learning_rate, args.weight_decay, args.adam_beta1, args.adam_beta2) == (1e-5, 0.01, 0.9, 0.999)
+    assert args.rho == math.log(4) and args.resolution == 512
+    assert args.velocity_target == "ground_truth" and args.timestep_sampling == "uniform" and args.shared_noise
+    assert args.activation_checkpointing
+
+
+def test_every_field_has_help_and_is_documented():
+    own = set(SLRMConfig.__annotations__)
+    for name in own:
+        field = SLRMConfig.__dataclass_fields__[name]
+        assert field.metadata["help"], name
+        if name != "gradient_checkpointing":
+            assert f"{name}`" in SLRMConfig.__doc__ or f"{name} (" in SLRMConfig.__doc__, name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("score_link", "relu"),
+        ("velocity_target", "parent"),
+        ("timestep_sampling", "beta"),
+        ("num_task_tokens", 0),
+        ("task_projection_rank", 0),
+        ("resolution", -8),
+        ("max_sequence_length", 0),
+        ("rho", -1.0),
+        ("score_preservation_coef", -0.1),
+        ("eta", 0.0),
+        ("label_smoothing", 0.5),
+        ("eval_sigmas", []),
+        ("eval_sigmas", [0.5, 1.5]),
+        ("eval_rules", ["paper"]),
+        # Fields of language models
+        ("chat_template_path", "template.jinja"),
+        ("eos_token", "<eos>"),
+        ("pad_token", "<pad>"),
+        ("pad_to_multiple_of", 8),
+        ("max_length", 77),
+    ],
+)
+def test_bad_values_name_their_field(field, value, tmp_path):
+    with pytest.raises(ValueError, match=f"^`{field}`"):
+        config(tmp_path, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("target", "rule"), [("ground_truth", "reference"), ("reference", "reference"), ("none", "none")]
+)
+def test_accuracy_is_measured_under_the_papers_rule_and_a_deployable_one(target, rule, tmp_path):
+    assert config(tmp_path, velocity_target=target).eval_rules == ["ground_truth", rule]
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_gradient_checkpointing_is_an_alias(value, tmp_path):
+    assert config(tmp_path, gradient_checkpointing=value).activation_checkpointing is value
+
+
+def test_command_line_and_yaml(tmp_path):
+    recipe = tmp_path / "slrm.yaml"
+    recipe.write_text(
+        "output_dir: out\nlearning_rate: 1e-4\neval_sigmas: [0.2, 0.4]\nbf16: false\nmodel_init_kwargs:\n  revision: main\n"
+    )
+    arguments = ["--config", str(recipe), "--velocity_target", "reference", "--rho", "0.5"]
+    (args,) = TrlParser((SLRMConfig,)).parse_args_and_config(arguments)
+    assert args.learning_rate == 1e-4 and args.eval_sigmas == [0.2, 0.4] and args.rho == 0.5
+    assert args.velocity_target == "reference" and args.model_init_kwargs == {"revision": "main"}

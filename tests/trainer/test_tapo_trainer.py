@@ -1,0 +1,493 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+import json
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from tapo_trl import SLRMModel, TAPOConfig, TAPOTrainer
+from tapo_trl.policies import SD3Policy
+from tapo_trl.trainer.callbacks import TAPOCallback
+
+from ..testing_utils import tiny_sd3_pipeline as make_pipeline
+
+
+PROMPTS = ["cat", "dog", "fox", "owl"]
+
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def make_args(tmp_path, **kwargs):
+    defaults = {
+        "output_dir": str(tmp_path / "out"),
+        "cache_dir": str(tmp_path / "cache"),
+        "resolution": 32,
+        "max_sequence_length": 3,
+        "num_inference_steps": 6,
+        "num_sde_steps": 3,
+        "num_candidates": 2,
+        "guidance_scale": 2.0,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return TAPOConfig(**defaults | kwargs)
+
+
+def make_lora():
+    return LoraConfig(r=2, lora_alpha=4, init_lora_weights="gaussian")
+
+
+def make_trainer(tmp_path, reward=redness, peft=True, callbacks=None, prompts=PROMPTS, eval_prompts=None, **kwargs):
+    torch.manual_seed(0)
+    return TAPOTrainer(
+        make_pipeline(),
+        reward,
+        make_args(tmp_path, **kwargs),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=None if eval_prompts is None else Dataset.from_dict({"prompt": eval_prompts}),
+        callbacks=callbacks,
+        peft_config=make_lora() if peft else None,
+    )
+
+
+def make_slrm():
+    return SLRMModel.from_policy(SD3Policy(make_pipeline()), max_sequence_length=3, resolution=32)
+
+
+def trainable(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def randomize_adapter(trainer, std=0.05):
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+
+class GradientRecorder(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+class RolloutRecorder:
+    """Keeps the rollouts of a trainer."""
+
+    def __init__(self, trainer):
+        self.pairs, generate = [], trainer._generate_and_score_trajectories
+
+        def record(*args, **kwargs):
+            self.pairs.append(generate(*args, **kwargs))
+            return self.pairs[-1]
+
+        trainer._generate_and_score_trajectories = record
+
+
+def reference_loss(trainer, pairs):
+    """Eq. 11 and 13 written down once more, in float64, one transition at a time."""
+    model = copy.deepcopy(trainer.model).double()
+    model.forward = type(model).forward.__get__(model)
+    args, sigmas = trainer.args, trainer.scheduler.sigmas.double()
+    embeds = pairs.prompt_embeds
+    negative = trainer.negative_prompt_embeds
+
+    def velocity(x, sigma, prompt):
+        out = []
+        for e, row in ((negative, 0), (embeds, prompt)):
+            out.append(
+                model(
+                    hidden_states=x[None],
+                    timestep=(sigma * 1000)[None],
+                    encoder_hidden_states=e.prompt_embeds[row : row + 1].double(),
+                    pooled_projections=e.pooled_prompt_embeds[row : row + 1].double(),
+                    return_dict=False,
+                )[0][0]
+            )
+        return out[0] + args.guidance_scale * (out[1] - out[0])
+
+    losses = []
+    for step, index in enumerate(pairs.step_indices.tolist()):
+        t, t_next = sigmas[index], sigmas[index + 1]
+        s = args.noise_level * (t / (1 - t)).sqrt()
+        for prompt in range(len(embeds)):
+            log_ratios = []
+            for branch in range(2):
+                x, x_next = pairs.latents[step, branch, prompt].double(), pairs.next_latents[step, branch, prompt].double()
+                log_probs = []
+                for context in (nullcontext(), model.disable_adapter()):
+                    with context:
+                        v = velocity(x, t, prompt)
+                    mean = x - (v + s**2 / (2 * t) * (x + (1 - t) * v)) * (t - t_next)
+                    log_probs.append((-((x_next - mean) ** 2) / (2 * s**2 * (t - t_next))).mean())
+                log_ratios.append(log_probs[0] - log_probs[1])
+            losses.append(-torch.nn.functional.logsigmoid(args.beta * (log_ratios[0] - log_ratios[1])))
+    return torch.stack(losses).mean(), model
+
+
+class TestTraining:
+    @pytest.mark.parametrize("peft", [True, False])
+    def test_only_what_is_trained_changes(self, tmp_path, peft):
+        trainer = make_trainer(tmp_path, peft=peft)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train()
+        for name, parameter in trainer.model.named_parameters():
+            changed = not torch.equal(parameter, before[name])
+            last_query = "blocks.2.attn.add_q_proj" in name or "blocks.2.attn.norm_added_q" in name  # has no output
+            if not last_query:
+                assert changed == (not peft or "lora_" in name), name
+        if not peft:
+            reference = dict(trainer.ref_model.named_parameters())
+            assert all(torch.equal(reference[name], value) for name, value in before.items())
+
+    def test_the_literal_call_with_an_slrm(self, tmp_path):
+        """`TAPOTrainer(model, reward_model, args).train()`: prompts of the package, full fine-tuning."""
+        make_pipeline().save_pretrained(tmp_path / "pipeline")
+        make_slrm().save_pretrained(tmp_path / "slrm")
+        args = make_args(tmp_path, max_steps=1, max_sequence_length=3)
+        output = TAPOTrainer(str(tmp_path / "pipeline"), str(tmp_path / "slrm"), args).train()
+        assert output.training_loss == pytest.approx(math.log(2), abs=1e-6)
+
+    def test_loss_is_ln_2_at_the_start_on_every_step(self, tmp_path):
+        trainer = make_trainer(tmp_path, reward=make_slrm(), max_steps=1)
+        trainer.train()
+        logs = trainer.state.log_history[0]
+        losses = [logs[f"step_{index:02d}/loss"] for index in (1, 3, 5)]
+        assert losses == pytest.approx([math.log(2)] * 3, abs=1e-7)
+        assert logs["kl"] == 0 and logs["rewards/margins"] == 0 and logs["rewards/accuracies"] == 0.5
+
+    @pytest.mark.parametrize("precision", [{"bf16": True}, {"weights": torch.bfloat16}, {"weights": torch.float16}])
+    @pytest.mark.parametrize("peft", [True, False])
+    def test_loss_is_ln_2_at_the_start_in_half_precision(self, tmp_path, precision, peft):
+        precision = dict(precision)
+        pipeline = make_pipeline().to(precision.pop("weights", torch.float32))
+        dataset = Dataset.from_dict({"prompt": PROMPTS})
+        args = make_args(tmp_path, max_steps=1, **precision)
+        trainer = TAPOTrainer(
+            pipeline, redness, args, train_dataset=dataset, peft_config=make_lora() if peft else None
+        )
+        assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-6)
+
+    def test_self_check_names_a_policy_that_is_not_the_reference(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        randomize_adapter(trainer)
+        with pytest.raises(RuntimeError, match="not ln 2"):
+            trainer.train()
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_learns_a_preference_and_its_opposite(self, tmp_path, sign):
+        """On prompts and noise that training did not see."""
+
+        def brightness(images, prompts):
+            return sign * images.mean((1, 2, 3))
+
+        held_out = ["bee", "ant"] * 4
+        trainer = make_trainer(
+            tmp_path, brightness, eval_prompts=["bee", "ant"], max_steps=12, learning_rate=3e-2, num_candidates=4
+        )
+        before = trainer.generate(held_out, seed=100).mean()
+        trainer.train()
+        assert sign * (trainer.generate(held_out, seed=100).mean() - before) > 2e-4
+
+    def test_several_rewards_are_weighted_and_logged(self, tmp_path):
+        def constant(images, prompts):
+            return torch.full((len(prompts),), 2.0)
+
+        trainer = make_trainer(tmp_path, [make_slrm(), redness, constant], reward_weights=[1.0, 0.0, 3.0], max_steps=1)
+        trainer.train()
+        logs = trainer.state.log_history[0]
+        assert logs["rewards/constant/mean"] == 2 and logs["rewards/constant/std"] == 0
+        assert logs["reward"] == pytest.approx(logs["rewards/slrm/mean"] + 6, abs=1e-5)
+
+    @pytest.mark.parametrize("velocity_target", ["parent", "policy", "reference", "initial_noise", "none"])
+    def test_every_velocity_target_trains(self, tmp_path, velocity_target):
+        trainer = make_trainer(tmp_path, make_slrm(), velocity_target=velocity_target, max_steps=1)
+        assert math.isfinite(trainer.train().training_loss)
+
+    def test_reward_columns(self, tmp_path):
+        seen = []
+
+        def by_label(images, prompts, label):
+            seen.extend(zip(prompts, label, strict=True))
+            return torch.tensor(label, dtype=torch.float32)
+
+        dataset = Dataset.from_dict({"prompt": PROMPTS, "label": [0, 1, 2, 3]})
+        TAPOTrainer(
+            make_pipeline(), by_label, make_args(tmp_path), train_dataset=dataset, peft_config=make_lora()
+        ).train()
+        assert set(seen) == set(zip(PROMPTS, range(4), strict=True))
+
+
+class TestGradient:
+    def run(self, tmp_path, randomize=True, **kwargs):
+        recorder = GradientRecorder()
+        arguments = {"max_steps": 1, "max_grad_norm": 0.0, "self_check": False, "activation_checkpointing": False}
+        trainer = make_trainer(tmp_path, callbacks=[recorder], **arguments | kwargs)
+        if randomize:
+            randomize_adapter(trainer)
+        rollouts = RolloutRecorder(trainer)
+        initial = copy.deepcopy(trainer.model.state_dict())
+        trainer.train()
+        trainer.model.load_state_dict(initial)
+        return trainer, rollouts.pairs, recorder.gradients
+
+    def test_equals_an_independent_float64_reference_and_finite_differences(self, tmp_path):
+        trainer, (pairs,), gradients = self.run(tmp_path, beta=30.0)
+        loss, model = reference_loss(trainer, pairs)
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        expected = torch.autograd.grad(loss, parameters.values())
+        for (name, gradient), value in zip(gradients.items(), expected, strict=True):
+            scale = value.abs().max().item()
+            torch.testing.assert_close(gradient.double(), value, rtol=2e-3, atol=2e-3 * scale + 1e-7, msg=name)
+
+        direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+        losses = []
+        for shift in (1e-3, -2e-3):  # to +1e-3 and then to -1e-3 of the parameters
+            for name, parameter in trainer.model.named_parameters():
+                if name in direction:
+                    parameter.data += shift * direction[name].float()
+            losses.append(reference_loss(trainer, pairs)[0].item())
+        slope = (losses[0] - losses[1]) / 2e-3
+        expected_slope = sum((gradients[name].double() * direction[name]).sum() for name in gradients).item()
+        assert slope == pytest.approx(expected_slope, rel=2e-2)
+
+    @pytest.mark.parametrize("transition_batch_size", [1, 2, 5, 100])
+    def test_chunking_does_not_matter(self, tmp_path, transition_batch_size):
+        _, _, expected = self.run(tmp_path / "a", transition_batch_size=6)
+        _, _, gradients = self.run(tmp_path / "b", transition_batch_size=transition_batch_size)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3 * expected[name].abs().max())
+
+    def test_accumulation_equals_a_larger_batch(self, tmp_path):
+        _, _, expected = self.run(tmp_path / "a", per_device_train_batch_size=4)
+        _, pairs, gradients = self.run(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+        assert len(pairs) == 2
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3 * expected[name].abs().max())
+
+    def test_checkpointing_does_not_matter(self, tmp_path):
+        _, _, expected = self.run(tmp_path / "a")
+        trainer, _, gradients = self.run(tmp_path / "b", activation_checkpointing=True)
+        assert trainer.policy.transformer.gradient_checkpointing
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+    def test_step_weighting_evens_out_the_steps(self, tmp_path):
+        trainer = make_trainer(tmp_path, step_weighting="velocity")
+        weights = trainer.step_weights[torch.tensor(trainer.step_indices)]
+        assert weights.mean().item() == pytest.approx(1)
+        sigmas = trainer.scheduler.sigmas
+        slopes = []
+        for index in trainer.step_indices:
+            t, dt = sigmas[index].item(), (sigmas[index] - sigmas[index + 1]).item()
+            s = 0.7 * math.sqrt(t / (1 - t))
+            slopes.append((1 + s**2 * (1 - t) / (2 * t)) * dt / (s * math.sqrt(dt)))
+        products = [weight * slope for weight, slope in zip(weights.tolist(), slopes, strict=True)]
+        assert products == pytest.approx([products[0]] * 3, rel=1e-4)
+        assert max(weights) > 1.05
+
+
+class TestRollouts:
+    def test_seeded_by_row_and_step_not_by_batch(self, tmp_path):
+        trainers = [
+            make_trainer(tmp_path, per_device_train_batch_size=size, max_steps=1, learning_rate=0.0) for size in (4, 1)
+        ]
+        noises = []
+        for trainer in trainers:
+            row = {"prompt": "fox", "tapo_row": 2}
+            pairs = trainer._generate_and_score_trajectories([row], seed_step=3)
+            noises.append(pairs.next_latents)
+        assert torch.equal(*noises)
+        other = trainers[0]._generate_and_score_trajectories([row], seed_step=4).next_latents
+        assert not torch.equal(noises[0], other)
+
+    def test_num_iterations_uses_a_rollout_again(self, tmp_path):
+        trainer = make_trainer(
+            tmp_path, num_iterations=3, max_steps=6, per_device_train_batch_size=1, gradient_accumulation_steps=2
+        )
+        rollouts = RolloutRecorder(trainer)
+        trainer.train()
+        assert len(rollouts.pairs) == 2 * 2
+        kls = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+        assert kls[0] == 0 and all(kl > 0 for kl in kls[1:])
+
+    def test_evaluation_is_repeatable_and_leaves_the_weights_alone(self, tmp_path):
+        trainer = make_trainer(tmp_path, make_slrm(), eval_prompts=["bee", "ant"])
+        before = trainable(trainer)
+        first, second = trainer.evaluate(), trainer.evaluate()
+        for name in ("eval_loss", "eval_reward", "eval_rewards/accuracies", "eval_step_03/loss"):
+            assert first[name] == second[name]
+        assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert all(torch.equal(value, before[name]) for name, value in trainable(trainer).items())
+
+    def test_generate_equals_the_pipeline(self, tmp_path):
+        trainer = make_trainer(tmp_path, eval_prompts=["bee"])
+        images = trainer.generate(["cat", "bee"], seed=7)
+        expected = make_pipeline()(
+            ["cat", "bee"],
+            height=32,
+            width=32,
+            num_inference_steps=6,
+            guidance_scale=2.0,
+            generator=[torch.Generator().manual_seed(7), torch.Generator().manual_seed(8)],
+            max_sequence_length=3,
+            output_type="pt",
+        ).images
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(KeyError, match="zebra"):
+            trainer.generate(["zebra"])
+
+
+class TestSaving:
+    def test_lora_loads_into_diffusers_exactly(self, tmp_path):
+        make_pipeline().save_pretrained(tmp_path / "base")
+        trainer = make_trainer(tmp_path)
+        trainer.train()
+        trainer.save_model()
+        loaded = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base", text_encoder_3=None, tokenizer_3=None)
+        loaded.load_lora_weights(trainer.args.output_dir)
+        inputs = (torch.randn(1, 4, 8, 8), 0.6, trainer.prompt_cache.load(["cat"]))
+        expected = trainer.policy.velocity(trainer.model.eval(), *inputs)
+        base = SD3Policy(make_pipeline())
+        assert torch.equal(SD3Policy(loaded).velocity(loaded.transformer, *inputs), expected)
+        assert not torch.equal(base.velocity(base.transformer, *inputs), expected)
+
+    def test_full_fine_tuning_is_saved_as_a_transformer(self, tmp_path):
+        trainer = make_trainer(tmp_path, peft=False)
+        trainer.train()
+        trainer.save_model()
+        loaded = type(trainer.model).from_pretrained(f"{trainer.args.output_dir}/transformer")
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, trainer.model.state_dict()[name])
+
+    @pytest.mark.parametrize("peft", [True, False])
+    def test_resume_is_exact(self, tmp_path, peft):
+        kwargs = {"peft": peft, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        unbroken = make_trainer(tmp_path / "a", **kwargs)
+        unbroken.train()
+        resumed = make_trainer(tmp_path / "b", **kwargs)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "out" / "checkpoint-2"))
+        for name, value in trainable(resumed).items():
+            assert torch.equal(value, trainable(unbroken)[name]), name
+
+    def test_model_card(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.train()
+        trainer.save_model()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "tapo" in card and "xian2026consistent" in card and "load_lora_weights" in card
+        assert str(tmp_path) not in card
+        metadata = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+        assert all(name.startswith("transformer.") for name in metadata)
+        assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 4
+
+
+class TestCallbacks:
+    def test_prompts_of_callbacks_are_encoded_and_the_trainer_attached(self, tmp_path):
+        class Look(TAPOCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                self.images = self.trainer.generate(self.prompts, seed=1)
+
+        callback = Look(["newt"])
+        trainer = make_trainer(tmp_path, callbacks=[callback], max_steps=1)
+        assert trainer.policy.pipeline.text_encoder is None
+        trainer.train()
+        assert callback.images.shape == (1, 3, 32, 32)
+
+    def test_reference_can_follow_the_policy(self, tmp_path):
+        trainer = make_trainer(
+            tmp_path, peft=False, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0
+        )
+        trainer.train()
+        for name, value in trainer.ref_model.state_dict().items():
+            torch.testing.assert_close(value, trainer.model.state_dict()[name], rtol=0, atol=0)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "kwargs, message",
+        [
+            ({"num_sde_steps": 9}, "num_sde_steps"),
+            ({"num_sde_steps": 6}, "t_init"),
+            ({"num_candidates": 1}, "num_candidates"),
+            ({"noise_level": 0.0}, "noise_level"),
+            ({"beta": 0.0}, "beta"),
+            ({"ratio_clip": 1.0}, "ratio_clip"),
+            ({"label_smoothing": 0.5}, "label_smoothing"),
+            ({"sde_type": "ddim"}, "sde_type"),
+            ({"velocity_target": "child"}, "velocity_target"),
+            ({"loss_type": "dpo"}, "loss_type"),
+            ({"remove_unused_columns": True}, "remove_unused_columns"),
+            ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+            ({"num_iterations": 3, "save_strategy": "steps", "save_steps": 4}, "save_steps"),
+            ({"transition_batch_size": 0}, "transition_batch_size"),
+        ],
+    )
+    def test_configuration(self, tmp_path, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            make_args(tmp_path, **kwargs)
+
+    @pytest.mark.parametrize(
+        "prompts, message", [([], "empty"), (["cat", None], "row 1"), ({"text": ["cat"]}, "needs a column `prompt`")]
+    )
+    def test_dataset(self, tmp_path, prompts, message):
+        dataset = Dataset.from_dict(prompts if isinstance(prompts, dict) else {"prompt": prompts})
+        with pytest.raises(ValueError, match=message):
+            TAPOTrainer(make_pipeline(), redness, make_args(tmp_path), train_dataset=dataset)
+
+    def test_sizes_and_rewards(self, tmp_path):
+        with pytest.raises(ValueError, match="multiple of 8"):
+            make_trainer(tmp_path, resolution=36)
+        with pytest.raises(ValueError, match="reward_model"):
+            make_trainer(tmp_path, reward=3)
+        with pytest.raises(ValueError, match="sync_ref_model"):
+            make_trainer(tmp_path, sync_ref_model=True)
+
+    def test_slrm_of_another_vae_or_text_length(self, tmp_path):
+        other = SLRMModel.from_policy(SD3Policy(make_pipeline(seed=1)), max_sequence_length=3)
+        with pytest.raises(ValueError, match="VAE"):
+            make_trainer(tmp_path, reward=other)
+        with pytest.raises(ValueError, match="max_sequence_length"):
+            make_trainer(tmp_path, reward=make_slrm(), max_sequence_length=4)
+
+    def test_nan_reward_stops_with_its_prompt(self, tmp_path):
+        with pytest.raises(ValueError, match="`broken` is nan for the prompt"):
+
+            def broken(images, prompts):
+                return [float("nan")] * len(prompts)
+
+            make_trainer(tmp_path, reward=broken).train()
+
+    def test_output_folder_that_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ValueError, match="cannot be created"):
+            make_trainer(tmp_path, output_dir=str(tmp_path / "file" / "out"))
