@@ -53,6 +53,7 @@ def main(script_args, training_args, model_args) -> None:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=training_args.dataset_name)
     trainer.end()

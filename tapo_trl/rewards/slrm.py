@@ -67,7 +67,7 @@ class SLRMOutput(BaseOutput):
     """
 
     logits: torch.Tensor
-    velocity: torch.Tensor
+    velocity: torch.Tensor | None = None  # never `None`; the default lets `BaseOutput` rebuild itself from a mapping
 
 
 def score_distance(velocity: torch.Tensor, velocity_target: torch.Tensor) -> torch.Tensor:
@@ -221,14 +221,14 @@ class SLRMModel(ModelMixin, ConfigMixin):
         Returns:
             [`SLRMOutput`]
         """
-        dtype = self.transformer.pos_embed.proj.weight.dtype
+        dtype = self.transformer.backbone_dtype
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
         with self._mixed_precision(latents.device, dtype):
             velocity, logits = self.transformer(
                 hidden_states=latents.to(dtype),
                 timestep=sigma * 1000,
                 encoder_hidden_states=prompt_embeds.to(dtype),
-                pooled_projections=pooled_prompt_embeds.to(dtype),
+                pooled_projections=None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(dtype),
                 mask_task_tokens=mask_task_tokens,
             )
         return SLRMOutput(logits=logits.float(), velocity=velocity.float())
@@ -294,7 +294,7 @@ class SLRMModel(ModelMixin, ConfigMixin):
         trained_on = {"transformer class": self.config.transformer_class}
         found = {"transformer class": type(policy.transformer).__name__}
         if trained_on == found:
-            for name in ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim"):
+            for name in type(self.transformer).interface_fields:
                 trained_on[f"transformer's `{name}`"] = self.config.transformer_config[name]
                 found[f"transformer's `{name}`"] = policy.transformer.config[name]
             trained_on["VAE (fingerprint)"] = self.config.vae_fingerprint

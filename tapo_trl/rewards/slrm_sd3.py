@@ -217,6 +217,7 @@ class SD3ScoreTransformer2DModel(SD3Transformer2DModel):
     """
 
     base_class = SD3Transformer2DModel
+    interface_fields = ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim")
     _no_split_modules = ["JointScoreBlock"]
     _supports_gradient_checkpointing = True
 
@@ -239,6 +240,11 @@ class SD3ScoreTransformer2DModel(SD3Transformer2DModel):
             for index in range(config.num_layers)
         )
         self.score_head = ScoreHead(self.inner_dim)
+
+    @property
+    def backbone_dtype(self) -> torch.dtype:
+        """Precision of the backbone, which LoRA keeps while the score stream is trained in float32."""
+        return self.pos_embed.proj.weight.dtype
 
     @classmethod
     def base_config(cls, transformer: SD3Transformer2DModel) -> dict:

@@ -16,6 +16,7 @@ import copy
 import hashlib
 import math
 import os
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -528,6 +529,19 @@ class TAPOTrainer(_BaseTrainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+
+    def _load_best_model(self) -> None:
+        if (Path(self.state.best_model_checkpoint) / "transformer").is_dir():
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # `Trainer` copies the files it knows into the folder that is pushed; the diffusers LoRA is not among them.
+        lora = Path(checkpoint_folder) / "pytorch_lora_weights.safetensors"
+        if self.is_world_process_zero() and lora.is_file():
+            shutil.copy(lora, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.create_model_card()

@@ -1,0 +1,51 @@
+# make demo      install into .venv, then train the reward model and align the policy on the emoji world
+# make test      install into .venv, then run the test suite
+# make lint      check style and formatting;  make format  repairs them
+# make install   create .venv (only when it is missing or pyproject.toml changed)
+#
+# Variables: PYTHON (the interpreter that creates .venv), VENV, TORCH (any requirement pip understands: a version, a wheel
+# file or an address; "torch" lets pip choose), PIP_FLAGS (for example an index of CPU-only wheels), PYTEST_FLAGS, THREADS,
+# SLRM_CONFIG and TAPO_CONFIG (the recipes of the demo).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+THREADS ?= $(shell nproc)
+LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS)
+SLRM_CONFIG ?= recipes/emoji/slrm.yaml
+TAPO_CONFIG ?= recipes/emoji/tapo.yaml
+
+.PHONY: install demo test lint format clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("tapo_trl needs Python 3.10 or newer; set PYTHON=...") if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[demo,dev]"
+	touch $(STAMP)
+
+demo: install
+	$(LAUNCH) examples/slrm_sd35.py --config $(SLRM_CONFIG)
+	$(LAUNCH) examples/tapo_sd35.py --config $(TAPO_CONFIG)
+	$(BIN)/python examples/emoji/report.py
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) report outputs .pytest_cache .ruff_cache
