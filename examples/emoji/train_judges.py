@@ -141,7 +141,7 @@ def main():
     parser.add_argument("--subject_minutes", type=float, default=10.0)
     parser.add_argument("--evaluate_only", action="store_true")
     parser.add_argument("--samples_per_caption", type=int, default=4)
-    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0])
+    parser.add_argument("--guidance_scales", type=float, nargs="*", default=[1.0, 2.0, 3.0, 4.0])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

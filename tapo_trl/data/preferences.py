@@ -35,7 +35,25 @@ ROW_COLUMN = "slrm_row"
 CHOSEN_IS_BETTER, TIE = 1.0, 0.5
 
 
-def check_preference_dataset(dataset: Dataset, name: str) -> None:
+class NumberedPairs(torch.utils.data.Dataset):
+    """
+    Pairs whose images are read and encoded batch by batch. Adding a column to the dataset itself would copy its images.
+
+    Args:
+        pairs ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, and optionally `margin` and `label`.
+    """
+
+    def __init__(self, pairs: Dataset):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"label": CHOSEN_IS_BETTER, **self.pairs[row], ROW_COLUMN: row}
+
+
+def check_preference_dataset(dataset: Dataset | NumberedPairs, name: str) -> None:
     """
     Check what can be checked without reading an image: type, columns, emptiness, labels.
 
@@ -47,7 +65,7 @@ def check_preference_dataset(dataset: Dataset, name: str) -> None:
         TypeError: if it is not a [`~datasets.Dataset`].
         ValueError: if a column is missing, there are no rows, or a prompt, margin or label cannot be used.
     """
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, (Dataset, NumberedPairs)):
         raise TypeError(
             f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`. A streamed dataset can be "
             "materialised with `Dataset.from_generator`."
@@ -76,13 +94,13 @@ def check_preference_dataset(dataset: Dataset, name: str) -> None:
             )
 
 
-def is_prepared(dataset: Dataset) -> bool:
+def is_prepared(dataset: Dataset | NumberedPairs) -> bool:
     """Whether [`prepare_preference_dataset`] made this dataset."""
-    return ROW_COLUMN in dataset.column_names
+    return isinstance(dataset, NumberedPairs) or ROW_COLUMN in dataset.column_names
 
 
 def prepare_preference_dataset(
-    dataset: Dataset,
+    dataset: Dataset | NumberedPairs,
     policy: FlowPolicy,
     resolution: int,
     *,
@@ -90,7 +108,7 @@ def prepare_preference_dataset(
     cache_dir: str | Path | None = None,
     batch_size: int = 8,
     name: str = "dataset",
-) -> Dataset:
+) -> Dataset | NumberedPairs:
     """
     Bring preference pairs into the form that training reads: a number per row, labels, and latents or images.
 
@@ -112,8 +130,8 @@ def prepare_preference_dataset(
         name (`str`, *optional*): what the dataset is called in error messages and progress bars.
 
     Returns:
-        [`~datasets.Dataset`]: columns `prompt`, `slrm_row` (its number), `label`, `margin` if given, and
-        `chosen_latents`, `rejected_latents` of type float32, or `chosen`, `rejected` without `cache_latents`.
+        [`~datasets.Dataset`]: columns `prompt`, `slrm_row` (its number), `label`, `margin` if given, `chosen_latents`
+        and `rejected_latents` (float32). Without `cache_latents`, [`NumberedPairs`] with the images instead of latents.
 
     Raises:
         ValueError: if an image cannot be read or has a wrong shape; the message names its row.
@@ -122,22 +140,23 @@ def prepare_preference_dataset(
     if is_prepared(dataset):
         return dataset
     shape = policy.latent_shape(resolution, resolution)
-    dataset = _without_decoding(dataset)
+    dataset = _without_decoding(dataset.with_format(None))
     extra = [column for column in ("label", "margin") if column in dataset.column_names]
     dataset = dataset.select_columns([*REQUIRED_COLUMNS, *extra])
-    if "label" not in dataset.column_names:
-        dataset = dataset.add_column("label", [CHOSEN_IS_BETTER] * len(dataset))
-    dataset = dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
 
     holds_latents = all(_is_latent(dataset[0][column], shape) for column in ("chosen", "rejected"))
-    if not cache_latents and not holds_latents:
+    fingerprint = Hasher.hash([dataset._fingerprint, policy.vae_fingerprint(), shape, holds_latents])
+    folder = (Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl") / "latents"
+    cache_file = folder / f"{fingerprint}.arrow"
+    if not holds_latents and not (cache_latents and cache_file.exists()):
         for row, example in enumerate(dataset):
             for column in ("chosen", "rejected"):
                 _open_image(example[column], f"`{name}`, row {row}, column `{column}`", shape)
-        return dataset
+    if not holds_latents and not cache_latents:
+        return NumberedPairs(dataset)
 
     def encode(batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
-        encoded = {}
+        encoded = {ROW_COLUMN: rows, "label": batch.get("label", [CHOSEN_IS_BETTER] * len(rows))}
         for column, target in zip(("chosen", "rejected"), LATENT_COLUMNS, strict=True):
             places = [f"`{name}`, row {row}, column `{column}`" for row in rows]
             values = zip(batch[column], places, strict=True)
@@ -151,8 +170,6 @@ def prepare_preference_dataset(
     array = Array3D(shape, "float32") if len(shape) == 3 else Array4D(shape, "float32")
     features = {column: dataset.features[column] for column in ("prompt", *extra)}
     features |= {"label": Value("float64"), ROW_COLUMN: Value("int64"), **dict.fromkeys(LATENT_COLUMNS, array)}
-    fingerprint = Hasher.hash([dataset._fingerprint, policy.vae_fingerprint(), shape, holds_latents])
-    folder = (Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl") / "latents"
     folder.mkdir(parents=True, exist_ok=True)
     dataset = dataset.map(
         encode,
@@ -162,7 +179,7 @@ def prepare_preference_dataset(
         remove_columns=["chosen", "rejected"],
         features=Features(features),
         new_fingerprint=fingerprint,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        cache_file_name=str(cache_file),
         writer_batch_size=64,
         desc=f"Encoding the images of {name}",
     )

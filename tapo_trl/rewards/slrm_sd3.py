@@ -272,8 +272,8 @@ class SD3ScoreTransformer2DModel(SD3Transformer2DModel):
 
     @torch.no_grad()
     def init_score_stream(self) -> None:
-        """Start the score tokens at random and the weights of their stream at the text stream's."""
-        nn.init.normal_(self.task_tokens, std=0.02)
+        """Start the score tokens at random, as `nn.Embedding` does, and their stream's weights at the text stream's."""
+        nn.init.normal_(self.task_tokens)
         for block in self.transformer_blocks:
             block.score_projections.init_from_text_stream(block.attn)
         self.transformer_blocks[-1].score_output.init_from_text_stream(self.transformer_blocks[-2])

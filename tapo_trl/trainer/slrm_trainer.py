@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -38,6 +37,7 @@ from ..data.preferences import (
     TIE,
     PreferencePairCollator,
     check_preference_dataset,
+    is_prepared,
     prepare_preference_dataset,
     seeded_generator,
 )
@@ -197,8 +197,11 @@ class SLRMTrainer(RewardTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: None, args: SLRMConfig, dataset_name: str
     ) -> Dataset:
+        if is_prepared(dataset):
+            return dataset
         with args.main_process_first(desc=f"encoding {dataset_name}"):
-            dataset = prepare_preference_dataset(
+            self.prompt_cache.encode(dataset["prompt"])
+            return prepare_preference_dataset(
                 dataset,
                 self.policy,
                 args.resolution,
@@ -206,8 +209,6 @@ class SLRMTrainer(RewardTrainer):
                 cache_dir=args.cache_dir,
                 name=dataset_name,
             )
-            self.prompt_cache.encode(dataset["prompt"])
-        return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt", ROW_COLUMN, "label", "margin", "chosen", "rejected", *LATENT_COLUMNS]
@@ -296,8 +297,7 @@ class SLRMTrainer(RewardTrainer):
         # Eq. 9
         smoothing = torch.where(labels == TIE, TIE, args.label_smoothing)
         losses, metrics = slrm_loss(chosen, rejected, args.eta, inputs.get("margin"), smoothing)
-        preservation = F.mse_loss(*(v.chunk(2)[0] for v in (output.velocity, velocity)), reduction="none")
-        preservation = preservation.flatten(1).mean(dim=1)
+        preservation, _ = score_distance(output.velocity, velocity).chunk(2)  # flow matching on the chosen ones
         losses = losses + args.score_preservation_coef * preservation
         if args.center_rewards_coefficient is not None:
             losses = losses + args.center_rewards_coefficient * (chosen + rejected).square()

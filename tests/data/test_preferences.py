@@ -161,7 +161,7 @@ class TestPrepare:
         dataset = prepare(pairs, tiny_sd3_policy, tmp_path, cache_latents=False)
         batch = PreferencePairCollator(32)([dataset[2]])
         assert torch.equal(batch["chosen"][0], load_image(pairs[2]["chosen"], 32))
-        assert batch["row"].tolist() == [2]
+        assert batch["row"].tolist() == [2] and batch["label"].tolist() == [1]
         assert not (tmp_path / "latents").exists()
 
     @pytest.mark.parametrize("cache_latents", [True, False])
@@ -178,8 +178,17 @@ class TestPrepare:
         batch = PreferencePairCollator(32)([dataset[0], dataset[1]])
         assert batch["margin"].tolist() == [0.5, 2.0] and batch["label"].tolist() == [1.0, 0.5]
 
-    def test_twice_is_once(self, tiny_sd3_policy, tmp_path):
-        dataset = prepare(color_pairs(2), tiny_sd3_policy, tmp_path)
+    @pytest.mark.parametrize("cache_latents", [True, False])
+    def test_selected_rows_are_numbered_and_not_copied(self, cache_latents, tiny_sd3_policy, tmp_path, monkeypatch):
+        monkeypatch.setattr(Dataset, "flatten_indices", lambda *args, **kwargs: pytest.fail("the images were copied"))
+        pairs = color_pairs(6).select([5, 2, 4]).with_format("torch")
+        dataset = prepare(pairs, tiny_sd3_policy, tmp_path, cache_latents=cache_latents)
+        batch = PreferencePairCollator(32)([dataset[0], dataset[2]])
+        assert batch["row"].tolist() == [0, 2] and batch["prompt"] == ["thing 1", "thing 0"]
+
+    @pytest.mark.parametrize("cache_latents", [True, False])
+    def test_twice_is_once(self, cache_latents, tiny_sd3_policy, tmp_path):
+        dataset = prepare(color_pairs(2), tiny_sd3_policy, tmp_path, cache_latents=cache_latents)
         assert prepare(dataset, tiny_sd3_policy, tmp_path) is dataset
 
     @pytest.mark.parametrize("cache_latents", [True, False])

@@ -67,8 +67,9 @@ class TestScore:
         sigma = torch.full((5,), 0.4, dtype=torch.float64)
         distances = [score_distance(v, t) for v, t in zip(velocity, target, strict=True)]
         plain = [
-            z.exp() * (-rho * ((v - t) ** 2).mean(dim=(1, 2, 3))).exp() for z, v, t in zip(logits, velocity, target)
-        ]  # noqa: B905  fmt: skip
+            z.exp() * (-rho * ((v - t) ** 2).mean(dim=(1, 2, 3))).exp()
+            for z, v, t in zip(logits, velocity, target, strict=True)
+        ]
         log_scores = [enhanced_log_score(z, d, sigma, rho) for z, d in zip(logits, distances, strict=True)]
         torch.testing.assert_close(torch.stack(log_scores).exp(), torch.stack(plain))
 

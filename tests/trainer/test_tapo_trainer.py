@@ -196,6 +196,15 @@ class TestTraining:
         )
         assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-6)
 
+    def test_loss_is_ln_2_at_the_start_under_float16_autocast(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        rows = [{"prompt": prompt, "tapo_row": row} for row, prompt in enumerate(PROMPTS)]
+        with torch.autocast("cpu", dtype=torch.float16):
+            pairs = trainer._generate_and_score_trajectories(rows, seed_step=0)
+            for chunk in pairs.transitions(5):
+                loss = trainer.compute_loss(trainer.model, chunk).item()
+                assert loss / chunk.share == pytest.approx(math.log(2), abs=1e-6)
+
     def test_self_check_names_a_policy_that_is_not_the_reference(self, tmp_path):
         trainer = make_trainer(tmp_path)
         randomize_adapter(trainer)
@@ -348,6 +357,26 @@ class TestRollouts:
             assert first[name] == second[name]
         assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert all(torch.equal(value, before[name]) for name, value in trainable(trainer).items())
+
+    def test_evaluation_and_sampling_do_not_disturb_training(self, tmp_path):
+        class Look(TAPOCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                self.trainer.generate(self.prompts)
+
+        plain = make_trainer(tmp_path / "a", max_steps=3)
+        plain.train()
+        watched = make_trainer(
+            tmp_path / "b",
+            max_steps=3,
+            callbacks=[Look(["newt"])],
+            eval_prompts=["bee"],
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        watched.train()
+        assert sum("eval_reward" in log for log in watched.state.log_history) == 3
+        for name, value in trainable(plain).items():
+            assert torch.equal(value, trainable(watched)[name]), name
 
     def test_generate_equals_the_pipeline(self, tmp_path):
         trainer = make_trainer(tmp_path, eval_prompts=["bee"])

@@ -1,0 +1,178 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The package as a whole: public names, recipes, documentation, and files that must agree with each other."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+import tapo_trl
+from tapo_trl.cli import evaluate, sample, slrm, tapo
+
+
+ROOT = Path(tapo_trl.__file__).parents[1]
+DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
+PARSERS = {"slrm": slrm.make_parser, "tapo": tapo.make_parser, "evaluate": evaluate.make_parser}
+PUBLIC_NAMES = [
+    "EMACallback",
+    "FlowMatchSDEScheduler",
+    "RewardHackingGuardCallback",
+    "SLRMConfig",
+    "SLRMModel",
+    "SLRMTrainer",
+    "SampleGridCallback",
+    "TAPOCallback",
+    "TAPOConfig",
+    "TAPOTrainer",
+    "load_policy",
+]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def text_files():
+    folders = ["tapo_trl", "examples", "recipes", "tests", "docs", "benchmarks", ".ci"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.is_file()]
+    kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".json", ".cff", ""}
+    return [path for path in files if path.suffix in kinds and "__pycache__" not in path.parts]
+
+
+class TestPackage:
+    def test_public_names(self):
+        assert set(PUBLIC_NAMES) <= set(tapo_trl.__all__)
+        for name in tapo_trl.__all__:
+            assert name in vars(tapo_trl), name
+
+    def test_is_typed_and_ships_its_data(self):
+        package = ROOT / "tapo_trl"
+        assert (package / "py.typed").is_file()
+        assert (package / "templates" / "tapo_model_card.md").is_file()
+        assert (package / "templates" / "slrm_model_card.md").is_file()
+
+    def test_prompts(self):
+        prompts = (ROOT / "tapo_trl" / "data" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+        assert len(prompts) > 200
+        assert len(set(prompts)) == len(prompts)
+        assert all(prompt == prompt.strip() and 10 < len(prompt) < 120 for prompt in prompts)
+
+    def test_version_is_the_same_everywhere(self):
+        citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+        assert citation["version"] == tapo_trl.__version__
+
+    def test_every_python_file_has_the_licence(self):
+        for path in text_files():
+            if path.suffix == ".py" and path.stat().st_size > 0:
+                assert path.read_text(encoding="utf-8").startswith("# Copyright 2026"), name_of(path)
+
+    def test_no_machine_paths(self):
+        pattern = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/[a-z]")
+        for path in text_files():
+            match = pattern.search(path.read_text(encoding="utf-8"))
+            assert match is None, f"{name_of(path)}: {match[0]}"
+
+
+class TestRecipes:
+    def test_are_there(self):
+        assert {"recipes/sd35/slrm.yaml", "recipes/sd35/tapo.yaml"} <= {name_of(path) for path in RECIPES}
+
+    @pytest.mark.parametrize("path", RECIPES, ids=name_of)
+    def test_every_key_is_a_field(self, path):
+        command = next(command for command in PARSERS if path.stem.startswith(command))
+        keys = set(yaml.safe_load(path.read_text(encoding="utf-8")))
+        unknown = keys - {"env"} - PARSERS[command]()._field_names()
+        assert not unknown
+
+    @pytest.mark.parametrize("path", RECIPES, ids=name_of)
+    def test_values_are_accepted(self, path, monkeypatch, tmp_path):
+        monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+        command = next(command for command in PARSERS if path.stem.startswith(command))
+        parsed = PARSERS[command]().parse_args_and_config(["--config", str(path)])
+        assert parsed[-1].model_name_or_path is not None
+
+    def test_paper_settings(self, monkeypatch):
+        monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+        _, args, _ = slrm.make_parser().parse_args_and_config(["--config", str(ROOT / "recipes/sd35/slrm.yaml")])
+        assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
+        assert (args.learning_rate, args.num_train_epochs, args.bf16, args.rho) == (
+            1e-5,
+            5,
+            True,
+            pytest.approx(1.3863, abs=1e-4),
+        )
+        _, args, model = tapo.make_parser().parse_args_and_config(["--config", str(ROOT / "recipes/sd35/tapo.yaml")])
+        assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+        assert (args.learning_rate, args.num_train_epochs, args.fp16, args.bf16) == (1e-4, 5, True, False)
+        assert (args.beta, args.num_sde_steps, args.num_candidates, args.num_inference_steps) == (1000, 8, 4, 20)
+        assert (args.noise_level, args.weight_decay, args.adam_beta1, args.adam_beta2) == (0.7, 0.01, 0.9, 0.999)
+        assert (model.use_peft, model.lora_r) == (True, 64)
+        assert (args.ddp_find_unused_parameters, args.ddp_broadcast_buffers) == (False, False)
+
+    @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=name_of)
+    def test_accelerate_reads_its_configurations(self, path):
+        config = load_config_from_file(str(path))
+        assert config.num_machines == 1
+        assert config.num_processes >= 1
+
+
+class TestDocumentation:
+    @pytest.mark.parametrize("path", DOCS, ids=name_of)
+    def test_relative_links_lead_somewhere(self, path):
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), target
+
+    @pytest.mark.parametrize("path", DOCS, ids=name_of)
+    def test_python_compiles(self, path):
+        for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            compile(block, path.name, "exec")
+
+    @pytest.mark.parametrize("path", DOCS, ids=name_of)
+    def test_names_in_imports_exist(self, path):
+        for names in re.findall(r"^from tapo_trl import (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert {name.strip() for name in names.split(",")} <= set(tapo_trl.__all__)
+
+    @pytest.mark.parametrize("path", DOCS, ids=name_of)
+    def test_files_in_commands_exist(self, path):
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"(?:--config_file|--config|launch) ((?:recipes|examples)/\S+\.(?:yaml|py))", text):
+            assert (ROOT / target).is_file(), target
+
+    @pytest.mark.parametrize("path", DOCS, ids=name_of)
+    def test_flags_in_commands_exist(self, path):
+        fields = {
+            command: make()._field_names() for command, make in {**PARSERS, "sample": sample.make_parser}.items()
+        }
+        known = set().union(*fields.values()) | {"config", "config_file", "num_processes", "mixed_precision"}
+        for flag in re.findall(r"`?--([a-z]\w+)", path.read_text(encoding="utf-8")):
+            assert flag in known | {"extra"}, flag
+
+    def test_option_tables_are_those_of_the_dataclasses(self):
+        spec = importlib.util.spec_from_file_location("update_options", ROOT / "docs" / "update_options.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        documented = set()
+        for path in DOCS:
+            text = path.read_text(encoding="utf-8")
+            documented |= {match[1] for match in module.BLOCK.findall(text)}
+            assert module.update(text) == text, f"{name_of(path)} is out of date: run `python docs/update_options.py`"
+        assert {"trainer.tapo_config.TAPOConfig", "trainer.slrm_config.SLRMConfig"} <= documented
+        assert {f"cli.arguments.{name}" for name in ("TAPOScriptArguments", "EvaluateArguments")} <= documented

@@ -1,0 +1,202 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from tapo_trl.trainer.model_card import is_hub_id, public_command, write_model_card
+
+
+BASE = "stabilityai/stable-diffusion-3.5-medium"
+PAPER = {"title": "The paper", "citation": "@inproceedings{paper2026,\n  title = {{The paper}}\n}"}
+
+
+def write(folder, **kwargs):
+    options = {
+        "trainer_name": "TAPO",
+        "base_model": BASE,
+        "model_name": "my-model",
+        "dataset_name": "user/prompts",
+        "tags": ["extra"],
+        "license": None,
+        "method_table": {"beta": 1000.0, "num_sde_steps": 8},
+        "metrics": {"reward": 0.123456},
+        "images": [],
+        "hub_model_id": "user/my-model",
+        "paper": PAPER,
+        "command": "python tapo_sd35.py --config recipe.yaml",
+    }
+    write_model_card(folder / "README.md", **{**options, **kwargs})
+    return ModelCard.load(folder / "README.md")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a card needs no network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+class TestMetadata:
+    def test_tapo(self, tmp_path):
+        data = write(tmp_path).data
+        assert data.library_name == "diffusers"
+        assert data.base_model == BASE
+        assert data.datasets == ["user/prompts"]
+        assert data.pipeline_tag == "text-to-image"
+        assert (data.license, data.license_name) == ("other", "stabilityai-ai-community")
+        assert data.metrics == ["reward"]
+        assert {"trl", "tapo", "lora", "diffusers", "text-to-image", "extra"} <= set(data.tags)
+        assert len(data.tags) == len(set(data.tags))
+
+    def test_slrm(self, tmp_path):
+        data = write(tmp_path, trainer_name="SLRM").data
+        assert {"trl", "slrm", "reward-model"} <= set(data.tags)
+        assert not {"tapo", "lora"} & set(data.tags)
+        assert data.pipeline_tag is None
+
+    @pytest.mark.parametrize(
+        ("base_model", "license", "expected"),
+        [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", None, "apache-2.0"), ("user/model", None, None), (BASE, "mit", "mit")],
+    )
+    def test_license(self, tmp_path, base_model, license, expected):
+        assert write(tmp_path, base_model=base_model, license=license).data.license == expected
+
+    def test_is_yaml(self, tmp_path):
+        write(tmp_path)
+        header = (tmp_path / "README.md").read_text().split("---")[1]
+        assert yaml.safe_load(header)["base_model"] == BASE
+
+    def test_what_is_not_on_the_hub_is_not_metadata(self, tmp_path):
+        data = write(tmp_path, base_model=str(tmp_path), dataset_name="data/prompts/train.parquet").data
+        assert data.base_model is None
+        assert data.datasets is None
+
+
+class TestText:
+    @pytest.mark.parametrize("trainer_name", ["TAPO", "SLRM"])
+    def test_no_local_path_and_no_token(self, tmp_path, trainer_name):
+        (tmp_path / "base").mkdir()
+        card = write(
+            tmp_path,
+            trainer_name=trainer_name,
+            base_model=str(tmp_path / "base"),
+            dataset_name=str(tmp_path / "prompts.txt"),
+            hub_model_id=None,
+            command=f"python x.py --config {tmp_path}/a.yaml --output_dir={tmp_path}/out --hub_token hf_secret",
+        )
+        assert str(tmp_path) not in card.content
+        assert "hf_secret" not in card.content
+        assert "`base`" in card.text
+        assert "path/to/base" in card.text
+        assert "`prompts.txt`" in card.text
+        assert "python x.py --config a.yaml --output_dir=out\n" in card.text
+
+    def test_usage_of_lora_weights(self, tmp_path):
+        text = write(tmp_path).text
+        assert f'StableDiffusion3Pipeline.from_pretrained("{BASE}"' in text
+        assert 'load_lora_weights("user/my-model")' in text
+        assert "Transformer2DModel" not in text
+
+    def test_usage_of_a_transformer(self, tmp_path):
+        (tmp_path / "transformer").mkdir()
+        card = write(tmp_path)
+        assert 'SD3Transformer2DModel.from_pretrained("user/my-model", subfolder="transformer"' in card.text
+        assert "load_lora_weights" not in card.text
+        assert "lora" not in card.data.tags
+
+    def test_usage_of_a_video_model(self, tmp_path):
+        card = write(tmp_path, base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        assert "WanPipeline.from_pretrained" in card.text
+        assert card.data.pipeline_tag == "text-to-video"
+
+    def test_usage_of_a_reward_model(self, tmp_path):
+        text = write(tmp_path, trainer_name="SLRM").text
+        assert 'SLRMModel.from_pretrained("user/my-model")' in text
+        assert "slrm.score(" in text
+
+    @pytest.mark.parametrize("trainer_name", ["TAPO", "SLRM"])
+    @pytest.mark.parametrize("full", [False, True])
+    def test_code_compiles(self, tmp_path, trainer_name, full):
+        if full:
+            (tmp_path / "transformer").mkdir()
+        blocks = write(tmp_path, trainer_name=trainer_name).text.split("```python\n")[1:]
+        assert blocks
+        for block in blocks:
+            compile(block.split("```")[0], "card", "exec")
+
+    def test_tables_images_and_citations(self, tmp_path):
+        images = [tmp_path / "samples" / "step_000100.png"]
+        text = write(tmp_path, images=images).text
+        assert "| `num_sde_steps` | 8 |" in text
+        assert "| `reward` | 0.1235 |" in text
+        assert "![step 000100](samples/step_000100.png)" in text
+        assert PAPER["citation"] in text
+        assert "vonwerra2020trl" in text
+        assert "- diffusers: " in text
+
+    @pytest.mark.parametrize("trainer_name", ["TAPO", "SLRM"])
+    def test_without_anything_optional(self, tmp_path, trainer_name):
+        text = write(
+            tmp_path,
+            trainer_name=trainer_name,
+            base_model=None,
+            dataset_name=None,
+            method_table={},
+            metrics={},
+            hub_model_id=None,
+            command=None,
+        ).text
+        assert "None" not in text
+        assert "```bash" not in text
+        assert "| option" not in text
+        assert "{{" not in text.replace("{{The paper}}", "").replace("{{TRL: Transformers", "")
+
+
+class TestHelpers:
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            (BASE, True),
+            ("user/model_v1.5", True),
+            ("model", False),
+            ("/data/model", False),
+            ("./data", False),
+            ("a/b/c", False),
+            (None, False),
+        ],
+    )
+    def test_is_hub_id(self, name, expected):
+        assert is_hub_id(name) is expected
+
+    def test_an_existing_folder_is_not_a_hub_id(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("outputs/model").mkdir(parents=True)
+        assert not is_hub_id("outputs/model")
+
+    @pytest.mark.parametrize(
+        ("command", "expected"),
+        [
+            ("python a.py --beta 3", "python a.py --beta 3"),
+            ("python /x/y/a.py --prompts 'a cat' --dir=/x/y", "python a.py --prompts 'a cat' --dir=y"),
+            ("a --hub_token hf_1 --beta 3", "a --beta 3"),
+            ("a --hub-token=hf_1 --num_task_tokens 4", "a --num_task_tokens 4"),
+        ],
+    )
+    def test_public_command(self, command, expected):
+        assert public_command(command) == expected
