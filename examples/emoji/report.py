@@ -184,7 +184,9 @@ def main() -> None:
     before = generate(policy.pipeline, prompts, args)
     policy.pipeline.load_lora_weights(args.lora)
     after = generate(policy.pipeline, prompts, args)
-    results = {name: judge(images, prompts * args.seeds, args) for name, images in (("before", before), ("after", after))}
+    results = {
+        name: judge(images, prompts * args.seeds, args) for name, images in (("before", before), ("after", after))
+    }
 
     slrm_logs, tapo_logs = read_logs(args.slrm), read_logs(args.lora)
     metrics = {
@@ -197,7 +199,9 @@ def main() -> None:
             "style_shares": result["style_shares"],
         }.items()
     }
-    metrics["slrm_accuracy"] = {rule: {str(s): value for s, value in values.items()} for rule, values in accuracy.items()}
+    metrics["slrm_accuracy"] = {
+        rule: {str(s): value for s, value in values.items()} for rule, values in accuracy.items()
+    }
     metrics["seconds"] = {
         "slrm": slrm_logs[-1]["train_runtime"],
         "tapo": tapo_logs[-1]["train_runtime"],

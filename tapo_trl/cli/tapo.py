@@ -54,6 +54,7 @@ def main(script_args, training_args, model_args) -> None:
 
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
+    trainer.create_model_card(dataset_name=training_args.dataset_name)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=training_args.dataset_name)
     trainer.end()

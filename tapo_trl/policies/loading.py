@@ -45,9 +45,7 @@ def load_policy(
     pipeline = model
     if isinstance(model, str):
         # A component that was saved as absent has to be passed as `None` to diffusers.
-        absent = {
-            name: None for name, value in DiffusionPipeline.load_config(model).items() if value == [None, None]
-        }
+        absent = {name: None for name, value in DiffusionPipeline.load_config(model).items() if value == [None, None]}
         pipeline = DiffusionPipeline.from_pretrained(
             model, dtype=torch_dtype or torch.float32, **absent | model_init_kwargs
         )

@@ -93,9 +93,7 @@ class SD3Policy(FlowPolicy):
             prompts, max_sequence_length=max_sequence_length, device=reference.device, dtype=reference.dtype
         )
         clip_embeds = F.pad(clip_embeds, (0, t5_embeds.shape[-1] - clip_embeds.shape[-1]))
-        return PromptEmbeddings(
-            torch.cat([clip_embeds, t5_embeds], dim=-2), torch.cat([pooled_1, pooled_2], dim=-1)
-        )
+        return PromptEmbeddings(torch.cat([clip_embeds, t5_embeds], dim=-2), torch.cat([pooled_1, pooled_2], dim=-1))
 
     def _encode_clip(self, prompts: list[str], encoder, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         if encoder is None:

@@ -118,9 +118,7 @@ class WeightedReward:
         self.last_scores: dict[str, torch.Tensor] = {}
 
     def __call__(self, candidates: Candidates) -> torch.Tensor:
-        self.last_scores = {
-            name: reward(candidates) for name, reward in zip(self.names, self.rewards, strict=True)
-        }
+        self.last_scores = {name: reward(candidates) for name, reward in zip(self.names, self.rewards, strict=True)}
         for name, scores in self.last_scores.items():
             if not scores.isfinite().all():
                 row = int((~scores.isfinite()).nonzero()[0])

@@ -46,11 +46,12 @@ from ..losses import slrm_loss
 from ..metrics.preference_accuracy import evaluation_noise, pair_accuracies, rule_log_scores, rule_targets
 from ..policies import FlowPolicy, load_policy
 from ..rewards.slrm import SLRMModel, enhanced_log_score, log_score, score_distance
-from .model_card import write_model_card
+from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable
 from .slrm_config import SLRMConfig
+from .tracking import make_config_trackable
 
 
-class SLRMTrainer(RewardTrainer):
+class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
     r"""
     Trainer for the Score-based Latent Reward Model (SLRM), which rates noisy latents.
 
@@ -97,18 +98,7 @@ class SLRMTrainer(RewardTrainer):
 
     _tag_names = ["trl", "slrm"]
     _name = "SLRM"
-    _paper = {
-        "title": "Consistent Noisy Latent Rewards for Trajectory Preference Optimization in Diffusion Models",
-        "citation": (
-            "@inproceedings{xian2026consistent,\n"
-            "    title     = {{Consistent Noisy Latent Rewards for Trajectory Preference Optimization in Diffusion "
-            "Models}},\n"
-            "    author    = {Xian, Xiaole and He, Xilin and Chen, Wenting and Liu, Wenshuang and Mu, Wenqi and He, "
-            "Yancheng and Li, Liang and Zhang, Yi and Yue, Xiangyu},\n"
-            "    year      = {2026},\n"
-            "}"
-        ),
-    }
+    _card_metrics = ("accuracy", "eval_")
 
     def __init__(
         self,
@@ -125,8 +115,9 @@ class SLRMTrainer(RewardTrainer):
             args = SLRMConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-SLRM")
 
         # Everything that can be wrong and is cheap to find out
-        _check_writable(args.output_dir)
-        _check_distribution(args)
+        check_writable(args.output_dir)
+        check_no_data_parallel(args, "SLRMTrainer")
+        _check_sharding(args)
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing: give preference pairs.")
         check_preference_dataset(train_dataset, "train_dataset")
@@ -139,6 +130,7 @@ class SLRMTrainer(RewardTrainer):
         self.latent_shape = self.policy.latent_shape(args.resolution, args.resolution)
         for name in ("rho", "score_link", "velocity_target", "max_sequence_length", "resolution"):
             model.register_to_config(**{name: getattr(args, name)})
+        make_config_trackable(model)
         if peft_config is not None:
             if peft_config.target_modules is None:
                 peft_config.target_modules = self.policy.lora_target_modules
@@ -188,9 +180,6 @@ class SLRMTrainer(RewardTrainer):
         self.reference = self.policy.transformer
         if "reference" in (args.velocity_target, *args.eval_rules):
             self.reference.to(self.accelerator.device).eval()
-
-    def _send_telemetry(self) -> None:
-        """None is sent: TRL's reads fields that only language models have."""
 
     # Data
 
@@ -367,77 +356,30 @@ class SLRMTrainer(RewardTrainer):
                 shutil.copy(file, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """
-        Write the model card `README.md` into the output folder.
+    @property
+    def _base_model_name(self) -> str:
+        return self.model.config.base_model_name_or_path
 
-        Args:
-            model_name (`str`, *optional*): name of the model. Defaults to the Hub id's or the folder's.
-            dataset_name (`str`, *optional*): name of the dataset.
-            tags (`str` or `list[str]`, *optional*): further tags.
-        """
-        if not self.is_world_process_zero():
-            return
+    def _method_table(self) -> dict[str, Any]:
         args, config = self.args, self.model.config
-        method = {name: config[name] for name in ("num_task_tokens", "task_projection_rank", "lora")}
-        method |= {
-            name: getattr(args, name)
-            for name in (
-                "score_link",
-                "rho",
-                "eta",
-                "velocity_target",
-                "detach_score",
-                "score_preservation_coef",
-                "timestep_sampling",
-                "resolution",
-                "learning_rate",
-                "num_train_epochs",
-                "max_steps",
-            )
-        }
-        metrics = {}
-        for logs in self.state.log_history:
-            metrics |= {name: value for name, value in logs.items() if name.startswith(("accuracy", "eval_"))}
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        write_model_card(
-            Path(args.output_dir) / "README.md",
-            trainer_name=self._name,
-            base_model=config.base_model_name_or_path,
-            model_name=model_name or (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1],
-            dataset_name=dataset_name,
-            tags=[*self._tag_names, *tags],
-            license=None,
-            method_table=method,
-            metrics=metrics,
-            images=[],
-            hub_model_id=args.hub_model_id,
-            paper=self._paper,
-            command=None,
+        table = {name: config[name] for name in ("num_task_tokens", "task_projection_rank", "lora")}
+        names = (
+            "score_link",
+            "rho",
+            "eta",
+            "velocity_target",
+            "detach_score",
+            "score_preservation_coef",
+            "timestep_sampling",
+            "resolution",
+            "learning_rate",
+            "num_train_epochs",
+            "max_steps",
         )
+        return table | {name: getattr(args, name) for name in names}
 
 
-def _check_writable(folder: str) -> None:
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"`output_dir={folder}` cannot be created: {error}.") from error
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"`output_dir={folder}` is not writable.")
-
-
-def _check_distribution(args: SLRMConfig) -> None:
-    if args.n_gpu > 1:
-        raise ValueError(
-            "`SLRMTrainer` does not run under `torch.nn.DataParallel`. Start it with `accelerate launch`, or show it a "
-            "single GPU with `CUDA_VISIBLE_DEVICES`."
-        )
+def _check_sharding(args: SLRMConfig) -> None:
     zero_stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
     if args.fsdp or zero_stage == 3:
         raise ValueError(

@@ -15,11 +15,9 @@
 import copy
 import hashlib
 import math
-import os
 import shutil
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,9 +40,10 @@ from ..rewards import SLRMModel
 from ..rewards.scoring import LatentReward, PixelReward, RewardFunction, WeightedReward
 from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs
 from ..schedulers import gaussian_kl, sde_step_indices
+from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable
 from .callbacks import TAPOCallback
-from .model_card import write_model_card
 from .tapo_config import TAPOConfig
+from .tracking import make_config_trackable
 
 
 RewardModel = str | SLRMModel | RewardFunction
@@ -52,7 +51,7 @@ RewardModel = str | SLRMModel | RewardFunction
 ROW_COLUMN = "tapo_row"
 
 
-class TAPOTrainer(_BaseTrainer):
+class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
     r"""
     Trainer for Trajectory Advantages Preference Optimization (TAPO).
 
@@ -100,18 +99,7 @@ class TAPOTrainer(_BaseTrainer):
     loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
     _tag_names = ["trl", "tapo"]
     _name = "TAPO"
-    _paper = {
-        "title": "Consistent Noisy Latent Rewards for Trajectory Preference Optimization in Diffusion Models",
-        "citation": (
-            "@inproceedings{xian2026consistent,\n"
-            "    title     = {{Consistent Noisy Latent Rewards for Trajectory Preference Optimization in Diffusion "
-            "Models}},\n"
-            "    author    = {Xian, Xiaole and He, Xilin and Chen, Wenting and Liu, Wenshuang and Mu, Wenqi and He, "
-            "Yancheng and Li, Liang and Zhang, Yi and Yue, Xiangyu},\n"
-            "    year      = {2026},\n"
-            "}"
-        ),
-    }
+    _card_metrics = ("reward", "eval_", "kl")
 
     def __init__(
         self,
@@ -126,7 +114,8 @@ class TAPOTrainer(_BaseTrainer):
     ):
         if args is None:
             args = TAPOConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-TAPO")
-        _check_writable(args.output_dir)
+        check_writable(args.output_dir)
+        check_no_data_parallel(args, "TAPOTrainer")
 
         # Data
         if train_dataset is None:
@@ -154,15 +143,11 @@ class TAPOTrainer(_BaseTrainer):
         self.latent_shape = self.policy.latent_shape(
             args.height or args.resolution, args.width or args.resolution, args.num_frames
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                "`TAPOTrainer` does not run under `torch.nn.DataParallel`. Start it with `accelerate launch`, or show "
-                "it a single GPU with `CUDA_VISIBLE_DEVICES`."
-            )
         rewards = [self._load_reward(reward, args) for reward in _as_list(reward_model)]
         self.reward = WeightedReward(rewards, args.reward_weights)
 
         transformer = self.policy.transformer.requires_grad_(peft_config is None)
+        make_config_trackable(transformer)
         if peft_config is not None:
             if args.sync_ref_model:
                 raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
@@ -407,7 +392,11 @@ class TAPOTrainer(_BaseTrainer):
     ) -> None:
         for name, values in metrics.items():
             logs[name].append(values)
-        rows = {"loss": losses.detach(), "accuracy": metrics["rewards/accuracies"], "margin": metrics["rewards/margins"]}
+        rows = {
+            "loss": losses.detach(),
+            "accuracy": metrics["rewards/accuracies"],
+            "margin": metrics["rewards/margins"],
+        }
         for index in step_indices.unique().tolist():
             chosen = (step_indices == index).nonzero().flatten().to(losses.device)
             for name, values in rows.items():
@@ -547,62 +536,26 @@ class TAPOTrainer(_BaseTrainer):
         self.create_model_card()
         super()._save_checkpoint(model, trial)
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """
-        Write the model card `README.md` into the output folder.
+    @property
+    def _base_model_name(self) -> str:
+        return self.policy.name_or_path
 
-        Args:
-            model_name (`str`, *optional*): name of the model. Defaults to the Hub id's or the folder's.
-            dataset_name (`str`, *optional*): name of the dataset.
-            tags (`str` or `list[str]`, *optional*): further tags.
-        """
-        if not self.is_world_process_zero():
-            return
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        args = self.args
-        method = {
-            name: getattr(args, name)
-            for name in (
-                "beta",
-                "loss_type",
-                "num_inference_steps",
-                "num_sde_steps",
-                "num_candidates",
-                "noise_level",
-                "sde_type",
-                "guidance_scale",
-                "velocity_target",
-                "learning_rate",
-                "max_steps",
-                "num_train_epochs",
-            )
-        }
-        metrics = {}
-        for logs in self.state.log_history:
-            metrics |= {name: value for name, value in logs.items() if name.startswith(("reward", "eval_", "kl"))}
-        write_model_card(
-            Path(args.output_dir) / "README.md",
-            trainer_name=self._name,
-            base_model=self.policy.name_or_path,
-            model_name=model_name or (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1],
-            dataset_name=dataset_name or args.dataset_name,
-            tags=[*self._tag_names, *tags],
-            license=None,
-            method_table=method,
-            metrics=metrics,
-            images=sorted(Path(args.output_dir).glob("samples/*.png"))[-4:],
-            hub_model_id=self.hub_model_id,
-            paper=self._paper,
-            command=" ".join(["python", *(Path(part).name for part in sys.argv[:1]), *sys.argv[1:]]),
+    def _method_table(self) -> dict[str, Any]:
+        names = (
+            "beta",
+            "loss_type",
+            "num_inference_steps",
+            "num_sde_steps",
+            "num_candidates",
+            "noise_level",
+            "sde_type",
+            "guidance_scale",
+            "velocity_target",
+            "learning_rate",
+            "num_train_epochs",
+            "max_steps",
         )
-
-    def _send_telemetry(self) -> None:
-        """TRL's reads fields that only language models have."""
+        return {name: getattr(self.args, name) for name in names}
 
 
 def _as_list(value: Any) -> list:
@@ -612,16 +565,6 @@ def _as_list(value: Any) -> list:
 def _seed(*parts: int) -> int:
     """A seed of its own for every combination of `parts`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
-
-
-def _check_writable(folder: str) -> None:
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"`output_dir={folder}` cannot be created: {error}.") from error
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"`output_dir={folder}` is not writable.")
 
 
 def _model_init_kwargs(args: TAPOConfig, peft_config: PeftConfig | None) -> dict[str, Any]:

@@ -116,9 +116,7 @@ class TestSampling:
 
     def test_timesteps_reach_the_model_in_float32(self, tiny_sd3_policy, monkeypatch):
         seen = []
-        monkeypatch.setattr(
-            SD3Policy, "forward", lambda self, model, x, timestep, embeds: seen.append(timestep) or x
-        )
+        monkeypatch.setattr(SD3Policy, "forward", lambda self, model, x, timestep, embeds: seen.append(timestep) or x)
         embeds = PromptEmbeddings(torch.zeros(1, 2, 24), torch.zeros(1, 20))
         tiny_sd3_policy.velocity(None, torch.zeros(1, 4, 8, 8), 0.8333, embeds)
         assert seen[0].dtype == torch.float32 and seen[0].item() == pytest.approx(833.3)
@@ -171,9 +169,7 @@ class TestLoRA:
                 torch.nn.init.normal_(parameter, std=0.3)
         tiny_sd3_policy.save_lora_weights(tmp_path / "lora", model)
 
-        loaded = StableDiffusion3Pipeline.from_pretrained(
-            tmp_path / "base", text_encoder_3=None, tokenizer_3=None
-        )
+        loaded = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base", text_encoder_3=None, tokenizer_3=None)
         embeds = tiny_sd3_policy.encode_prompts(PROMPTS, 3)
         inputs = (torch.randn(2, 4, 8, 8), 0.7, embeds)
         base_velocity = SD3Policy(loaded).velocity(loaded.transformer, *inputs)

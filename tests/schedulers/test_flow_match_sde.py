@@ -174,7 +174,7 @@ class TestMarginals:
             first = num_steps // 10  # sigma = 0.9: away from the singular end, see the next test
             last = num_steps - 1
             steps = range(first, last) if num_sde_steps is None else sde_step_indices(num_steps, num_sde_steps, first)
-            variance = self.final_variance(scheduler, data_std, num_steps, lambda index: index in steps)
+            variance = self.final_variance(scheduler, data_std, num_steps, steps.__contains__)
             errors.append(abs(variance / data_std**2 - 1))
         assert errors[1] < 3e-3
         assert errors[1] < errors[0] / 3, "the error must vanish with the step size"

@@ -141,7 +141,10 @@ def reference_loss(trainer, pairs):
         for prompt in range(len(embeds)):
             log_ratios = []
             for branch in range(2):
-                x, x_next = pairs.latents[step, branch, prompt].double(), pairs.next_latents[step, branch, prompt].double()
+                x, x_next = (
+                    pairs.latents[step, branch, prompt].double(),
+                    pairs.next_latents[step, branch, prompt].double(),
+                )
                 log_probs = []
                 for context in (nullcontext(), model.disable_adapter()):
                     with context:

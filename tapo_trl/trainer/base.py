@@ -1,0 +1,114 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What both trainers share: the paper, the model card, and checks that come before any work."""
+
+import os
+import sys
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .model_card import write_model_card
+
+
+class DiffusionTrainerMixin:
+    """
+    Put before a TRL trainer, it replaces what only fits language models: the model card and the telemetry.
+
+    A trainer says what its card shows in `_base_model_name`, `_method_table` and `_card_metrics`.
+    """
+
+    _paper = {
+        "title": "Consistent Noisy Latent Rewards for Trajectory Preference Optimization in Diffusion Models",
+        "citation": (
+            "@inproceedings{xian2026consistent,\n"
+            "    title     = {{Consistent Noisy Latent Rewards for Trajectory Preference Optimization in Diffusion "
+            "Models}},\n"
+            "    author    = {Xian, Xiaole and He, Xilin and Chen, Wenting and Liu, Wenshuang and Mu, Wenqi and He, "
+            "Yancheng and Li, Liang and Zhang, Yi and Yue, Xiangyu},\n"
+            "    year      = {2026},\n"
+            "}"
+        ),
+    }
+    _card_metrics: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def _base_model_name(self) -> str:
+        """Hub id or folder of the pipeline that is trained."""
+
+    @abstractmethod
+    def _method_table(self) -> dict[str, Any]:
+        """Options of the training, for the card's table."""
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the model card `README.md` into the output folder.
+
+        Args:
+            model_name (`str`, *optional*): name of the model. Defaults to the Hub id's or the folder's.
+            dataset_name (`str`, *optional*): name of the dataset.
+            tags (`str` or `list[str]`, *optional*): further tags.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder, hub_model_id = Path(self.args.output_dir), self.args.hub_model_id
+        metrics = {}
+        for logs in self.state.log_history:
+            metrics |= {name: value for name, value in logs.items() if name.startswith(self._card_metrics)}
+        write_model_card(
+            folder / "README.md",
+            trainer_name=self._name,
+            base_model=self._base_model_name,
+            model_name=model_name or (hub_model_id or folder.resolve().name).split("/")[-1],
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            license=None,
+            method_table=self._method_table(),
+            metrics=metrics,
+            images=sorted(folder.glob("samples/*.png"))[-4:],
+            hub_model_id=hub_model_id,
+            paper=self._paper,
+            command=" ".join(["python", *(Path(part).name for part in sys.argv[:1]), *sys.argv[1:]]),
+        )
+
+    def _send_telemetry(self) -> None:
+        """None is sent: TRL's reads fields that only language models have."""
+
+
+def check_writable(folder: str) -> None:
+    """Make the output folder, or say why it can't be written to."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`output_dir={folder}` cannot be created: {error}.") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"`output_dir={folder}` is not writable.")
+
+
+def check_no_data_parallel(args: TrainingArguments, trainer: str) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"`{trainer}` does not run under `torch.nn.DataParallel`. Start it with `accelerate launch`, or show it a "
+            "single GPU with `CUDA_VISIBLE_DEVICES`."
+        )
