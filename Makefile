@@ -15,7 +15,7 @@ PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-THREADS ?= $(shell nproc)
+THREADS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS)
 SLRM_CONFIG ?= recipes/emoji/slrm.yaml
 TAPO_CONFIG ?= recipes/emoji/tapo.yaml
@@ -32,6 +32,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: install
+	$(BIN)/python examples/emoji/make_pairs.py
 	$(LAUNCH) examples/slrm_sd35.py --config $(SLRM_CONFIG)
 	$(LAUNCH) examples/tapo_sd35.py --config $(TAPO_CONFIG)
 	$(BIN)/python examples/emoji/report.py

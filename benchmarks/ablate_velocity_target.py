@@ -82,7 +82,7 @@ def train_slrm(variant: Variant, seed: int, root: Path) -> Path:
     return folder
 
 
-def measure(variant: Variant, seed: int, root: Path) -> dict:
+def measure(variant: Variant, seed: int, tapo_steps: int, root: Path) -> dict:
     folder = root / f"tapo-{variant.name}-seed{seed}"
     result = folder / "report" / "metrics.json"
     if not result.exists():
@@ -90,11 +90,12 @@ def measure(variant: Variant, seed: int, root: Path) -> dict:
         options = {
             "velocity_target": variant.tapo_velocity_target,
             "reward_model": slrm,
+            "max_steps": tapo_steps,
             "seed": seed,
             "output_dir": folder,
         }
         run(["-m", "tapo_trl.cli", "tapo", "--config", "recipes/emoji/tapo.yaml", *flags(options)], folder / "log.txt")
-        options = {"slrm": slrm, "lora": folder, "output_dir": folder / "report"}
+        options = {"slrm": slrm, "lora": folder, "output_dir": folder / "report", "seeds": 2}
         run(["examples/emoji/report.py", *flags(options)], folder / "report.txt")
     return json.loads(result.read_text())
 
@@ -120,6 +121,7 @@ def row(variant: Variant, metrics: list[dict]) -> str:
         spread([statistics.mean(m["slrm_accuracy"]["none"].values()) for m in metrics]),
         f"`{variant.tapo_velocity_target}`",
         spread([m["preferred_style_share_after"] for m in metrics]),
+        spread([m["subject_r1_after"] for m in metrics]),
         spread([m["subject_r10_after"] for m in metrics]),
     ]
     return "| " + " | ".join(cells) + " |"
@@ -129,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="Runs at the same time, with one thread each.")
+    parser.add_argument("--tapo_steps", type=int, default=24)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ablation"))
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -138,7 +141,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda item: train_slrm(item[1], item[0][1], args.output_dir), slrms.items()))
         jobs = {
-            (variant, seed): pool.submit(measure, variant, seed, args.output_dir)
+            (variant, seed): pool.submit(measure, variant, seed, args.tapo_steps, args.output_dir)
             for seed in args.seeds
             for variant in VARIANTS
         }
@@ -151,9 +154,9 @@ def main() -> None:
     )
     print(
         "| SLRM `velocity_target` | `detach_score` | `score_preservation_coef` | accuracy, paper's rule | accuracy, "
-        "deployable rule | accuracy, logit only | TAPO `velocity_target` | preferred style | subject R@10 |"
+        "deployable rule | accuracy, logit only | TAPO `velocity_target` | preferred style | subject R@1 | subject R@10 |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for variant in VARIANTS:
         print(row(variant, [results[variant, seed] for seed in args.seeds]))
 

@@ -77,6 +77,7 @@ class Judge(nn.Module):
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, path.with_suffix(".safetensors"))
+        path.with_suffix(".safetensors").chmod(0o644)
         path.with_suffix(".json").write_text(json.dumps(self.config, indent=1) + "\n")
 
     @classmethod

@@ -203,6 +203,7 @@ def main():
     torch.manual_seed(args.seed)
     images, prompts, _ = load_images(args.data)
     vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").eval().requires_grad_(False)
+    vae.register_to_config(_name_or_path="")
     with torch.no_grad():
         latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in (images * 2 - 1).split(64)])
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor

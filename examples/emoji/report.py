@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", default="report", type=Path)
     parser.add_argument("--preferred_style", default="fluent")
     parser.add_argument("--seeds", type=int, default=4, help="Images per held-out prompt.")
-    parser.add_argument("--num_inference_steps", type=int, default=16)
+    parser.add_argument("--num_inference_steps", type=int, default=12)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--max_sequence_length", type=int, default=1)
     return parser.parse_args()
@@ -171,6 +171,9 @@ def format_table(metrics: dict, preferred_style: str) -> str:
 
 def main() -> None:
     args = parse_args()
+    for file in (Path(args.slrm) / "config.json", Path(args.lora) / "pytorch_lora_weights.safetensors"):
+        if not file.is_file():
+            raise SystemExit(f"{file} is missing: train first, `make demo` runs everything in order.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
 

@@ -1,0 +1,46 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Draws the sample picture of the README with the base pipeline.
+
+    python examples/emoji/sample_grid.py --output examples/emoji/assets/base_samples.png
+"""
+
+import argparse
+from pathlib import Path
+
+from common import HERE, save_grid
+from pretrain_transformer import load_pipeline, sample
+
+
+PROMPTS = ["panda face", "cupcake", "butterfly", "bus", "racing car", "hamburger", "robot face", "snowman"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline_dir", type=Path, default=HERE / "pipeline")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--per_prompt", type=int, default=6)
+    parser.add_argument("--guidance_scale", type=float, default=1.5)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    prompts = [prompt for prompt in args.prompts for _ in range(args.per_prompt)]
+    images = sample(load_pipeline(args.pipeline_dir), prompts, seed=args.seed, guidance=args.guidance_scale)
+    save_grid(images, args.output, columns=2 * args.per_prompt)
+
+
+if __name__ == "__main__":
+    main()
