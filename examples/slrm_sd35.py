@@ -41,43 +41,8 @@ accelerate launch examples/slrm_sd35.py --config recipes/sd35/slrm.yaml \
 ```
 """
 
-from tapo_trl import SLRMConfig, SLRMTrainer
-from tapo_trl.cli import (
-    DiffusionModelConfig,
-    RecipeParser,
-    SLRMScriptArguments,
-    get_lora_config,
-    load_policy_from_args,
-    load_preference_pairs,
-)
-
-
-def main(script_args: SLRMScriptArguments, training_args: SLRMConfig, model_args: DiffusionModelConfig) -> None:
-    # Preference pairs: the columns `prompt`, `chosen` and `rejected`
-    train_dataset = load_preference_pairs(script_args, script_args.dataset_train_split)
-    eval_dataset = None
-    if script_args.dataset_test_split is not None:
-        eval_dataset = load_preference_pairs(script_args, script_args.dataset_test_split)
-
-    # The pipeline whose transformer becomes the reward model; its VAE and text encoders make the inputs
-    policy = load_policy_from_args(model_args, training_args)
-
-    trainer = SLRMTrainer(
-        model=policy,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_lora_config(model_args, policy),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-
-    # `SLRMModel.from_pretrained(output_dir)` loads the result
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+from tapo_trl.cli.slrm import main, make_parser
 
 
 if __name__ == "__main__":
-    parser = RecipeParser((SLRMScriptArguments, SLRMConfig, DiffusionModelConfig), prog="slrm_sd35.py")
-    main(*parser.parse_args_and_config())
+    main(*make_parser().parse_args_and_config())

@@ -42,45 +42,8 @@ accelerate launch examples/tapo_sd35.py --config recipes/sd35/tapo.yaml \
 ```
 """
 
-from tapo_trl import TAPOConfig, TAPOTrainer
-from tapo_trl.cli import (
-    DiffusionModelConfig,
-    RecipeParser,
-    TAPOScriptArguments,
-    build_callbacks,
-    get_lora_config,
-    load_policy_from_args,
-    load_prompt_dataset,
-    load_reward_models,
-)
-
-
-def main(script_args: TAPOScriptArguments, training_args: TAPOConfig, model_args: DiffusionModelConfig) -> None:
-    # Prompts to train on, and held-out ones to evaluate on and to watch
-    train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
-
-    # The policy, and what it is rewarded for: an SLRM, functions of the decoded images, or several of them
-    policy = load_policy_from_args(model_args, training_args)
-    reward_model = load_reward_models(script_args.reward_model)
-
-    trainer = TAPOTrainer(
-        model=policy,
-        reward_model=reward_model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=build_callbacks(script_args, training_args, train_dataset, eval_dataset),
-        peft_config=get_lora_config(model_args, policy),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-
-    # `StableDiffusion3Pipeline.from_pretrained(base).load_lora_weights(output_dir)` loads the result
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=training_args.dataset_name)
-    trainer.end()
+from tapo_trl.cli.tapo import main, make_parser
 
 
 if __name__ == "__main__":
-    parser = RecipeParser((TAPOScriptArguments, TAPOConfig, DiffusionModelConfig), prog="tapo_sd35.py")
-    main(*parser.parse_args_and_config())
+    main(*make_parser().parse_args_and_config())

@@ -36,7 +36,7 @@ class ImageTower(nn.Module):
     def __init__(self, channels: tuple[int, ...]):
         super().__init__()
         self.down, self.residual = nn.ModuleList(), nn.ModuleList()
-        for i, (before, after) in enumerate(zip((3, *channels), channels)):
+        for i, (before, after) in enumerate(zip((3, *channels), channels, strict=False)):
             kernel = 5 if i == 0 else 3
             self.down.append(self.layer(before, after, kernel, stride=2))
             self.residual.append(self.layer(after, after, 3, stride=1))
@@ -48,7 +48,7 @@ class ImageTower(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         hidden = 2 * images - 1
-        for i, (down, residual) in enumerate(zip(self.down, self.residual)):
+        for i, (down, residual) in enumerate(zip(self.down, self.residual, strict=True)):
             hidden = down(hidden)
             if i > 0:
                 hidden = hidden + residual(hidden)

@@ -49,7 +49,7 @@ def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     while True:
         pairs: dict[tuple[str, str], int] = {}
         for symbols, count in words.items():
-            for pair in zip(symbols, symbols[1:]):
+            for pair in zip(symbols, symbols[1:], strict=False):
                 pairs[pair] = pairs.get(pair, 0) + count
         if not pairs:
             break
@@ -226,7 +226,7 @@ def main():
         state = torch.load(args.work_dir / "state.pt")
         for name, model in trained.items():
             model.load_state_dict(state["models"][name])
-        for (average, _), saved in zip(pairs, state["averages"]):
+        for (average, _), saved in zip(pairs, state["averages"], strict=True):
             average.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         step, elapsed = state["step"], state["elapsed"]

@@ -15,6 +15,8 @@
 """Draws the sample picture of the README with the base pipeline.
 
     python examples/emoji/sample_grid.py --output examples/emoji/assets/base_samples.png
+
+It shows two prompts per row, several seeds of each.
 """
 
 import argparse

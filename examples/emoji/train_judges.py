@@ -17,8 +17,8 @@
     python examples/emoji/train_judges.py --train_data /tmp/emoji_all/emoji.parquet
     python examples/emoji/train_judges.py --evaluate_only
 
-The style judge learns from the full set, the subject judge from the committed captions. Their accuracy is given on real
-and augmented pictures, on autoencoder reconstructions and (shares and recall only) on samples of the pipeline.
+The style judge learns from the full set, the subject judge from the committed captions. Their accuracy is given on
+real and augmented pictures and on autoencoder reconstructions; shares and recall also on samples of the pipeline.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def augment(images: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
     images = 1 - functional.grid_sample(1 - images, grid, align_corners=False)  # pads with white
 
     blurred = images.clone()
-    for kind, rows in zip(("none", "blur", "blur2", "coarse"), torch.randperm(count).chunk(4)):
+    for kind, rows in zip(("none", "blur", "blur2", "coarse"), torch.randperm(count).chunk(4), strict=False):
         part = images[rows]
         if kind in ("blur", "blur2"):
             for _ in range(1 if kind == "blur" else 2):
@@ -95,13 +95,13 @@ def train(judge: Judge, images: torch.Tensor, labels: torch.Tensor, minutes: flo
 def score(images: torch.Tensor, prompts: list[str], styles: torch.Tensor | None, judges: tuple) -> dict:
     """The numbers of both judges on one set of pictures."""
     probabilities = torch.cat([judges[0].style_probabilities(batch) for batch in images.split(128)])
-    chunks = zip(images.split(128), [prompts[i : i + 128] for i in range(0, len(prompts), 128)])
-    ranks = torch.cat([judges[1].ranks(batch, names) for batch, names in chunks])
+    starts = range(0, len(prompts), 128)
+    ranks = torch.cat([judges[1].ranks(images[i : i + 128], prompts[i : i + 128]) for i in starts])
     result = {f"R@{k}": round(recall_at(ranks, k), 3) for k in (1, 10)}
     if styles is not None:
         result["style_accuracy"] = round((probabilities.argmax(1) == styles).float().mean().item(), 3)
     shares = torch.bincount(probabilities.argmax(1), minlength=len(STYLES)) / len(images)
-    result["style_shares"] = {style: round(share.item(), 3) for style, share in zip(STYLES, shares)}
+    result["style_shares"] = {style: round(share.item(), 3) for style, share in zip(STYLES, shares, strict=True)}
     result["style_confidence"] = round(probabilities.max(1)[0].mean().item(), 3)
     return result
 
@@ -141,7 +141,7 @@ def main():
     parser.add_argument("--subject_minutes", type=float, default=10.0)
     parser.add_argument("--evaluate_only", action="store_true")
     parser.add_argument("--samples_per_caption", type=int, default=4)
-    parser.add_argument("--guidance_scales", type=float, nargs="*", default=[1.0, 2.0, 3.0, 4.0])
+    parser.add_argument("--guidance_scales", type=float, nargs="*", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -45,10 +45,11 @@ def load_policy(
     pipeline = model
     if isinstance(model, str):
         # A component that was saved as absent has to be passed as `None` to diffusers.
-        absent = {name: None for name, value in DiffusionPipeline.load_config(model).items() if value == [None, None]}
-        pipeline = DiffusionPipeline.from_pretrained(
-            model, dtype=torch_dtype or torch.float32, **absent | model_init_kwargs
-        )
+        revision = model_init_kwargs.get("revision")
+        components = DiffusionPipeline.load_config(model, revision=revision)
+        absent = {name: None for name, value in components.items() if value == [None, None]}
+        options = {"dtype": torch_dtype or torch.float32, "use_safetensors": True}
+        pipeline = DiffusionPipeline.from_pretrained(model, **absent | options | model_init_kwargs)
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return SD3Policy(pipeline)
     raise ValueError(

@@ -407,7 +407,7 @@ class SLRMModel(ModelMixin, ConfigMixin):
         if not config["lora"]:
             model = super().from_pretrained(
                 pretrained_model_name_or_path,
-                torch_dtype=torch_dtype or torch.float32,
+                dtype=torch_dtype or torch.float32,
                 **{**kwargs, "use_safetensors": True},
             )
         else:
@@ -431,7 +431,7 @@ class SLRMModel(ModelMixin, ConfigMixin):
         base_class = type(self.transformer).base_class
         if isinstance(base_model, str):
             transformer = base_class.from_pretrained(
-                base_model, subfolder="transformer", torch_dtype=dtype, use_safetensors=True
+                base_model, subfolder="transformer", dtype=dtype, use_safetensors=True
             )
         else:
             transformer = base_model.transformer

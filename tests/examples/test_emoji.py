@@ -69,7 +69,7 @@ class TestDataset:
         assert image.size == (64, 64) and image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
 
     def test_every_caption_has_each_style_once(self, dataset):
-        pairs = list(zip(dataset["prompt"], dataset["style"]))
+        pairs = list(zip(dataset["prompt"], dataset["style"], strict=True))
         assert len(set(pairs)) == len(pairs) == 3 * len(set(dataset["prompt"]))
 
     def test_captions_are_short_and_lower_case(self, dataset):
@@ -78,7 +78,7 @@ class TestDataset:
     def test_the_splits_share_no_caption_and_hold_every_category(self, dataset):
         captions = {"train": set(), "test": set()}
         categories = {"train": set(), "test": set()}
-        for prompt, category, split in zip(dataset["prompt"], dataset["category"], dataset["split"]):
+        for prompt, category, split in zip(dataset["prompt"], dataset["category"], dataset["split"], strict=True):
             captions[split].add(prompt)
             categories[split].add(category)
         assert not captions["train"] & captions["test"]

@@ -306,6 +306,17 @@ class TestGradient:
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3 * expected[name].abs().max())
 
+    @pytest.mark.parametrize("train_cfg", [True, False])
+    def test_train_cfg_scores_transitions_with_the_guidance_of_the_rollout(self, tmp_path, train_cfg):
+        trainer = make_trainer(tmp_path, train_cfg=train_cfg, self_check=False, beta=30.0)
+        randomize_adapter(trainer)
+        rows = [{"prompt": prompt, "tapo_row": row} for row, prompt in enumerate(PROMPTS)]
+        pairs = trainer._generate_and_score_trajectories(rows, seed_step=0)
+        (chunk,) = pairs.transitions(100)
+        expected, _ = reference_loss(trainer, pairs)
+        difference = abs(trainer.compute_loss(trainer.model, chunk).item() - expected.item())
+        assert difference < 1e-4 if train_cfg else difference > 1e-3
+
     def test_checkpointing_does_not_matter(self, tmp_path):
         _, _, expected = self.run(tmp_path / "a")
         trainer, _, gradients = self.run(tmp_path / "b", activation_checkpointing=True)
