@@ -20,6 +20,7 @@ them, and no preference training uses them.
     style_judge.style_probabilities(images)          # [B, 3], columns named by style_judge.styles
     ranks = subject_judge.ranks(images, prompts)     # [B], 1 = the right caption scored best of all captions
     recall_at(ranks, 10)
+    subject_judge.probabilities(images, prompts)     # [B], finer than the rank
 """
 
 import json
@@ -108,15 +109,25 @@ class SubjectJudge(Judge):
     def prompts(self) -> list[str]:
         return self.labels
 
-    @torch.no_grad()
-    def ranks(self, images: torch.Tensor, prompts: list[str]) -> torch.LongTensor:
-        """The rank (1 = best) of each image's own prompt among all captions, by the score of the image."""
+    def own_columns(self, prompts: list[str]) -> torch.LongTensor:
+        """The column of each prompt among the labels, [B, 1]."""
         unknown = sorted(set(prompts) - set(self.labels))
         if unknown:
             raise ValueError(f"The subject judge does not know these prompts: {unknown}")
+        return torch.tensor([[self.labels.index(p)] for p in prompts], device=self.scale.device)
+
+    @torch.no_grad()
+    def ranks(self, images: torch.Tensor, prompts: list[str]) -> torch.LongTensor:
+        """The rank (1 = best) of each image's own prompt among all captions, by the score of the image."""
+        columns = self.own_columns(prompts)
         scores = self(images.to(self.scale))
-        own = scores.gather(1, torch.tensor([[self.labels.index(p)] for p in prompts], device=scores.device))
-        return 1 + (scores > own).sum(dim=1)
+        return 1 + (scores > scores.gather(1, columns)).sum(dim=1)
+
+    @torch.no_grad()
+    def probabilities(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """The probability of each image's own prompt among all captions: a finer measure than the rank."""
+        columns = self.own_columns(prompts)
+        return self(images.to(self.scale)).softmax(dim=1).gather(1, columns)[:, 0]
 
 
 def load_judges(folder: Path | str) -> tuple[StyleJudge, SubjectJudge]:

@@ -97,7 +97,9 @@ def score(images: torch.Tensor, prompts: list[str], styles: torch.Tensor | None,
     probabilities = torch.cat([judges[0].style_probabilities(batch) for batch in images.split(128)])
     starts = range(0, len(prompts), 128)
     ranks = torch.cat([judges[1].ranks(images[i : i + 128], prompts[i : i + 128]) for i in starts])
+    own = torch.cat([judges[1].probabilities(images[i : i + 128], prompts[i : i + 128]) for i in starts])
     result = {f"R@{k}": round(recall_at(ranks, k), 3) for k in (1, 10)}
+    result["subject_probability"] = round(own.mean().item(), 3)
     if styles is not None:
         result["style_accuracy"] = round((probabilities.argmax(1) == styles).float().mean().item(), 3)
     shares = torch.bincount(probabilities.argmax(1), minlength=len(STYLES)) / len(images)

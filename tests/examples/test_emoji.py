@@ -156,9 +156,10 @@ class TestPipeline:
         few = sample(pipeline, prompts[:2], num_inference_steps=2)
         assert torch.equal(few, sample(pipeline, prompts[:2], num_inference_steps=2))
         ranks = judges[1].ranks(images, prompts)
-        assert recall_at(ranks, 10) >= 0.5  # chance: 0.05
+        assert recall_at(ranks, 10) >= 0.9  # chance: 0.05
         wrong = judges[1].ranks(images, prompts[1:] + prompts[:1])
         assert recall_at(wrong, 10) <= 0.3
+        assert judges[1].probabilities(images, prompts).mean() >= 0.5
 
 
 class TestJudges:
@@ -169,7 +170,7 @@ class TestJudges:
         probabilities = style.style_probabilities(images)
         assert probabilities.shape == (len(images), 3)
         torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(len(images)))
-        assert (probabilities.argmax(dim=1) == styles).float().mean() >= 0.85
+        assert (probabilities.argmax(dim=1) == styles).float().mean() >= 0.95
         assert recall_at(subject.ranks(images, prompts), 1) >= 0.9
         assert recall_at(subject.ranks(images, [prompts[-1]] * len(prompts)), 10) <= 0.2
 
@@ -178,12 +179,18 @@ class TestJudges:
         images, prompts, styles = (part[::4] for part in pictures)
         decoded = pipeline.vae.decode(pipeline.vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
         style, subject = judges
-        assert (style.style_probabilities(decoded.clamp(0, 1)).argmax(dim=1) == styles).float().mean() >= 0.7
+        assert (style.style_probabilities(decoded.clamp(0, 1)).argmax(dim=1) == styles).float().mean() >= 0.9
         assert recall_at(subject.ranks(decoded.clamp(0, 1), prompts), 10) >= 0.9
 
     def test_unknown_prompt(self, judges):
         with pytest.raises(ValueError, match="no such thing"):
             judges[1].ranks(torch.ones(1, 3, 64, 64), ["no such thing"])
+
+    def test_blur_lowers_the_probability_of_the_own_prompt(self, judges, pictures):
+        images, prompts = pictures[0][:60], pictures[1][:60]
+        coarse = torch.nn.functional.avg_pool2d(images, 16).repeat_interleave(16, -1).repeat_interleave(16, -2)
+        sharp, blurred = (judges[1].probabilities(x, prompts).mean() for x in (images, coarse))
+        assert sharp >= 0.8 and blurred <= 0.5
 
     def test_ranks_and_recall(self, judges):
         ranks = judges[1].ranks(torch.rand(4, 3, 64, 64), judges[1].prompts[:4])
