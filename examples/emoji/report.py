@@ -86,7 +86,12 @@ def judge(images: torch.Tensor, prompts: list[str], args: argparse.Namespace) ->
     styles = style_judge.style_probabilities(images).argmax(-1)
     ranks = subject_judge.ranks(images, prompts)
     shares = {name: (styles == index).float().mean().item() for index, name in enumerate(style_judge.styles)}
-    return {"style_shares": shares, "subject_r1": recall_at(ranks, 1), "subject_r10": recall_at(ranks, 10)}
+    return {
+        "style_shares": shares,
+        "subject_r1": recall_at(ranks, 1),
+        "subject_r10": recall_at(ranks, 10),
+        "subject_probability": subject_judge.probabilities(images, prompts).mean().item(),
+    }
 
 
 def read_logs(folder: str) -> list[dict]:
@@ -160,6 +165,8 @@ def format_table(metrics: dict, preferred_style: str) -> str:
         f"{metrics['subject_r10_before']:8.2f}{metrics['subject_r10_after']:8.2f}",
         f"{'right subject is the best caption':44}"
         f"{metrics['subject_r1_before']:8.2f}{metrics['subject_r1_after']:8.2f}",
+        f"{'probability of the right caption':44}"
+        f"{metrics['subject_probability_before']:8.2f}{metrics['subject_probability_after']:8.2f}",
         "",
         f"{'SLRM accuracy on held-out pairs at sigma':44}" + "".join(f"{sigma:8}" for sigma in SIGMAS),
     ]
@@ -199,6 +206,7 @@ def main() -> None:
             "preferred_style_share": result["style_shares"][args.preferred_style],
             "subject_r10": result["subject_r10"],
             "subject_r1": result["subject_r1"],
+            "subject_probability": result["subject_probability"],
             "style_shares": result["style_shares"],
         }.items()
     }
