@@ -35,7 +35,7 @@ demo: install
 	$(BIN)/python examples/emoji/make_pairs.py
 	$(LAUNCH) examples/slrm_sd35.py --config $(SLRM_CONFIG)
 	$(LAUNCH) examples/tapo_sd35.py --config $(TAPO_CONFIG)
-	$(BIN)/python examples/emoji/report.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/emoji/report.py
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="Runs at the same time, with one thread each.")
-    parser.add_argument("--tapo_steps", type=int, default=24)
+    parser.add_argument("--tapo_steps", type=int, default=20)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ablation"))
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

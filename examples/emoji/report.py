@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--preferred_style", default="fluent")
     parser.add_argument("--seeds", type=int, default=4, help="Images per held-out prompt.")
     parser.add_argument("--num_inference_steps", type=int, default=12)
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--guidance_scale", type=float, default=1.5)
     parser.add_argument("--max_sequence_length", type=int, default=1)
     return parser.parse_args()
 
