@@ -45,7 +45,11 @@ from tapo_trl.metrics import evaluate_preference_accuracy  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-RULES = {"ground_truth": "paper's rule (sees the clean latent)", "reference": "velocity rule", "none": "logit only"}
+RULES = {
+    "ground_truth": "paper's rule (sees the clean latent)",
+    "reference": "deployable rule (base model's velocity)",
+    "none": "deployable rule (logit only)",
+}
 
 
 def parse_args() -> argparse.Namespace:
