@@ -26,10 +26,29 @@ from safetensors.torch import load_file, save_file
 from ..policies import FlowPolicy, PromptEmbeddings
 
 
+ROW_COLUMN = "tapo_row"
+
+
 def default_prompts() -> Dataset:
     """The prompts that ship with the package, one per row, in the column `prompt`."""
     text = resources.files("tapo_trl.data").joinpath("prompts.txt").read_text(encoding="utf-8")
     return Dataset.from_dict({"prompt": [line for line in text.splitlines() if line]})
+
+
+def prepare_prompts(dataset: Dataset, name: str) -> Dataset:
+    """Check the prompts and number the rows: the noise of a rollout depends on the row, not on the process."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"`{name}` needs a column `prompt`, but has {dataset.column_names}. Rename yours.")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(f"`{name}` row {row}: `prompt` must be a string, got {prompt!r}.")
+    if ROW_COLUMN in dataset.column_names:
+        dataset = dataset.remove_columns(ROW_COLUMN)
+    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
 
 
 class PromptCache:

@@ -33,7 +33,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, identity
 
-from ..data.prompts import PromptCache, default_prompts
+from ..data.prompts import ROW_COLUMN, PromptCache, default_prompts, prepare_prompts
 from ..losses import tapo_loss
 from ..policies import FlowPolicy, load_policy
 from ..rewards import SLRMModel
@@ -47,8 +47,6 @@ from .tracking import make_config_trackable
 
 
 RewardModel = str | SLRMModel | RewardFunction
-
-ROW_COLUMN = "tapo_row"
 
 
 class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
@@ -124,7 +122,7 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
                 if args.dataset_name is None
                 else load_dataset(args.dataset_name, split=args.dataset_split)
             )
-        train_dataset = _prepare_prompts(train_dataset, "train_dataset")
+        train_dataset = prepare_prompts(train_dataset, "train_dataset")
         global_batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         if args.num_iterations > 1 and len(train_dataset) < global_batch_size:
             raise ValueError(
@@ -133,10 +131,10 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
             )
         if isinstance(eval_dataset, dict):
             eval_dataset = {
-                name: _prepare_prompts(split, f"eval_dataset[{name!r}]") for name, split in eval_dataset.items()
+                name: prepare_prompts(split, f"eval_dataset[{name!r}]") for name, split in eval_dataset.items()
             }
         elif eval_dataset is not None:
-            eval_dataset = _prepare_prompts(eval_dataset, "eval_dataset")
+            eval_dataset = prepare_prompts(eval_dataset, "eval_dataset")
 
         # Policy
         self.policy = load_policy(model, **_model_init_kwargs(args, peft_config))
@@ -576,19 +574,3 @@ def _model_init_kwargs(args: TAPOConfig, peft_config: PeftConfig | None) -> dict
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     return kwargs | {"torch_dtype": dtype}
-
-
-def _prepare_prompts(dataset: Dataset, name: str) -> Dataset:
-    """Check the prompts and number the rows: the noise of a rollout depends on the row, not on the process."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty.")
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"`{name}` needs a column `prompt`, but has {dataset.column_names}. Rename yours.")
-    for row, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str):
-            raise ValueError(f"`{name}` row {row}: `prompt` must be a string, got {prompt!r}.")
-    if ROW_COLUMN in dataset.column_names:
-        dataset = dataset.remove_columns(ROW_COLUMN)
-    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))

@@ -1,0 +1,74 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tapo_trl.data import PromptCache, default_prompts
+from tapo_trl.data.prompts import ROW_COLUMN, prepare_prompts
+from tapo_trl.policies import SD3Policy
+
+from ..testing_utils import tiny_sd3_pipeline as make_pipeline
+
+
+PROMPTS = ["a red fox", "cat", "cat", ""]
+
+
+class TestPromptCache:
+    def test_gives_back_what_the_encoders_said_after_they_are_gone(self, tiny_sd3_policy, tmp_path):
+        cache = PromptCache(tiny_sd3_policy, tmp_path, max_sequence_length=3)
+        expected = tiny_sd3_policy.encode_prompts(["a red fox", "cat", ""], 3)
+        cache.encode(PROMPTS)
+        tiny_sd3_policy.unload_text_encoders()
+        embeds = cache.load(["cat", "a red fox"])
+        torch.testing.assert_close(embeds.prompt_embeds, expected.prompt_embeds[[1, 0]], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(embeds.pooled_prompt_embeds, expected.pooled_prompt_embeds[[1, 0]])
+        with pytest.raises(KeyError, match="owl"):
+            cache.load(["owl"])
+
+    def test_every_prompt_is_encoded_once(self, tiny_sd3_policy, tmp_path, monkeypatch):
+        seen, encode = [], SD3Policy.encode_prompts
+
+        def record(self, prompts, *args):
+            seen.extend(prompts)
+            return encode(self, prompts, *args)
+
+        monkeypatch.setattr(SD3Policy, "encode_prompts", record)
+        PromptCache(tiny_sd3_policy, tmp_path, 3).encode(PROMPTS)
+        assert seen == ["a red fox", "cat", ""]
+        PromptCache(tiny_sd3_policy, tmp_path, 3).encode([*PROMPTS, "owl"])
+        assert seen[3:] == ["owl"]
+        assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors"}
+
+    def test_other_encoders_and_lengths_have_folders_of_their_own(self, tiny_sd3_policy, tmp_path):
+        folders = {
+            PromptCache(tiny_sd3_policy, tmp_path, 3).folder,
+            PromptCache(tiny_sd3_policy, tmp_path, 4).folder,
+            PromptCache(SD3Policy(make_pipeline(seed=1)), tmp_path, 3).folder,
+            PromptCache(SD3Policy(make_pipeline().to(torch.float16)), tmp_path, 3).folder,
+        }
+        assert len(folders) == 4
+        assert PromptCache(SD3Policy(make_pipeline()), tmp_path, 3).folder in folders
+
+
+class TestPrompts:
+    def test_the_package_has_prompts(self):
+        prompts = default_prompts()["prompt"]
+        assert len(prompts) > 200 and len(set(prompts)) == len(prompts) and all(prompts)
+
+    def test_rows_are_numbered(self):
+        dataset = prepare_prompts(Dataset.from_dict({"prompt": ["a", "b"], "label": [3, 4]}), "train_dataset")
+        assert dataset[ROW_COLUMN] == [0, 1] and dataset["label"] == [3, 4]
+        assert prepare_prompts(dataset, "train_dataset")[ROW_COLUMN] == [0, 1]
