@@ -46,7 +46,7 @@ TrainingVelocityTarget = Literal["ground_truth", "reference", "none"]
 DEFAULT_NUM_TASK_TOKENS = 8
 DEFAULT_RHO = math.log(4)
 DEFAULT_SCORE_LINK: ScoreLink = "exp"
-DEFAULT_VELOCITY_TARGET: TrainingVelocityTarget = "ground_truth"
+DEFAULT_VELOCITY_TARGET: TrainingVelocityTarget = "reference"
 DEFAULT_MAX_SEQUENCE_LENGTH = 256
 DEFAULT_RESOLUTION = 512
 
@@ -137,7 +137,7 @@ class SLRMModel(ModelMixin, ConfigMixin):
             if set, the projections P^S of Eq. 5 are low-rank updates of the text stream's, else full matrices.
         score_link (`str`, *optional*, defaults to `"exp"`): `"exp"` or `"softplus"`, how a logit becomes S > 0.
         rho (`float`, *optional*, defaults to `ln 4`): weight of the distance in Eq. 7.
-        velocity_target (`str`, *optional*, defaults to `"ground_truth"`): v_target in training, kept as a record.
+        velocity_target (`str`, *optional*, defaults to `"reference"`): v_target in training, kept as a record.
         max_sequence_length (`int`, *optional*, defaults to `256`): length at which prompts were encoded.
         resolution (`int`, *optional*, defaults to `512`): size of the images in training, in pixels.
         lora (`bool`, *optional*, defaults to `False`): whether the backbone was trained with LoRA.

@@ -26,6 +26,8 @@ from .candidates import Candidates
 
 VelocityTarget = Literal["parent", "policy", "reference", "initial_noise", "none"]
 VELOCITY_TARGETS: tuple[str, ...] = get_args(VelocityTarget)
+# What to use with an SLRM by the `velocity_target` of its training: the same where it can be had while sampling, else free.
+ROLLOUT_TARGETS: dict[str, VelocityTarget] = {"ground_truth": "parent", "reference": "reference", "none": "none"}
 MIN_SIGMA = 0.01  # below it x' hardly has noise to denoise, and the targets divide by sigma'
 
 

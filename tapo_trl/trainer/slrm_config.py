@@ -82,7 +82,7 @@ class SLRMConfig(RewardConfig):
             Weight of the distance between the model's velocity and its target in the score (Eq. 7).
         eta (`float`, *optional*, defaults to `1.0`):
             Exponent of the scores in the Bradley-Terry loss (Eq. 9).
-        velocity_target (`str`, *optional*, defaults to `"ground_truth"`):
+        velocity_target (`str`, *optional*, defaults to `"reference"`):
             What the model's velocity is compared to in training: `"ground_truth"`, x1 - x0, as in the paper;
             `"reference"`, the velocity of the frozen base model at x_t, which holds nothing of the clean latent; or
             `"none"`, the logit alone.

@@ -86,10 +86,11 @@ class TAPOConfig(_BaseConfig):
 
         reward_weights (`list[float]`, *optional*):
             Weights of several reward models. All 1 by default.
-        velocity_target (`str`, *optional*, defaults to `"parent"`):
+        velocity_target (`str`, *optional*):
             What the SLRM's velocity is compared to for a candidate, whose clean latent is unknown: `"parent"`,
             `"policy"`, `"reference"`, `"initial_noise"` or `"none"`, see
-            [`~rewards.velocity_targets.velocity_target`].
+            [`~rewards.velocity_targets.velocity_target`]. By default what fits the SLRM's training: `"reference"` and
+            `"none"` stay, and `"parent"` stands in for `"ground_truth"`.
         score_batch_size (`int`, *optional*):
             Number of candidates per forward of a reward model. All of a step at once by default.
 
@@ -192,10 +193,11 @@ class TAPOConfig(_BaseConfig):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of several reward models. All 1 by default."}
     )
-    velocity_target: str = field(
-        default="parent",
+    velocity_target: str | None = field(
+        default=None,
         metadata={
-            "help": "What the SLRM's velocity is compared to for a candidate, whose clean latent is unknown.",
+            "help": "What the SLRM's velocity is compared to for a candidate, whose clean latent is unknown. By default "
+            "what fits the SLRM's training.",
             "choices": list(VELOCITY_TARGETS),
         },
     )
@@ -265,7 +267,7 @@ class TAPOConfig(_BaseConfig):
             "loss_type": ("sigmoid", "hinge", "ipo"),
             "logprob_reduction": ("mean", "sum"),
             "step_weighting": ("none", "velocity"),
-            "velocity_target": VELOCITY_TARGETS,
+            "velocity_target": (None, *VELOCITY_TARGETS),
         }
         for name, values in choices.items():
             if getattr(self, name) not in values:

@@ -38,6 +38,7 @@ from ..losses import tapo_loss
 from ..policies import FlowPolicy, load_policy
 from ..rewards import SLRMModel
 from ..rewards.scoring import LatentReward, PixelReward, RewardFunction, WeightedReward
+from ..rewards.velocity_targets import ROLLOUT_TARGETS
 from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs
 from ..schedulers import gaussian_kl, sde_step_indices
 from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable
@@ -235,7 +236,8 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
         if isinstance(reward, SLRMModel):
             reward.check_compatible(self.policy, max_sequence_length=args.max_sequence_length)
             reward.requires_grad_(False).eval()
-            return LatentReward(reward, args.velocity_target, args.score_batch_size)
+            velocity_target = args.velocity_target or ROLLOUT_TARGETS[reward.config.velocity_target]
+            return LatentReward(reward, velocity_target, args.score_batch_size)
         if callable(reward):
             return PixelReward(reward, self.policy, args.score_batch_size)
         raise ValueError(

@@ -29,7 +29,7 @@ def test_defaults_are_the_papers(tmp_path):
     assert isinstance(args, RewardConfig)
     assert (args.learning_rate, args.weight_decay, args.adam_beta1, args.adam_beta2) == (1e-5, 0.01, 0.9, 0.999)
     assert args.rho == math.log(4) and args.resolution == 512
-    assert args.velocity_target == "ground_truth" and args.timestep_sampling == "uniform" and args.shared_noise
+    assert args.velocity_target == "reference" and args.timestep_sampling == "uniform" and args.shared_noise
     assert args.activation_checkpointing
 
 

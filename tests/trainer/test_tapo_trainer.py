@@ -244,6 +244,16 @@ class TestTraining:
         trainer = make_trainer(tmp_path, make_slrm(), velocity_target=velocity_target, max_steps=1)
         assert math.isfinite(trainer.train().training_loss)
 
+    @pytest.mark.parametrize(
+        "trained_with, expected", [("ground_truth", "parent"), ("reference", "reference"), ("none", "none")]
+    )
+    def test_the_velocity_target_follows_the_training_of_the_slrm(self, tmp_path, trained_with, expected):
+        slrm = make_slrm()
+        slrm.register_to_config(velocity_target=trained_with)
+        assert make_trainer(tmp_path, slrm).reward.rewards[0].velocity_target == expected
+        explicit = make_trainer(tmp_path, slrm, velocity_target="initial_noise")
+        assert explicit.reward.rewards[0].velocity_target == "initial_noise"
+
     def test_reward_columns(self, tmp_path):
         seen = []
 
