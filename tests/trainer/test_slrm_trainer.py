@@ -153,7 +153,7 @@ class TestSLRMTrainer:
                 assert accuracy > 0.9, (rule, sigma)
 
     def test_loss_is_eq_9_plus_flow_matching(self, make_args):
-        args = make_args(eta=1.3, rho=0.7, score_preservation_coef=0.4)
+        args = make_args(eta=1.3, rho=0.7, score_preservation_coef=0.4, velocity_target="ground_truth")
         trainer = SLRMTrainer(tiny_sd3_pipeline(), args, train_dataset=latent_pairs(4))
         batch = next(iter(trainer.get_train_dataloader()))
         inputs = trainer._prepare_inputs(batch)
@@ -333,7 +333,7 @@ class TestCheckpoints:
         assert not [file for file in files if file.endswith((".bin", ".pt", ".pth", ".pkl"))]
         config = json.load(open(f"{trainer.args.output_dir}/config.json"))
         assert (config["velocity_target"], config["max_sequence_length"], config["resolution"]) == (
-            "ground_truth",
+            "reference",
             16,
             32,
         )
