@@ -294,8 +294,3 @@ class PreferencePairCollator:
             batch["margin"] = torch.tensor([float(example["margin"]) for example in examples])
         batch["prompt"] = [example["prompt"] for example in examples]
         return batch
-
-
-def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on `key` alone, such as `(seed, global step, row)`: not on rank or batch."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))

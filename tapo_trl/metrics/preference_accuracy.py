@@ -28,11 +28,11 @@ from ..data.preferences import (
     TIE,
     PreferencePairCollator,
     prepare_preference_dataset,
-    seeded_generator,
 )
 from ..data.prompts import PromptCache
 from ..policies import FlowPolicy, PromptEmbeddings
 from ..rewards.slrm import SLRMModel, SLRMOutput, enhanced_log_score, log_score, score_distance
+from ..seeding import seeded_generator
 
 
 AccuracyRule = Literal["ground_truth", "reference", "none"]
@@ -232,4 +232,6 @@ def evaluate_preference_accuracy(
 
 def evaluation_noise(rows: Sequence[int], shape: Sequence[int], seed: int) -> torch.Tensor:
     """x1 of each row, the same in every evaluation with this `seed`; on the CPU, of shape `(len(rows), *shape)`."""
-    return torch.stack([torch.randn(tuple(shape), generator=seeded_generator(1, seed, row)) for row in rows])
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=seeded_generator("evaluation", seed, row)) for row in rows]
+    )

@@ -190,7 +190,7 @@ class ScoreHead(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, bias=False)  # the bias of `linear` is the one offset
         self.linear = nn.Linear(dim, 1)
 
     def reset_parameters(self) -> None:
@@ -200,8 +200,8 @@ class ScoreHead(nn.Module):
 
     def forward(self, score_tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast(score_tokens.device.type, enabled=False):
-            weight, bias = self.norm.weight.float(), self.norm.bias.float()
-            pooled = F.layer_norm(score_tokens.float(), self.norm.normalized_shape, weight, bias).mean(dim=1)
+            shape, weight = self.norm.normalized_shape, self.norm.weight.float()
+            pooled = F.layer_norm(score_tokens.float(), shape, weight, eps=self.norm.eps).mean(dim=1)
             return F.linear(pooled, self.linear.weight.float(), self.linear.bias.float()).squeeze(-1)
 
 

@@ -39,13 +39,13 @@ from ..data.preferences import (
     check_preference_dataset,
     is_prepared,
     prepare_preference_dataset,
-    seeded_generator,
 )
 from ..data.prompts import PromptCache
 from ..losses import slrm_loss
 from ..metrics.preference_accuracy import evaluation_noise, pair_accuracies, rule_log_scores, rule_targets
 from ..policies import FlowPolicy, load_policy
 from ..rewards.slrm import SLRMModel, enhanced_log_score, log_score, score_distance
+from ..seeding import seeded_generator
 from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable
 from .slrm_config import SLRMConfig
 from .tracking import make_config_trackable
@@ -240,7 +240,7 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         """
         sigmas, chosen_noise, rejected_noise = [], [], []
         for row in rows:
-            generator = seeded_generator(0, self.args.seed, self.state.global_step, row)
+            generator = seeded_generator("slrm", self.args.seed, self.state.global_step, row)
             if self.args.timestep_sampling == "uniform":
                 sigma = torch.rand(1, generator=generator)
             else:

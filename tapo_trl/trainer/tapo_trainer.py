@@ -13,7 +13,6 @@
 # limitations under the License.
 
 import copy
-import hashlib
 import math
 import shutil
 from collections import defaultdict
@@ -41,6 +40,7 @@ from ..rewards.scoring import LatentReward, PixelReward, RewardFunction, Weighte
 from ..rewards.velocity_targets import ROLLOUT_TARGETS
 from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs
 from ..schedulers import gaussian_kl, sde_step_indices
+from ..seeding import seeded_generator
 from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable
 from .callbacks import TAPOCallback
 from .tapo_config import TAPOConfig
@@ -296,9 +296,7 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
         columns = {
             name: [example[name] for example in batch] for name in batch[0] if name not in ("prompt", ROW_COLUMN)
         }
-        generators = [
-            torch.Generator().manual_seed(_seed(self.args.seed, seed_step, example[ROW_COLUMN])) for example in batch
-        ]
+        generators = [seeded_generator("tapo", self.args.seed, seed_step, example[ROW_COLUMN]) for example in batch]
         with self._eval_mode(), self.accelerator.autocast():
             pairs = self.sampler.sample(
                 self.model,
@@ -560,11 +558,6 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
 
 def _as_list(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _seed(*parts: int) -> int:
-    """A seed of its own for every combination of `parts`."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
 def _model_init_kwargs(args: TAPOConfig, peft_config: PeftConfig | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tapo_trl.data.prompts import PromptCache
 from tapo_trl.metrics import PreferenceAccuracy, evaluate_preference_accuracy
 from tapo_trl.metrics.preference_accuracy import pair_accuracies
 from tapo_trl.rewards.slrm import SLRMModel
+from tapo_trl.seeding import seeded_generator
 
 from ..data.preference_pairs import latent_pairs
 
@@ -76,14 +77,12 @@ class TestEvaluatePreferenceAccuracy:
             slrm, tiny_sd3_policy, pairs, sigmas, rules, batch_size=3, seed=5, cache_dir=tmp_path
         )
 
-        from tapo_trl.data.preferences import seeded_generator
-
         prompts = PromptCache(tiny_sd3_policy, tmp_path, 16)
         for rule in rules:
             for sigma in sigmas:
                 wins = []
                 for row, pair in enumerate(pairs.select(range(6))):
-                    noise = torch.randn(1, 4, 8, 8, generator=seeded_generator(1, 5, row))
+                    noise = torch.randn(1, 4, 8, 8, generator=seeded_generator("evaluation", 5, row))
                     embeds = prompts.load([pair["prompt"]])
                     scores = []
                     for side in ("chosen", "rejected"):
