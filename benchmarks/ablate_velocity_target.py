@@ -19,7 +19,7 @@ Which `velocity_target`, `detach_score` and `score_preservation_coef` should an 
     python benchmarks/ablate_velocity_target.py --seeds 0 1 2 --jobs 2
 
 For every variant and seed: trains an SLRM, aligns the policy with it, and has the held-out judges rate the result on
-held-out prompts. What is finished is kept in `runs/ablation`, so the script can be interrupted. Prints the table of
+the prompts of the `validation` split. What is finished is kept in `runs/ablation`, so the script can be interrupted. Prints the table of
 docs/slrm_trainer.md.
 """
 
@@ -95,7 +95,7 @@ def measure(variant: Variant, seed: int, tapo_steps: int, root: Path) -> dict:
             "output_dir": folder,
         }
         run(["-m", "tapo_trl.cli", "tapo", "--config", "recipes/emoji/tapo.yaml", *flags(options)], folder / "log.txt")
-        options = {"slrm": slrm, "lora": folder, "output_dir": folder / "report", "seeds": 2}
+        options = {"slrm": slrm, "lora": folder, "output_dir": folder / "report", "seeds": 2, "split": "validation"}
         run(["examples/emoji/report.py", *flags(options)], folder / "report.txt")
     return json.loads(result.read_text())
 

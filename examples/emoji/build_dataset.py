@@ -39,6 +39,7 @@ PACKAGES = {
     "fluent": "@lobehub/fluent-emoji-3d@1.1.0",
 }
 STYLES = tuple(PACKAGES)
+SPLITS = ("train", "validation", "test")
 SKIPPED_CATEGORIES = ("Flags", "Component")
 LICENSES = """# Licences of the images in `emoji.parquet`
 
@@ -120,14 +121,20 @@ def read_captions(path: Path) -> dict[str, tuple[str, str]]:
     return subjects
 
 
-def split_captions(subjects: list[tuple[str, str]], test_share: float, seed: int) -> set[str]:
-    """Picks the test captions, the same share of every category."""
+def split_captions(subjects: list[tuple[str, str]], held_out_share: float, seed: int) -> dict[str, str]:
+    """
+    Deals the captions to `validation` (for choosing settings), `test` (for the number that is reported) and `train`: to each of
+    the first two the same share of every category.
+    """
     generator = random.Random(seed)
-    test = set()
-    for category in sorted({category for _, category in subjects}):
-        captions = sorted(caption for caption, other in subjects if other == category)
-        test.update(generator.sample(captions, max(1, round(test_share * len(captions)))))
-    return test
+    splits = {}
+    for split in ("validation", "test"):
+        for category in sorted({category for _, category in subjects}):
+            captions = sorted(caption for caption, other in subjects if other == category)
+            left = [caption for caption in captions if caption not in splits]
+            count = max(1, round(held_out_share * len(captions)))
+            splits |= dict.fromkeys(generator.sample(left, count), split)
+    return {caption: splits.get(caption, "train") for caption, _ in subjects}
 
 
 def load_images(packages_dir: Path) -> tuple[list[dict], dict[str, dict[str, bytes]]]:
@@ -142,7 +149,7 @@ def load_images(packages_dir: Path) -> tuple[list[dict], dict[str, dict[str, byt
     return table, images
 
 
-def build_rows(table: list[dict], images: dict, subjects: dict | None, test_share: float, seed: int) -> list[dict]:
+def build_rows(table: list[dict], images: dict, subjects: dict | None, held_out_share: float, seed: int) -> list[dict]:
     """Makes the rows of the data set; `subjects=None` takes every emoji that exists in all three styles."""
     found = {}
     for entry in table:
@@ -162,7 +169,7 @@ def build_rows(table: list[dict], images: dict, subjects: dict | None, test_shar
         found[caption] = (category, pictures)
     if subjects is not None and len(found) < len(subjects):
         raise ValueError(f"Unknown short names: {sorted(set(subjects) - {e['short_name'] for e in table})}")
-    test = split_captions([(caption, category) for caption, (category, _) in found.items()], test_share, seed)
+    splits = split_captions([(name, category) for name, (category, _) in found.items()], held_out_share, seed)
     rows = []
     for caption, (category, pictures) in sorted(found.items()):
         for style in STYLES:
@@ -170,7 +177,7 @@ def build_rows(table: list[dict], images: dict, subjects: dict | None, test_shar
             to_pixels(pictures[style]).save(buffer, format="WEBP", lossless=True, method=4, quality=80)
             row = {"prompt": caption, "category": category, "style": style}
             rows.append({**row, "image": {"bytes": buffer.getvalue(), "path": None}})
-            rows[-1]["split"] = "test" if caption in test else "train"
+            rows[-1]["split"] = splits[caption]
     return rows
 
 
@@ -179,7 +186,7 @@ def main():
     parser.add_argument("--packages_dir", type=Path, default=Path("npm_packages"), help="Folder of the npm tarballs.")
     parser.add_argument("--output_dir", type=Path, default=None, help="Default: `data/` beside this script.")
     parser.add_argument("--all", action="store_true", help="Take every emoji (for training the judges).")
-    parser.add_argument("--test_share", type=float, default=0.25)
+    parser.add_argument("--held_out_share", type=float, default=0.25, help="Of `validation` and of `test`, each.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -189,13 +196,13 @@ def main():
     output_dir.mkdir(parents=True, exist_ok=True)
     table, images = load_images(args.packages_dir)
     subjects = None if args.all else read_captions(HERE / "captions.txt")
-    rows = build_rows(table, images, subjects, args.test_share, args.seed)
+    rows = build_rows(table, images, subjects, args.held_out_share, args.seed)
     features = {name: Value("string") for name in ("prompt", "category", "style")}
     features = Features({**features, "image": Image(), "split": Value("string")})
     path = output_dir / "emoji.parquet"
     Dataset.from_list(rows, features=features).to_parquet(path)
     (output_dir / "LICENSES.md").write_text(LICENSES)
-    captions = {split: len({row["prompt"] for row in rows if row["split"] == split}) for split in ("train", "test")}
+    captions = {split: len({row["prompt"] for row in rows if row["split"] == split}) for split in SPLITS}
     print(f"{path}: {len(rows)} rows, captions {captions}, {path.stat().st_size / 2**20:.2f} MiB")
 
 

@@ -17,9 +17,9 @@ Preference pairs of real emoji: an annotator who likes the 3D style, and the rig
 
     python examples/emoji/make_pairs.py
 
-Writes `pairs/train.parquet` and `pairs/test.parquet` (`prompt`, `chosen`, `rejected`, `kind`) and `prompts/train.txt`
-and `prompts/test.txt` beside this script. The captions of the two splits are disjoint. Two pairs of each kind per
-caption:
+Writes, beside this script, `pairs/SPLIT.parquet` (`prompt`, `chosen`, `rejected`, `kind`) and `prompts/SPLIT.txt` for the
+splits `train`, `validation` (for choosing settings) and `test` (for the number that is reported), which share no caption. Two
+pairs of each kind per caption:
 
 - `style`: the caption drawn in the preferred style is chosen over each of the two other styles;
 - `subject`: a picture of the caption is chosen over a picture of another caption, both in the same other style or both
@@ -69,7 +69,7 @@ def main() -> None:
     emoji = emoji.cast_column("image", Image(decode=False))
     for folder in ("pairs", "prompts"):
         (HERE / folder).mkdir(exist_ok=True)
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         rows = [row for row in emoji if row["split"] == split]
         images = {(row["prompt"], row["style"]): row["image"] for row in rows}
         pairs = Dataset.from_list(make_pairs(images, args.preferred_style, args.seed), features=FEATURES)

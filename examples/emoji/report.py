@@ -59,6 +59,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lora", default="runs/emoji/tapo")
     parser.add_argument("--output_dir", default="report", type=Path)
     parser.add_argument("--preferred_style", default="fluent")
+    parser.add_argument(
+        "--split", default="test", choices=["validation", "test"], help="Choose settings on `validation` only."
+    )
     parser.add_argument("--seeds", type=int, default=4, help="Images per held-out prompt.")
     parser.add_argument("--num_inference_steps", type=int, default=12)
     parser.add_argument("--guidance_scale", type=float, default=1.5)
@@ -190,11 +193,11 @@ def main() -> None:
     start = time.perf_counter()
 
     policy = load_policy(args.base)
-    pairs = load_dataset("parquet", data_files=str(HERE / "pairs" / "test.parquet"), split="train")
+    pairs = load_dataset("parquet", data_files=str(HERE / "pairs" / f"{args.split}.parquet"), split="train")
     slrm = SLRMModel.from_pretrained(args.slrm).eval()
     accuracy = evaluate_preference_accuracy(slrm, policy, pairs, SIGMAS, tuple(RULES), resolution=64, batch_size=64)
 
-    prompts = (HERE / "prompts" / "test.txt").read_text(encoding="utf-8").splitlines()
+    prompts = (HERE / "prompts" / f"{args.split}.txt").read_text(encoding="utf-8").splitlines()
     policy.pipeline.set_progress_bar_config(disable=True)
     before = generate(policy.pipeline, prompts, args)
     policy.pipeline.load_lora_weights(args.lora)

@@ -15,6 +15,7 @@
 """Checks of the committed emoji data set, pipeline and judges."""
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def sample(pipeline, prompts, **kwargs):
 class TestDataset:
     def test_columns_and_values(self, dataset):
         assert dataset.column_names == ["prompt", "category", "style", "image", "split"]
-        assert set(dataset["style"]) == set(STYLES) and set(dataset["split"]) == {"train", "test"}
+        assert set(dataset["style"]) == set(STYLES) and set(dataset["split"]) == {"train", "validation", "test"}
         image = dataset[0]["image"]
         assert image.size == (64, 64) and image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
 
@@ -76,14 +77,14 @@ class TestDataset:
         assert all(prompt == prompt.lower() and 1 <= len(prompt.split()) <= 6 for prompt in dataset["prompt"])
 
     def test_the_splits_share_no_caption_and_hold_every_category(self, dataset):
-        captions = {"train": set(), "test": set()}
-        categories = {"train": set(), "test": set()}
-        for prompt, category, split in zip(dataset["prompt"], dataset["category"], dataset["split"], strict=True):
+        columns = zip(dataset["prompt"], dataset["category"], dataset["split"], strict=True)
+        captions, categories = defaultdict(set), defaultdict(set)
+        for prompt, category, split in columns:
             captions[split].add(prompt)
             categories[split].add(category)
-        assert not captions["train"] & captions["test"]
-        assert len(captions["train"]) >= 130 and len(captions["test"]) >= 40
-        assert categories["train"] == categories["test"] == set(dataset["category"])
+        assert sum(map(len, captions.values())) == len(set(dataset["prompt"]))
+        assert {split: len(names) for split, names in captions.items()} == {"train": 98, "validation": 48, "test": 48}
+        assert all(names == set(dataset["category"]) for names in categories.values())
 
     def test_sizes(self):
         def size(folder):
