@@ -21,9 +21,10 @@ os.environ.pop("CI", None)  # TRL sends telemetry only if `CI` is unset: test wh
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tapo_trl.policies import SD3Policy  # noqa: E402
+from tapo_trl.policies import SD3Policy, WanPolicy  # noqa: E402
 
 from .testing_utils import tiny_sd3_pipeline as make_tiny_sd3_pipeline  # noqa: E402
+from .testing_utils import tiny_wan_pipeline as make_tiny_wan_pipeline  # noqa: E402
 
 
 @pytest.fixture
@@ -34,6 +35,16 @@ def tiny_sd3_pipeline():
 @pytest.fixture
 def tiny_sd3_policy(tiny_sd3_pipeline):
     return SD3Policy(tiny_sd3_pipeline)
+
+
+@pytest.fixture
+def tiny_wan_pipeline():
+    return make_tiny_wan_pipeline()
+
+
+@pytest.fixture
+def tiny_wan_policy(tiny_wan_pipeline):
+    return WanPolicy(tiny_wan_pipeline)
 
 
 @pytest.fixture(autouse=True)

@@ -93,7 +93,8 @@ class TestPackage:
 
 class TestRecipes:
     def test_are_there(self):
-        assert {"recipes/sd35/slrm.yaml", "recipes/sd35/tapo.yaml"} <= {name_of(path) for path in RECIPES}
+        names = {f"recipes/{model}/{command}.yaml" for model in ("sd35", "wan21") for command in ("slrm", "tapo")}
+        assert names <= {name_of(path) for path in RECIPES}
 
     @pytest.mark.parametrize("path", RECIPES, ids=name_of)
     def test_every_key_is_a_field(self, path):
@@ -126,6 +127,20 @@ class TestRecipes:
         assert (args.noise_level, args.weight_decay, args.adam_beta1, args.adam_beta2) == (0.7, 0.01, 0.9, 0.999)
         assert (model.use_peft, model.lora_r) == (True, 64)
         assert (args.ddp_find_unused_parameters, args.ddp_broadcast_buffers) == (False, False)
+
+    def test_paper_settings_for_video(self, monkeypatch):
+        monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+        _, args, _ = slrm.make_parser().parse_args_and_config(["--config", str(ROOT / "recipes/wan21/slrm.yaml")])
+        assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
+        assert (args.num_frames, args.height, args.width, args.fps) == (49, 480, 832, 16)
+        assert (args.learning_rate, args.num_train_epochs, args.bf16) == (1e-4, 15, True)
+        assert args.rho == pytest.approx(1.3863, abs=1e-4)
+        _, args, model = tapo.make_parser().parse_args_and_config(["--config", str(ROOT / "recipes/wan21/tapo.yaml")])
+        assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+        assert (args.num_frames, args.height, args.width, args.fps) == (81, 480, 832, 16)
+        assert (args.learning_rate, args.num_train_epochs, args.bf16) == (1e-4, 10, True)
+        assert (args.beta, args.num_sde_steps, args.num_candidates, args.num_inference_steps) == (500, 8, 4, 40)
+        assert (args.noise_level, args.weight_decay, model.use_peft, model.lora_r) == (0.7, 0.01, True, 128)
 
     @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=name_of)
     def test_accelerate_reads_its_configurations(self, path):

@@ -19,11 +19,22 @@ import string
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 
 def tiny_tokenizer(model_max_length: int = 8) -> CLIPTokenizer:
@@ -49,6 +60,13 @@ def tiny_clip(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextModelWithPr
     return CLIPTextModelWithProjection(config).eval()
 
 
+@torch.no_grad()
+def spread(transformer: torch.nn.Module) -> None:
+    """adaLN starts at values that make a random transformer nearly linear in its input; spread it out."""
+    for parameter in transformer.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+
+
 def tiny_sd3_pipeline(seed: int = 0, **transformer_kwargs) -> StableDiffusion3Pipeline:
     """SD3.5's architecture (qk-norm, dual attention layers, a context-only last block) at 32 x 32 pixels."""
     torch.manual_seed(seed)
@@ -71,10 +89,7 @@ def tiny_sd3_pipeline(seed: int = 0, **transformer_kwargs) -> StableDiffusion3Pi
         }
         | transformer_kwargs
     )
-    # adaLN starts at values that make a random transformer nearly linear in its input; spread it out.
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    spread(transformer)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -98,4 +113,60 @@ def tiny_sd3_pipeline(seed: int = 0, **transformer_kwargs) -> StableDiffusion3Pi
         tokenizer_2=tiny_tokenizer(),
         text_encoder_3=None,
         tokenizer_3=None,
+    )
+
+
+def tiny_umt5_tokenizer() -> T5Tokenizer:
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_letters, *string.digits, *string.punctuation]
+    return T5Tokenizer(vocab=[(piece, 0.0 if index < 3 else -2.0) for index, piece in enumerate(pieces)], extra_ids=0)
+
+
+def tiny_umt5(tokenizer: T5Tokenizer, hidden_size: int) -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=hidden_size,
+        d_kv=hidden_size // 2,
+        d_ff=2 * hidden_size,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return UMT5EncoderModel(config).eval()
+
+
+def tiny_wan_pipeline(seed: int = 0, **transformer_kwargs) -> WanPipeline:
+    """Wan2.1's architecture and its UniPC scheduler, for example at 5 frames of 32 x 32 pixels."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_umt5_tokenizer()
+    transformer = WanTransformer3DModel(
+        **{
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 16,
+            "freq_dim": 16,
+            "ffn_dim": 32,
+            "num_layers": 3,
+            "rope_max_seq_len": 32,
+        }
+        | transformer_kwargs
+    )
+    spread(transformer)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        num_res_blocks=1,
+        latents_mean=[-0.76, -0.71, 0.11, 0.97],
+        latents_std=[2.82, 1.45, 2.33, 1.22],
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=tiny_umt5(tokenizer, transformer.config.text_dim),
+        vae=vae.eval(),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+        transformer=transformer.eval(),
     )

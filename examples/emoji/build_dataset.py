@@ -133,7 +133,7 @@ def split_captions(subjects: list[tuple[str, str]], held_out_share: float, seed:
             captions = sorted(caption for caption, other in subjects if other == category)
             left = [caption for caption in captions if caption not in splits]
             count = max(1, round(held_out_share * len(captions)))
-            splits |= dict.fromkeys(generator.sample(left, count), split)
+            splits |= dict.fromkeys(generator.sample(left, min(count, len(left))), split)
     return {caption: splits.get(caption, "train") for caption, _ in subjects}
 
 

@@ -15,6 +15,7 @@
 from .arguments import (
     DiffusionModelConfig,
     EvaluateArguments,
+    GenerationArguments,
     PipelineConfig,
     PreferenceDatasetArguments,
     SampleArguments,
@@ -28,5 +29,6 @@ from .builders import (
     load_preference_pairs,
     load_prompt_dataset,
     load_reward_models,
+    run_training,
 )
 from .parser import RecipeParser

@@ -159,14 +159,14 @@ class PreferenceDatasetArguments:
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
             Column of the prompts.
         chosen_column (`str`, *optional*, defaults to `"chosen"`):
-            Column of the preferred images, when the pairs are stored by preference.
+            Column of the preferred images or videos, when the pairs are stored by preference.
         rejected_column (`str`, *optional*, defaults to `"rejected"`):
-            Column of the other images.
+            Column of the other ones.
         pair_columns (`list[str]`, *optional*):
-            The two image columns, when the pairs are stored by position with a label (as in Pick-a-Pic). Needs
+            The two columns of images or videos, when the pairs are stored by position with a label (as in Pick-a-Pic). Needs
             `label_column`; `chosen_column` and `rejected_column` are not used then.
         label_column (`str`, *optional*):
-            Column that tells how much the first image of `pair_columns` is preferred: 1 the first, 0 the second, 0.5 a
+            Column that tells how much the first of `pair_columns` is preferred: 1 the first, 0 the second, 0.5 a
             tie. Values between count as the nearer of 0 and 1.
     """
 
@@ -180,20 +180,20 @@ class PreferenceDatasetArguments:
         metadata={"help": "Split of held-out pairs; slices such as `train[90%%:]` work for files and Hub data sets."},
     )
     prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
-    chosen_column: str = field(default="chosen", metadata={"help": "Column of the preferred images."})
-    rejected_column: str = field(default="rejected", metadata={"help": "Column of the other images."})
+    chosen_column: str = field(default="chosen", metadata={"help": "Column of the preferred images or videos."})
+    rejected_column: str = field(default="rejected", metadata={"help": "Column of the other ones."})
     pair_columns: list[str] | None = field(
         default=None,
         metadata={
-            "help": "The two image columns, when the pairs are stored by position with a label (as in Pick-a-Pic). "
-            "Needs `label_column`."
+            "help": "The two columns of images or videos, when the pairs are stored by position with a label (as in "
+            "Pick-a-Pic). Needs `label_column`."
         },
     )
     label_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column that tells how much the first image of `pair_columns` is preferred: 1 the first, 0 the "
-            "second, 0.5 a tie."
+            "help": "Column that tells how much the first of `pair_columns` is preferred: 1 the first, 0 the second, 0.5 "
+            "a tie."
         },
     )
 
@@ -216,11 +216,18 @@ class SLRMScriptArguments(PreferenceDatasetArguments):
     Parameters:
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on; slices such as `train[:90%]` work for files and Hub data sets.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Print shapes, numbers of tokens, parameters and forwards and an estimate of the memory, and stop. Nothing is
+            loaded; neither an accelerator nor the data is needed.
     """
 
     dataset_train_split: str = field(
         default="train",
         metadata={"help": "Split to train on; slices such as `train[:90%%]` work for files and Hub data sets."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print shapes, tokens, parameters, forwards and an estimate of the memory, and stop."},
     )
 
     def __post_init__(self):
@@ -256,7 +263,8 @@ class TAPOScriptArguments:
         > Parameters that control the callbacks
 
         sample_every_steps (`int`, *optional*):
-            Draw a grid of fixed prompts every so many optimizer steps ([`SampleGridCallback`]).
+            Draw fixed prompts every so many optimizer steps ([`SampleGridCallback`]): a grid of images, or videos and a
+            strip of their frames.
         sample_prompts (`list[str]`, *optional*):
             Prompts of the grid, or the path of one `.txt` file. The default is the first eight held-out prompts, or the
             first eight training prompts if none are held out.
@@ -277,6 +285,12 @@ class TAPOScriptArguments:
             Smallest fall of the held-out reward that counts.
         guard_action (`str`, *optional*, defaults to `"warn"`):
             `"warn"` or `"stop"`.
+
+        > Parameters that control the command
+
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Print shapes, numbers of tokens, parameters and forwards and an estimate of the memory, and stop. Nothing is
+            loaded; neither an accelerator nor the data is needed.
     """
 
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
@@ -296,7 +310,7 @@ class TAPOScriptArguments:
         },
     )
     sample_every_steps: int | None = field(
-        default=None, metadata={"help": "Draw a grid of fixed prompts every so many optimizer steps."}
+        default=None, metadata={"help": "Draw fixed prompts (a grid, or videos) every so many optimizer steps."}
     )
     sample_prompts: list[str] | None = field(
         default=None,
@@ -323,20 +337,22 @@ class TAPOScriptArguments:
     guard_action: Literal["warn", "stop"] = field(
         default="warn", metadata={"help": "What the guard does: warn, or stop the training."}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print shapes, tokens, parameters, forwards and an estimate of the memory, and stop."},
+    )
 
 
 @dataclass
-class SampleArguments:
+class GenerationArguments:
     """
-    Arguments of `tapo-trl sample` beside [`PipelineConfig`].
+    How a command draws samples.
 
     Parameters:
         prompts (`list[str]`, *optional*):
             Prompts, or the path of one `.txt` file with a prompt per line.
         lora (`str`, *optional*):
             Folder or Hub id with `pytorch_lora_weights.safetensors`, such as the output of `tapo-trl tapo`.
-        output_dir (`str`, *optional*, defaults to `"samples"`):
-            Folder of the PNG files: `000.png`, `001.png`, ... and `grid.png`.
         num_inference_steps (`int`, *optional*, defaults to `28`):
             Sampling steps.
         guidance_scale (`float`, *optional*, defaults to `4.5`):
@@ -344,15 +360,26 @@ class SampleArguments:
         negative_prompt (`str`, *optional*, defaults to `""`):
             Negative prompt.
         resolution (`int`, *optional*):
-            Height and width in pixels. The default is that of the pipeline.
-        max_sequence_length (`int`, *optional*, defaults to `256`):
-            Number of T5 tokens.
+            Height and width in pixels, unless those are given. The default is the size of the pipeline: that of SD3.5's
+            training, and 480 x 832 for Wan2.1.
+        height (`int`, *optional*):
+            Height in pixels.
+        width (`int`, *optional*):
+            Width in pixels.
+        num_frames (`int`, *optional*):
+            Number of frames of a video. The default is 81 for Wan2.1.
+        fps (`int`, *optional*, defaults to `16`):
+            Frames per second of a video.
+        max_sequence_length (`int`, *optional*):
+            Number of T5 (or UMT5) tokens. The default is the model family's.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Whether to decode large samples in overlapping tiles.
+        vae_slicing (`bool`, *optional*, defaults to `False`):
+            Whether to decode one sample at a time.
         batch_size (`int`, *optional*, defaults to `4`):
-            Prompts per forward pass. The images do not depend on it, up to rounding.
+            Prompts per forward pass. The samples do not depend on it, up to rounding.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the first image; image `i` uses `seed + i`.
-        columns (`int`, *optional*):
-            Columns of the grid; about the square root of the number of prompts by default.
+            Seed of the first sample; sample `i` uses `seed + i`.
     """
 
     prompts: list[str] | None = field(
@@ -361,31 +388,60 @@ class SampleArguments:
     lora: str | None = field(
         default=None, metadata={"help": "Folder or Hub id with `pytorch_lora_weights.safetensors`."}
     )
-    output_dir: str = field(default="samples", metadata={"help": "Folder of the PNG files."})
     num_inference_steps: int = field(default=28, metadata={"help": "Sampling steps."})
     guidance_scale: float = field(default=4.5, metadata={"help": "Guidance scale; 1 turns guidance off."})
     negative_prompt: str = field(default="", metadata={"help": "Negative prompt."})
     resolution: int | None = field(
         default=None, metadata={"help": "Height and width in pixels; by default the pipeline's."}
     )
-    max_sequence_length: int = field(default=256, metadata={"help": "Number of T5 tokens."})
-    batch_size: int = field(default=4, metadata={"help": "Prompts per forward pass."})
-    seed: int = field(default=0, metadata={"help": "Seed of the first image; image `i` uses `seed + i`."})
-    columns: int | None = field(default=None, metadata={"help": "Columns of the grid."})
+    height: int | None = field(default=None, metadata={"help": "Height in pixels. Overrides `resolution`."})
+    width: int | None = field(default=None, metadata={"help": "Width in pixels. Overrides `resolution`."})
+    num_frames: int | None = field(default=None, metadata={"help": "Number of frames of a video; 81 by default."})
+    fps: int = field(default=16, metadata={"help": "Frames per second of a video."})
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Number of T5 (or UMT5) tokens; by default the model family's."}
+    )
+    vae_tiling: bool = field(default=False, metadata={"help": "Whether to decode large samples in overlapping tiles."})
+    vae_slicing: bool = field(default=False, metadata={"help": "Whether to decode one sample at a time."})
+    batch_size: int = field(default=4, metadata={"help": "Prompts (or pairs) per forward pass."})
+    seed: int = field(default=0, metadata={"help": "Seed of the first sample; sample `i` uses `seed + i`."})
 
     def __post_init__(self):
-        if self.prompts is None:
-            raise ValueError("`prompts` is missing: give one or more prompts, or the path of a .txt file.")
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, but it is {self.batch_size}.")
+        for name in ("num_inference_steps", "resolution", "height", "width", "num_frames", "fps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but it is {value}.")
 
 
 @dataclass
-class EvaluateArguments(PreferenceDatasetArguments):
+class SampleArguments(GenerationArguments):
+    """
+    Arguments of `tapo-trl sample` beside [`PipelineConfig`]: those of [`GenerationArguments`], and
+
+    Parameters:
+        output_dir (`str`, *optional*, defaults to `"samples"`):
+            Folder of the files: `000.png`, `001.png`, ... and `grid.png`; or `000.mp4`, ..., all videos side by side in
+            `grid.mp4` and their frames in `grid.png`.
+        columns (`int`, *optional*):
+            Columns of the grid; about the square root of the number of prompts by default.
+    """
+
+    output_dir: str = field(default="samples", metadata={"help": "Folder of the PNG or MP4 files."})
+    columns: int | None = field(default=None, metadata={"help": "Columns of the grid."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.prompts is None:
+            raise ValueError("`prompts` is missing: give one or more prompts, or the path of a .txt file.")
+
+
+@dataclass
+class EvaluateArguments(PreferenceDatasetArguments, GenerationArguments):
     """
     Arguments of `tapo-trl evaluate` beside [`PipelineConfig`]: the accuracy of a reward model on held-out pairs
     (`slrm` and `dataset_name`), the mean reward of a model's samples (`reward_model` and `prompts`), or both. The pairs are
-    described by [`PreferenceDatasetArguments`].
+    described by [`PreferenceDatasetArguments`] and the samples by [`GenerationArguments`], whose size, `fps`, `batch_size`
+    and `seed` hold for the pairs, too; by default their size is that of the SLRM's training.
 
     Parameters:
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
@@ -395,31 +451,14 @@ class EvaluateArguments(PreferenceDatasetArguments):
         sigmas (`list[float]`, *optional*, defaults to `[0.1, 0.3, 0.5, 0.7, 0.9]`):
             Noise levels in [0, 1).
         rules (`list[str]`, *optional*, defaults to `["ground_truth", "reference"]`):
-            Velocity targets of the score: `ground_truth` is the paper's rule, which sees the clean image; `reference`
+            Velocity targets of the score: `ground_truth` is the paper's rule, which sees the clean sample; `reference`
             and `none` can be used while sampling.
         reward_model (`list[str]`, *optional*):
             `package.module:function` callables that score the samples.
-        prompts (`list[str]`, *optional*):
-            Prompts of the samples, or the path of one `.txt` file.
-        lora (`str`, *optional*):
-            Folder or Hub id of LoRA weights for the samples.
-        num_inference_steps (`int`, *optional*, defaults to `28`):
-            Sampling steps of the samples.
-        guidance_scale (`float`, *optional*, defaults to `4.5`):
-            Guidance scale of the samples.
-        negative_prompt (`str`, *optional*, defaults to `""`):
-            Negative prompt of the samples.
-        resolution (`int`, *optional*):
-            Height and width in pixels. The default is that of the SLRM's training for pairs, and that of the pipeline
-            for samples.
-        max_sequence_length (`int`, *optional*, defaults to `256`):
-            Number of T5 tokens of the samples' prompts.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Pairs, or prompts, per forward pass.
         max_pairs (`int`, *optional*):
             Measure on the first so many pairs.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the noise.
+        skip_bad_files (`bool`, *optional*, defaults to `False`):
+            Whether to leave out pairs with a file that is unreadable, damaged or too short.
         output_file (`str`, *optional*):
             JSON file for the result, which is printed in any case.
     """
@@ -437,32 +476,23 @@ class EvaluateArguments(PreferenceDatasetArguments):
     rules: list[str] = field(
         default_factory=lambda: ["ground_truth", "reference"],
         metadata={
-            "help": "Velocity targets of the score: `ground_truth` is the paper's rule, which sees the clean image; "
+            "help": "Velocity targets of the score: `ground_truth` is the paper's rule, which sees the clean sample; "
             "`reference` and `none` can be used while sampling."
         },
     )
     reward_model: list[str] | None = field(
         default=None, metadata={"help": "`package.module:function` callables that score the samples."}
     )
-    prompts: list[str] | None = field(
-        default=None, metadata={"help": "Prompts of the samples, or the path of one .txt file."}
-    )
-    lora: str | None = field(default=None, metadata={"help": "Folder or Hub id of LoRA weights for the samples."})
-    num_inference_steps: int = field(default=28, metadata={"help": "Sampling steps of the samples."})
-    guidance_scale: float = field(default=4.5, metadata={"help": "Guidance scale of the samples."})
-    negative_prompt: str = field(default="", metadata={"help": "Negative prompt of the samples."})
-    resolution: int | None = field(
-        default=None,
-        metadata={"help": "Height and width in pixels; by default the SLRM's (pairs) or the pipeline's (samples)."},
-    )
-    max_sequence_length: int = field(default=256, metadata={"help": "Number of T5 tokens of the samples' prompts."})
-    batch_size: int = field(default=8, metadata={"help": "Pairs, or prompts, per forward pass."})
     max_pairs: int | None = field(default=None, metadata={"help": "Measure on the first so many pairs."})
-    seed: int = field(default=0, metadata={"help": "Seed of the noise."})
+    skip_bad_files: bool = field(
+        default=False,
+        metadata={"help": "Whether to leave out pairs with a file that is unreadable, damaged or too short."},
+    )
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the result."})
 
     def __post_init__(self):
-        super().__post_init__()
+        PreferenceDatasetArguments.__post_init__(self)
+        GenerationArguments.__post_init__(self)
         if any(not 0.0 <= sigma < 1.0 for sigma in self.sigmas):
             raise ValueError(f"`sigmas` must lie in [0, 1), but they are {self.sigmas}.")
         if self.slrm is None and self.reward_model is None:

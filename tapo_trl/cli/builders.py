@@ -33,7 +33,9 @@ from .arguments import DiffusionModelConfig, PreferenceDatasetArguments, TAPOScr
 
 if TYPE_CHECKING:
     from ..trainer.slrm_config import SLRMConfig
+    from ..trainer.slrm_trainer import SLRMTrainer
     from ..trainer.tapo_config import TAPOConfig
+    from ..trainer.tapo_trainer import TAPOTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -164,7 +166,7 @@ def load_prompt_dataset(
 
 def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Dataset:
     """
-    Loads preference pairs into the columns that [`SLRMTrainer`] reads. No image is decoded or copied.
+    Loads preference pairs into the columns that [`SLRMTrainer`] reads. No image or video is decoded or copied.
 
     Args:
         args ([`PreferenceDatasetArguments`]): Where the pairs are, and how their columns are called.
@@ -341,3 +343,23 @@ def build_callbacks(
             )
         )
     return callbacks
+
+
+def run_training(
+    trainer: "SLRMTrainer | TAPOTrainer", training_args: "SLRMConfig | TAPOConfig", dataset_name: str | None
+) -> None:
+    """
+    Trains, writes the result with its model card to `output_dir` and, with `push_to_hub`, uploads it.
+
+    Args:
+        trainer ([`SLRMTrainer`] or [`TAPOTrainer`]): The trainer.
+        training_args ([`SLRMConfig`] or [`TAPOConfig`]): Its configuration.
+        dataset_name (`str`, *optional*): Data set for the card.
+    """
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    trainer.create_model_card(dataset_name=dataset_name)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    trainer.end()

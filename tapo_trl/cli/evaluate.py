@@ -24,7 +24,7 @@ def make_parser() -> RecipeParser:
 
 def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
     """
-    Accuracy of an SLRM on held-out pairs: share of the pairs whose preferred image has the higher score.
+    Accuracy of an SLRM on held-out pairs: share of the pairs whose preferred side has the higher score.
 
     Args:
         args ([`EvaluateArguments`]): The SLRM and the pairs.
@@ -58,6 +58,11 @@ def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
         sigmas=args.sigmas,
         rules=args.rules,
         resolution=args.resolution,
+        height=args.height,
+        width=args.width,
+        num_frames=args.num_frames,
+        fps=args.fps,
+        skip_bad_files=args.skip_bad_files,
         batch_size=args.batch_size,
         seed=args.seed,
     )
@@ -77,13 +82,13 @@ def measure_rewards(args, model_args) -> dict[str, float]:
     import torch
 
     from .builders import load_function, read_prompts
-    from .sample import draw, load_pipeline
+    from .sample import draw, load_sampling_policy
 
     rewards = {spec: load_function(spec, "reward_model") for spec in args.reward_model}
     prompts = read_prompts(args.prompts, "prompts")
-    images = draw(load_pipeline(model_args, args.lora), prompts, args)
+    samples = draw(load_sampling_policy(model_args, args), prompts, args)
     return {
-        spec: torch.as_tensor(reward(images, prompts), dtype=torch.float32).mean().item()
+        spec: torch.as_tensor(reward(samples, prompts), dtype=torch.float32).mean().item()
         for spec, reward in rewards.items()
     }
 

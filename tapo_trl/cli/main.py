@@ -18,9 +18,9 @@ import sys
 
 COMMANDS = {
     "slrm": "train a latent reward model on preference pairs",
-    "tapo": "align a text-to-image model with a reward model",
+    "tapo": "align a text-to-image or text-to-video model with a reward model",
     "evaluate": "measure a reward model on held-out pairs, or the reward of a model's samples",
-    "sample": "draw images, with or without trained weights",
+    "sample": "draw images or videos, with or without trained weights",
 }
 
 USAGE = """usage: tapo-trl COMMAND [--config recipe.yaml] [--any_field value ...]

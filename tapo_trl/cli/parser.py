@@ -14,11 +14,13 @@
 
 import difflib
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 import yaml
+from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 
@@ -55,10 +57,24 @@ class RecipeParser(TrlParser):
                 self.error("`--config` needs the path of a YAML file.")
             self._check_file(Path(args[position]))
         self._check_flags(args)
+        if self._is_dry_run(args):
+            # It needs no accelerator, without which `bf16: true` would be refused.
+            args += ["--use_cpu", "true"]
         try:
             return super().parse_args_and_config(args, **kwargs)
         except ValueError as error:
             self.error(str(error))
+
+    def _is_dry_run(self, args: list[str]) -> bool:
+        if "dry_run" not in self._field_names():
+            return False
+        wanted = False
+        if "--config" in args:
+            config = yaml.safe_load(Path(args[args.index("--config") + 1]).read_text(encoding="utf-8"))
+            wanted = config.get("dry_run", False)
+        flags = ArgumentParser(add_help=False, allow_abbrev=False)
+        flags.add_argument("--dry_run", "--dry-run", type=string_to_bool, nargs="?", const=True, default=wanted)
+        return flags.parse_known_args(args)[0].dry_run
 
     def _check_flags(self, args: list[str]) -> None:
         for arg in args:

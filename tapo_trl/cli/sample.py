@@ -22,64 +22,79 @@ def make_parser() -> RecipeParser:
     return RecipeParser((SampleArguments, PipelineConfig), prog="tapo-trl sample")
 
 
-def load_pipeline(model_args, lora: str | None):
+def load_sampling_policy(model_args, args):
     """
-    Loads a diffusers pipeline onto the accelerator, with LoRA weights if there are any.
+    Loads a policy onto the accelerator, with LoRA weights if there are any.
 
     Args:
         model_args ([`PipelineConfig`]): The pipeline.
-        lora (`str`, *optional*): Folder or Hub id with `pytorch_lora_weights.safetensors`.
+        args ([`GenerationArguments`]): LoRA weights, and how to decode.
 
     Returns:
-        [`~diffusers.DiffusionPipeline`]: The pipeline.
+        [`FlowPolicy`]: The policy.
     """
     from accelerate import PartialState
 
     from ..policies import load_policy
 
-    pipeline = load_policy(
-        model_args.require_model(), torch_dtype=model_args.dtype, revision=model_args.model_revision
-    ).pipeline
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
-    return pipeline.to(PartialState().device)
+    policy = load_policy(model_args.require_model(), torch_dtype=model_args.dtype, revision=model_args.model_revision)
+    if args.lora is not None:
+        policy.pipeline.load_lora_weights(args.lora)
+    if args.vae_tiling:
+        policy.vae.enable_tiling()
+    if args.vae_slicing:
+        policy.vae.enable_slicing()
+    policy.pipeline.to(PartialState().device)
+    return policy
 
 
-def draw(pipeline, prompts: list[str], args):
+def sample_size(policy, args) -> tuple[int, int, int | None]:
     """
-    Draws one image per prompt; image `i` starts from the noise of `args.seed + i`.
+    Height, width and number of frames of the samples.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): The pipeline.
+        policy ([`FlowPolicy`]): The policy, whose size is the default.
+        args ([`GenerationArguments`]): The sizes that are asked for.
+    """
+    if policy.modality == "video":
+        height, width, num_frames = 480, 832, args.num_frames or 81  # of `WanPipeline.__call__`
+    else:
+        height = width = policy.transformer.config.sample_size * policy.pipeline.vae_scale_factor
+        num_frames = args.num_frames
+    return args.height or args.resolution or height, args.width or args.resolution or width, num_frames
+
+
+def draw(policy, prompts: list[str], args):
+    """
+    Draws one image or video per prompt, as the trainers do; sample `i` starts from the noise of `args.seed + i`.
+
+    Args:
+        policy ([`FlowPolicy`]): The policy.
         prompts (`list[str]`): The prompts.
-        args ([`SampleArguments`] or [`EvaluateArguments`]): How to sample.
+        args ([`GenerationArguments`]): How to sample.
 
     Returns:
-        `torch.Tensor`: Images of shape `[B, 3, H, W]`, float32 in [0, 1], on the CPU.
+        `torch.Tensor`: Samples of shape `[B, 3, H, W]` or `[B, 3, F, H, W]`, float32 in [0, 1], on the CPU.
     """
-    import torch
+    from ..trainer.generation import generate_samples
 
-    images = []
-    for start in range(0, len(prompts), args.batch_size):
-        batch = prompts[start : start + args.batch_size]
-        output = pipeline(
-            prompt=batch,
-            negative_prompt=args.negative_prompt,
-            height=args.resolution,
-            width=args.resolution,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            max_sequence_length=args.max_sequence_length,
-            generator=[torch.Generator().manual_seed(args.seed + start + i) for i in range(len(batch))],
-            output_type="pt",
-        )
-        images.append(output.images.float().cpu())
-    return torch.cat(images)
+    return generate_samples(
+        policy,
+        policy.transformer,
+        prompts,
+        lambda batch: policy.encode_prompts(batch, args.max_sequence_length),
+        args.negative_prompt,
+        latent_shape=policy.latent_shape(*sample_size(policy, args)),
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
 
 
 def main(args, model_args) -> None:
     """
-    Draws images and writes them, and a grid of them, as PNG files.
+    Draws images and writes them, and a grid of them, as PNG files; or videos, as MP4 files, with a strip of their frames.
 
     Args:
         args ([`SampleArguments`]): What to draw.
@@ -87,15 +102,21 @@ def main(args, model_args) -> None:
     """
     from pathlib import Path
 
-    from ..trainer.image_grid import images_to_grid, images_to_pil
+    from ..data.videos import write_video
+    from ..trainer.image_grid import images_to_pil, save_overview
     from .builders import read_prompts
 
     prompts = read_prompts(args.prompts, "prompts")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    images = draw(load_pipeline(model_args, args.lora), prompts, args)
-    for index, image in enumerate(images_to_pil(images)):
-        image.save(folder / f"{index:03d}.png")
-    images_to_grid(images, args.columns).save(folder / "grid.png")
-    print(f"Wrote {len(prompts)} images and grid.png to {folder}.")
+    samples = draw(load_sampling_policy(model_args, args), prompts, args)
+    is_video = samples.ndim == 5
+    for index, sample in enumerate(samples):
+        if is_video:
+            write_video(folder / f"{index:03d}.mp4", sample, args.fps)
+        else:
+            images_to_pil(sample[None])[0].save(folder / f"{index:03d}.png")
+    save_overview(samples, folder / "grid", args.columns, args.fps)
+    files = "videos, grid.mp4" if is_video else "images"
+    print(f"Wrote {len(prompts)} {files} and grid.png to {folder}.")

@@ -26,15 +26,22 @@ def make_parser() -> RecipeParser:
 def main(script_args, training_args, model_args) -> None:
     """
     Trains a latent reward model on preference pairs, saves it to `output_dir` and, with `push_to_hub`, uploads it.
+    With `dry_run`, prints what it would do instead.
 
     Args:
         script_args ([`SLRMScriptArguments`]): The preference pairs.
         training_args ([`SLRMConfig`]): The training.
         model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from.
     """
+    if script_args.dry_run:
+        from .dry_run import dry_run_slrm, print_dry_run
+
+        print_dry_run(dry_run_slrm(training_args, model_args))
+        return
+
     from ..trainer.slrm_trainer import SLRMTrainer
     from .arguments import get_lora_config
-    from .builders import load_policy_from_args, load_preference_pairs
+    from .builders import load_policy_from_args, load_preference_pairs, run_training
 
     train_dataset = load_preference_pairs(script_args, script_args.dataset_train_split)
     eval_dataset = None
@@ -49,11 +56,4 @@ def main(script_args, training_args, model_args) -> None:
         eval_dataset=eval_dataset,
         peft_config=get_lora_config(model_args, policy),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    run_training(trainer, training_args, script_args.dataset_name)

@@ -26,15 +26,28 @@ def make_parser() -> RecipeParser:
 def main(script_args, training_args, model_args) -> None:
     """
     Aligns a policy with its reward model, saves it to `output_dir` and, with `push_to_hub`, uploads it.
+    With `dry_run`, prints what it would do instead.
 
     Args:
         script_args ([`TAPOScriptArguments`]): The reward model, the held-out prompts and the callbacks.
         training_args ([`TAPOConfig`]): The training.
         model_args ([`DiffusionModelConfig`]): The pipeline to align.
     """
+    if script_args.dry_run:
+        from .dry_run import dry_run_tapo, print_dry_run
+
+        print_dry_run(dry_run_tapo(script_args, training_args, model_args))
+        return
+
     from ..trainer.tapo_trainer import TAPOTrainer
     from .arguments import get_lora_config
-    from .builders import build_callbacks, load_policy_from_args, load_prompt_dataset, load_reward_models
+    from .builders import (
+        build_callbacks,
+        load_policy_from_args,
+        load_prompt_dataset,
+        load_reward_models,
+        run_training,
+    )
 
     train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
     reward_model = load_reward_models(script_args.reward_model)
@@ -50,11 +63,4 @@ def main(script_args, training_args, model_args) -> None:
         callbacks=callbacks,
         peft_config=get_lora_config(model_args, policy),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()
-    trainer.create_model_card(dataset_name=training_args.dataset_name)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=training_args.dataset_name)
-    trainer.end()
+    run_training(trainer, training_args, training_args.dataset_name)

@@ -12,60 +12,161 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Preference pairs: columns `prompt`, `chosen`, `rejected` (images or latents), optional `margin` and `label`."""
+"""Preference pairs: columns `prompt`, `chosen`, `rejected` (images, videos or latents), optional `margin` and labels."""
 
-import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Array3D, Array4D, Dataset, Features, Image, Value
-from datasets.fingerprint import Hasher
+from datasets import Array2D, Array3D, Array4D, Array5D, Dataset, Image, List, Value, Video
 from huggingface_hub.constants import HF_HOME
-from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..policies import FlowPolicy
+from .dimensions import combine_dimensions
+from .images import BadFileError, ImageReader
+from .latents import LATENT_COLUMNS, ROW_COLUMN, SIDES, LatentReader, encode_pairs, is_encoded, latents_fingerprint
+from .videos import VideoReader
 
 
-REQUIRED_COLUMNS = ("prompt", "chosen", "rejected")
-LATENT_COLUMNS = ("chosen_latents", "rejected_latents")
-ROW_COLUMN = "slrm_row"
+logger = logging.get_logger(__name__)
+
+REQUIRED_COLUMNS = ("prompt", *SIDES)
 CHOSEN_IS_BETTER, TIE = 1.0, 0.5
+DEFAULT_FPS = 16
+
+# Files that an error or a warning lists; it counts the others.
+_MAX_LISTED = 20
 
 
-class NumberedPairs(torch.utils.data.Dataset):
+class PreferencePairs(torch.utils.data.Dataset):
     """
-    Pairs whose images are read and encoded batch by batch. Adding a column to the dataset itself would copy its images.
+    Preference pairs whose images or videos are read when they are asked for.
 
     Args:
-        pairs ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, and optionally `margin` and `label`.
+        dataset ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, and optionally `margin` and labels.
+        reader ([`ImageReader`], [`VideoReader`] or [`LatentReader`]): reads `chosen` and `rejected`.
+        name (`str`): what the dataset is called in error messages.
+        dimension_weights (`dict[str, float]`, *optional*): see [`prepare_preference_dataset`].
+        skip_bad_files (`bool`, *optional*, defaults to `False`):
+            whether the next pair takes the place of one whose file cannot be used. Otherwise that is an error.
     """
 
-    def __init__(self, pairs: Dataset):
-        self.pairs = pairs
+    def __init__(
+        self,
+        dataset: Dataset,
+        reader: ImageReader | VideoReader | LatentReader,
+        name: str,
+        dimension_weights: Mapping[str, float] | None = None,
+        skip_bad_files: bool = False,
+    ):
+        self.reader, self.name, self.skip_bad_files = reader, name, skip_bad_files
+        self.labels = np.full(len(dataset), CHOSEN_IS_BETTER)
+        self.swapped = np.zeros(len(dataset), dtype=bool)
+        if dimension_weights is not None:
+            preference = combine_dimensions(dataset, dimension_weights, name)
+            self.labels = np.where(preference == 0, TIE, CHOSEN_IS_BETTER)
+            self.swapped = preference < 0
+        elif "label" in dataset.column_names:
+            self.labels = np.array(dataset["label"], dtype=float)
+        extra = [column for column in ("margin",) if column in dataset.column_names]
+        self.columns = ("prompt", ROW_COLUMN, "label", *extra)
+        self.dataset = _without_decoding(dataset.with_format(None).select_columns([*REQUIRED_COLUMNS, *extra]))
+        self.rows = list(range(len(dataset)))
+        self.bad_files: dict[int, list[str]] = {}
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"label": CHOSEN_IS_BETTER, **self.pairs[row], ROW_COLUMN: row}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """As [`~PreferencePairs.load`], or with `skip_bad_files` the next pair that can be read."""
+        for offset in range(len(self)):
+            try:
+                return self.load(self.rows[(index + offset) % len(self)])
+            except BadFileError as error:
+                if not self.skip_bad_files:
+                    raise
+                logger.warning(f"The next pair takes the place of one that cannot be used. {error}")
+        raise ValueError(f"No pair of `{self.name}` can be read.")
+
+    def load(self, row: int) -> dict[str, Any]:
+        """
+        Read the pair in a row of the dataset, the preferred side as `chosen`.
+
+        Returns:
+            `dict`: `prompt`, `slrm_row`, `label`, `margin` if given, and what the reader makes of `chosen` and
+            `rejected`.
+        """
+        example = self.dataset[row]
+        sides = reversed(SIDES) if self.swapped[row] else SIDES
+        media = {
+            side: self.reader.load(example[column], self._place(row, column))
+            for side, column in zip(SIDES, sides, strict=True)
+        }
+        return {**example, **media, ROW_COLUMN: row, "label": float(self.labels[row])}
+
+    def drop_bad_files(self) -> None:
+        """Check the headers of all files, and leave the pairs out whose files cannot be used."""
+        for row in tqdm(self.rows, desc=f"Checking {self.name}", disable=None):
+            example = self.dataset[row]
+            for side in SIDES:
+                try:
+                    self.reader.check(example[side], self._place(row, side))
+                except BadFileError as error:
+                    self.bad_files.setdefault(row, []).append(str(error))
+        self.rows = [row for row in self.rows if row not in self.bad_files]
+
+    def report_bad_files(self, messages: list[str], number_left: int) -> None:
+        """
+        Say which files cannot be used.
+
+        Args:
+            messages (`list[str]`): one per file.
+            number_left (`int`): number of pairs without them.
+
+        Raises:
+            BadFileError: if there are any, unless they may be skipped.
+            ValueError: if no pair is left.
+        """
+        if not messages:
+            return
+        listed = [f"- {message}" for message in messages[:_MAX_LISTED]]
+        if len(messages) > _MAX_LISTED:
+            listed.append(f"- ... and {len(messages) - _MAX_LISTED} more")
+        listed = "\n".join(listed)
+        if not self.skip_bad_files:
+            raise BadFileError(
+                f"{len(messages)} of the files of `{self.name}` cannot be used:\n{listed}\nReplace them, or leave their "
+                "pairs out with `skip_bad_files=True`."
+            )
+        if number_left == 0:
+            raise ValueError(f"`{self.name}` has no pair whose files can be used:\n{listed}")
+        left_out = len(self.dataset) - number_left
+        logger.warning(f"Left out {left_out} of the {len(self.dataset)} pairs of `{self.name}`:\n{listed}")
+
+    def _place(self, row: int, column: str) -> str:
+        return f"`{self.name}`, row {row}, column `{column}`"
 
 
-def check_preference_dataset(dataset: Dataset | NumberedPairs, name: str) -> None:
+def check_preference_dataset(
+    dataset: Dataset | PreferencePairs, name: str, dimension_weights: Mapping[str, float] | None = None
+) -> None:
     """
-    Check what can be checked without reading an image: type, columns, emptiness, labels.
+    Check what can be checked without reading a file: type, columns, emptiness, labels.
 
     Args:
         dataset ([`~datasets.Dataset`]): preference pairs.
         name (`str`): what the dataset is called in error messages.
+        dimension_weights (`dict[str, float]`, *optional*): see [`prepare_preference_dataset`].
 
     Raises:
         TypeError: if it is not a [`~datasets.Dataset`].
         ValueError: if a column is missing, there are no rows, or a prompt, margin or label cannot be used.
     """
-    if not isinstance(dataset, (Dataset, NumberedPairs)):
+    if not isinstance(dataset, (Dataset, PreferencePairs)):
         raise TypeError(
             f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`. A streamed dataset can be "
             "materialised with `Dataset.from_generator`."
@@ -85,211 +186,151 @@ def check_preference_dataset(dataset: Dataset | NumberedPairs, name: str) -> Non
             raise ValueError(f"`{name}`, row {row}: `prompt` must be a string, got {prompt!r}.")
     if "margin" in dataset.column_names and not np.isfinite(np.array(dataset["margin"], dtype=float)).all():
         raise ValueError(f"The column `margin` of `{name}` must hold finite numbers; it has missing values or NaN.")
-    if "label" in dataset.column_names:
+    if dimension_weights is not None:
+        combine_dimensions(dataset, dimension_weights, name)
+    elif "label" in dataset.column_names:
         wrong = set(dataset["label"]) - {CHOSEN_IS_BETTER, TIE}
         if wrong:
             raise ValueError(
                 f"The column `label` of `{name}` must be 1 (`chosen` is better) or 0.5 (a tie), got "
-                f"{sorted(wrong, key=str)[:3]}. Swap `chosen` and `rejected` where the second image is better."
+                f"{sorted(wrong, key=str)[:3]}. Swap `chosen` and `rejected` where the second side is better."
             )
 
 
-def is_prepared(dataset: Dataset | NumberedPairs) -> bool:
+def is_prepared(dataset: Dataset | PreferencePairs) -> bool:
     """Whether [`prepare_preference_dataset`] made this dataset."""
-    return isinstance(dataset, NumberedPairs) or ROW_COLUMN in dataset.column_names
+    return isinstance(dataset, PreferencePairs) or ROW_COLUMN in dataset.column_names
 
 
 def prepare_preference_dataset(
-    dataset: Dataset | NumberedPairs,
+    dataset: Dataset | PreferencePairs,
     policy: FlowPolicy,
-    resolution: int,
+    height: int,
+    width: int,
+    num_frames: int | None = None,
+    fps: float = DEFAULT_FPS,
     *,
+    dimension_weights: Mapping[str, float] | None = None,
+    skip_bad_files: bool = False,
     cache_latents: bool = True,
     cache_dir: str | Path | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     name: str = "dataset",
-) -> Dataset | NumberedPairs:
+) -> Dataset | PreferencePairs:
     """
-    Bring preference pairs into the form that training reads: a number per row, labels, and latents or images.
+    Bring preference pairs into the form that training reads: a number per row, labels, and latents or pixels.
 
-    Images may be [`~datasets.Image`] columns, PIL images, paths, encoded bytes or `uint8` arrays of shape
-    `(height, width, 3)`. They are cropped around their centre to a square, resized to `resolution` (Lanczos), and laid
-    on white where they are transparent. Arrays of the latents' shape are taken as normalised latents, as the
+    `chosen` and `rejected` are images ([`ImageReader`] says in which forms) if `policy` makes images, and videos
+    ([`VideoReader`]) if it makes videos. Arrays of the latents' shape are taken as normalised latents, as the
     transformer sees them.
 
     Args:
         dataset ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, and optionally `margin` (by how much
-            `chosen` must win) and `label` (1, or 0.5 for a tie).
-        policy ([`FlowPolicy`]): policy whose VAE encodes the images.
-        resolution (`int`): height and width of the images in pixels.
+            the preferred side must win), `label` (1, or 0.5 for a tie) and `label_<dimension>`.
+        policy ([`FlowPolicy`]): policy whose VAE encodes.
+        height (`int`): height in pixels.
+        width (`int`): width in pixels.
+        num_frames (`int`, *optional*): number of frames, for videos.
+        fps (`float`, *optional*, defaults to `16`): frames per second, for videos.
+        dimension_weights (`dict[str, float]`, *optional*):
+            weights of the columns `label_<dimension>`, which take the place of `label`: the sign of their weighted sum
+            (see [`combine_dimensions`]) says which side is preferred, 0 is a tie.
+        skip_bad_files (`bool`, *optional*, defaults to `False`):
+            whether to leave out the pairs with a file that is unreadable, damaged or too short.
         cache_latents (`bool`, *optional*, defaults to `True`):
-            encode all images now, into a file that later runs re-use. Otherwise images are checked now and encoded
-            batch by batch.
+            encode everything now, into a file that later runs re-use. Otherwise the headers of the files are checked
+            now, and the batches encoded when they are needed.
         cache_dir (`str` or `Path`, *optional*): root of the cache. Defaults to `tapo_trl` in the Hugging Face home.
-        batch_size (`int`, *optional*, defaults to `8`): number of pairs that the VAE encodes at once.
+        batch_size (`int`, *optional*):
+            number of pairs that the VAE encodes at once. Defaults to 8 pairs of images and 1 of videos.
         name (`str`, *optional*): what the dataset is called in error messages and progress bars.
 
     Returns:
         [`~datasets.Dataset`]: columns `prompt`, `slrm_row` (its number), `label`, `margin` if given, `chosen_latents`
-        and `rejected_latents` (float32). Without `cache_latents`, [`NumberedPairs`] with the images instead of latents.
+        and `rejected_latents` (float32). Without `cache_latents`, [`PreferencePairs`] with pixels instead of latents.
 
     Raises:
-        ValueError: if an image cannot be read or has a wrong shape; the message names its row.
+        BadFileError: if files cannot be used and `skip_bad_files` is not set; the message lists them.
+        ValueError: if an entry is not of the right kind; the message names its row.
     """
-    check_preference_dataset(dataset, name)
+    check_preference_dataset(dataset, name, dimension_weights)
     if is_prepared(dataset):
         return dataset
-    shape = policy.latent_shape(resolution, resolution)
-    dataset = _without_decoding(dataset.with_format(None))
-    extra = [column for column in ("label", "margin") if column in dataset.column_names]
-    dataset = dataset.select_columns([*REQUIRED_COLUMNS, *extra])
+    shape = tuple(policy.latent_shape(height, width, num_frames))
+    is_video = policy.modality == "video"
+    reader = VideoReader(height, width, num_frames, fps) if is_video else ImageReader(height, width)
+    pairs = PreferencePairs(dataset, reader, name, dimension_weights, skip_bad_files)
+    holds_latents = _holds_latents(pairs, shape)
+    if holds_latents:
+        pairs.reader = LatentReader(shape)
 
-    holds_latents = all(_is_latent(dataset[0][column], shape) for column in ("chosen", "rejected"))
-    fingerprint = Hasher.hash([dataset._fingerprint, policy.vae_fingerprint(), shape, holds_latents])
     folder = (Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl") / "latents"
-    cache_file = folder / f"{fingerprint}.arrow"
-    if not holds_latents and not (cache_latents and cache_file.exists()):
-        for row, example in enumerate(dataset):
-            for column in ("chosen", "rejected"):
-                _open_image(example[column], f"`{name}`, row {row}, column `{column}`", shape)
-    if not holds_latents and not cache_latents:
-        return NumberedPairs(dataset)
-
-    def encode(batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
-        encoded = {ROW_COLUMN: rows, "label": batch.get("label", [CHOSEN_IS_BETTER] * len(rows))}
-        for column, target in zip(("chosen", "rejected"), LATENT_COLUMNS, strict=True):
-            places = [f"`{name}`, row {row}, column `{column}`" for row in rows]
-            values = zip(batch[column], places, strict=True)
-            if holds_latents:
-                encoded[target] = np.stack([_read_latent(value, place, shape) for value, place in values])
-            else:
-                images = torch.stack([load_image(value, resolution, place, shape) for value, place in values])
-                encoded[target] = policy.encode_images(images).cpu().numpy()
-        return encoded
-
-    array = Array3D(shape, "float32") if len(shape) == 3 else Array4D(shape, "float32")
-    features = {column: dataset.features[column] for column in ("prompt", *extra)}
-    features |= {"label": Value("float64"), ROW_COLUMN: Value("int64"), **dict.fromkeys(LATENT_COLUMNS, array)}
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset = dataset.map(
-        encode,
-        with_indices=True,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=["chosen", "rejected"],
-        features=Features(features),
-        new_fingerprint=fingerprint,
-        cache_file_name=str(cache_file),
-        writer_batch_size=64,
-        desc=f"Encoding the images of {name}",
-    )
-    return dataset.with_format("torch")
+    cache_file = folder / f"{latents_fingerprint(pairs, policy)}.arrow"
+    cache_latents = cache_latents or holds_latents
+    if not holds_latents and not (cache_latents and is_encoded(cache_file)):
+        pairs.drop_bad_files()
+        if not cache_latents or not skip_bad_files:
+            messages = [message for messages in pairs.bad_files.values() for message in messages]
+            pairs.report_bad_files(messages, len(pairs))
+    if not cache_latents:
+        return pairs
+    latents, messages = encode_pairs(pairs, policy, shape, cache_file, batch_size or (1 if is_video else 8))
+    pairs.report_bad_files(messages, len(latents))
+    return latents
 
 
-def load_image(
-    value: Any, resolution: int, place: str = "`image`", latent_shape: tuple[int, ...] | None = None
-) -> torch.Tensor:
-    """
-    Read one image, crop it around its centre to a square and resize it.
-
-    Args:
-        value: PIL image, path, encoded bytes, `{"bytes": ..., "path": ...}` or `uint8` array `(height, width, 3)`.
-        resolution (`int`): height and width of the result.
-        place (`str`, *optional*): where the image is, for error messages.
-        latent_shape (`tuple[int, ...]`, *optional*): the other shape an array could have had, for error messages.
-
-    Returns:
-        `torch.Tensor` of shape `(3, resolution, resolution)`: float32 in [0, 1].
-
-    Raises:
-        ValueError: if the image cannot be read.
-    """
-    image = _open_image(value, place, latent_shape)
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (resolution, resolution), PILImage.Resampling.LANCZOS)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{place}: the image is damaged ({error}).") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-def _open_image(value: Any, place: str, latent_shape: tuple[int, ...] | None) -> PILImage.Image:
-    """The image, decoded only as far as its header."""
-    if isinstance(value, PILImage.Image):
-        return value
-    if isinstance(value, dict) and ("bytes" in value or "path" in value):
-        value = value["bytes"] if value["bytes"] is not None else value["path"]
-    if isinstance(value, (str, Path, bytes)):
-        try:
-            return PILImage.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{place}: the image cannot be read ({error}).") from error
-    if isinstance(value, (np.ndarray, list)):
-        array = np.asarray(value)
-        integers = (
-            np.issubdtype(array.dtype, np.integer) and array.size > 0 and array.min() >= 0 and array.max() <= 255
-        )
-        if array.ndim == 3 and array.shape[-1] == 3 and integers:
-            return PILImage.fromarray(array.astype(np.uint8))
-        raise ValueError(
-            f"{place}: an array of shape {array.shape} and type {array.dtype} is neither a latent of shape "
-            f"{latent_shape} nor a `uint8` image of shape (height, width, 3). Latents must have the shape that "
-            "`resolution` asks for."
-        )
-    raise ValueError(f"{place}: a `{type(value).__name__}` is not an image, a path, bytes, or a latent.")
-
-
-def _is_latent(value: Any, shape: tuple[int, ...]) -> bool:
-    return isinstance(value, (np.ndarray, list)) and np.shape(value) == tuple(shape)
-
-
-def _read_latent(value: Any, place: str, shape: tuple[int, ...]) -> np.ndarray:
-    if not _is_latent(value, shape):
-        raise ValueError(f"{place}: expected a latent of shape {tuple(shape)}, got shape {np.shape(value)}.")
-    latent = np.asarray(value, dtype=np.float32)
-    if not np.isfinite(latent).all():
-        raise ValueError(f"{place}: the latent has values that are not finite.")
-    return latent
+def _holds_latents(pairs: PreferencePairs, shape: tuple[int, ...]) -> bool:
+    """Whether the first row has latents of this shape. Arrays of floating point numbers can be nothing else."""
+    values = [pairs.dataset[0][side] for side in SIDES]
+    if all(isinstance(value, (np.ndarray, list)) and np.shape(value) == shape for value in values):
+        return True
+    for side, value in zip(SIDES, values, strict=True):
+        if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
+            raise ValueError(
+                f"`{pairs.name}`, row 0, column `{side}`: an array of shape {value.shape} and type {value.dtype} is "
+                f"neither a latent of shape {shape} nor `uint8` pixels. Latents must have the shape that `height`, "
+                "`width` and `num_frames` ask for."
+            )
+    return False
 
 
 def _without_decoding(dataset: Dataset) -> Dataset:
-    for column in ("chosen", "rejected"):
-        if isinstance(dataset.features[column], Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-    return dataset
+    """The dataset with files as they are and arrays as NumPy's."""
+    arrays = []
+    for side in SIDES:
+        feature = dataset.features[side]
+        innermost = feature
+        while isinstance(innermost, List):
+            innermost = innermost.feature
+        if isinstance(feature, (Image, Video)):
+            dataset = dataset.cast_column(side, type(feature)(decode=False))
+        elif isinstance(feature, List) and isinstance(innermost, Image):
+            dataset = dataset.cast_column(side, List(Image(decode=False)))
+        elif isinstance(feature, (Array2D, Array3D, Array4D, Array5D)):
+            arrays.append(side)
+        elif (
+            isinstance(feature, List) and isinstance(innermost, Value) and innermost.dtype not in ("string", "binary")
+        ):
+            arrays.append(side)
+    return dataset.with_format("numpy", columns=arrays, output_all_columns=True) if arrays else dataset
 
 
 class PreferencePairCollator:
-    """
-    Collate prepared pairs.
-
-    Args:
-        resolution (`int`): height and width of images, where latents are not cached.
-    """
-
-    def __init__(self, resolution: int):
-        self.resolution = resolution
+    """Collate prepared pairs."""
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """
         Returns:
             `dict`: `row` (int64) and `label` (float32) of shape `(batch_size,)`; `chosen_latents` and
-            `rejected_latents` of shape `(batch_size, *latent_shape)` or `chosen` and `rejected` of shape
-            `(batch_size, 3, resolution, resolution)`; `margin` if given; `prompt`, a list of strings.
+            `rejected_latents` of shape `(batch_size, *latent_shape)`, or `chosen` and `rejected`, pixels of shape
+            `(batch_size, 3, [num_frames,] height, width)`; `margin` if given; `prompt`, a list of strings.
         """
         batch = {
             "row": torch.tensor([int(example[ROW_COLUMN]) for example in examples]),
             "label": torch.tensor([float(example["label"]) for example in examples]),
         }
-        if LATENT_COLUMNS[0] in examples[0]:
-            for column in LATENT_COLUMNS:
-                batch[column] = torch.stack([example[column] for example in examples])
-        else:
-            for column in ("chosen", "rejected"):
-                batch[column] = torch.stack([load_image(example[column], self.resolution) for example in examples])
+        for column in LATENT_COLUMNS if LATENT_COLUMNS[0] in examples[0] else SIDES:
+            batch[column] = torch.stack([example[column] for example in examples])
         if "margin" in examples[0]:
             batch["margin"] = torch.tensor([float(example["margin"]) for example in examples])
         batch["prompt"] = [example["prompt"] for example in examples]

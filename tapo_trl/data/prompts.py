@@ -19,6 +19,8 @@ import os
 from importlib import resources
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
@@ -53,7 +55,8 @@ def prepare_prompts(dataset: Dataset, name: str) -> Dataset:
 
 class PromptCache:
     """
-    Prompt embeddings on disk, one safetensors file per prompt, in a folder per text encoder.
+    Prompt embeddings on disk, one safetensors file per prompt, in a folder per text encoder. The zeros with which a
+    family fills up short prompts are not stored.
 
     Args:
         policy ([`FlowPolicy`]):
@@ -62,18 +65,26 @@ class PromptCache:
             Root of the cache. Defaults to `tapo_trl/prompts` in the Hugging Face home.
         max_sequence_length (`int`, *optional*, defaults to `256`):
             Number of tokens of the T5 or UMT5 encoder.
+        dtype (`torch.dtype`, *optional*):
+            Precision in which float32 embeddings are stored. Nothing is lost if it is the one in which the transformer
+            reads them: that of its weights, or that of autocast. Defaults to that of the text encoders.
     """
 
     def __init__(
-        self, policy: FlowPolicy, cache_dir: str | Path | None = None, max_sequence_length: int = 256
+        self,
+        policy: FlowPolicy,
+        cache_dir: str | Path | None = None,
+        max_sequence_length: int = 256,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.policy = policy
         self.max_sequence_length = max_sequence_length
+        self.dtype = dtype
         root = Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl" / "prompts"
         self.folder = root / self._encoder_fingerprint()
 
     def _encoder_fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{type(self.policy).__name__} {self.max_sequence_length}".encode())
+        digest = hashlib.sha256(f"{type(self.policy).__name__} {self.max_sequence_length} {self.dtype}".encode())
         for name in self.policy.text_encoder_names:
             encoder = self.policy.pipeline.components[name]
             digest.update(name.encode())
@@ -94,8 +105,13 @@ class PromptCache:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             embeds = self.policy.encode_prompts(batch, self.max_sequence_length).to("cpu")
+            if embeds.prompt_embeds.dtype == torch.float32:
+                embeds = embeds.to(dtype=self.dtype)
             for row, prompt in enumerate(batch):
-                tensors = {"prompt_embeds": embeds.prompt_embeds[row].contiguous()}
+                tokens = embeds.prompt_embeds[row]
+                last = tokens.any(dim=-1).nonzero().max() if tokens.any() else -1
+                # A copy, which takes the disk space of what is left alone
+                tensors = {"prompt_embeds": tokens[: last + 1].clone(), "sequence_length": torch.tensor(len(tokens))}
                 if embeds.pooled_prompt_embeds is not None:
                     tensors["pooled_prompt_embeds"] = embeds.pooled_prompt_embeds[row].contiguous()
                 file = self._file(prompt)
@@ -105,7 +121,7 @@ class PromptCache:
 
     def load(self, prompts: list[str]) -> PromptEmbeddings:
         """
-        Embeddings of `prompts`, on the CPU, in the dtype of the text encoders.
+        Embeddings of `prompts`, on the CPU, in the precision in which they are stored.
 
         Raises:
             KeyError: if a prompt has not been encoded.
@@ -116,5 +132,7 @@ class PromptCache:
             if not file.exists():
                 raise KeyError(f"The prompt {prompt!r} was not encoded before the text encoders were unloaded.")
             tensors = load_file(file)
+            missing = tensors.pop("sequence_length").item() - len(tensors["prompt_embeds"])
+            tensors["prompt_embeds"] = F.pad(tensors["prompt_embeds"], (0, 0, 0, missing))
             rows.append(PromptEmbeddings(**{name: tensor[None] for name, tensor in tensors.items()}))
         return PromptEmbeddings.cat(rows)

@@ -25,6 +25,7 @@ from diffusers import ModelMixin
 from torch.utils.data import DataLoader
 
 from ..data.preferences import (
+    DEFAULT_FPS,
     TIE,
     PreferencePairCollator,
     prepare_preference_dataset,
@@ -174,6 +175,12 @@ def evaluate_preference_accuracy(
     rules: Sequence[AccuracyRule] = ("ground_truth", "reference"),
     *,
     resolution: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    fps: float = DEFAULT_FPS,
+    dimension_weights: Mapping[str, float] | None = None,
+    skip_bad_files: bool = False,
     batch_size: int = 8,
     seed: int = 0,
     cache_dir: str | None = None,
@@ -184,14 +191,20 @@ def evaluate_preference_accuracy(
 
     Args:
         slrm ([`SLRMModel`]): reward model.
-        policy ([`FlowPolicy`]): its base model, which encodes images and prompts and is the reference; on the same
+        policy ([`FlowPolicy`]): its base model, which encodes pixels and prompts and is the reference; on the same
             device as `slrm`. Prompts that are in the cache need no text encoders.
         dataset ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, see [`prepare_preference_dataset`].
         sigmas (`Sequence[float]`, *optional*): noise levels.
         rules (`Sequence[str]`, *optional*, defaults to `("ground_truth", "reference")`):
             velocity targets of the score: `"ground_truth"` (the paper's rule, which leaks the clean latent), and
             `"reference"` and `"none"`, which a rollout can use. Do not compare the first with the others as equals.
-        resolution (`int`, *optional*): size of the images in pixels. Defaults to that of the SLRM's training.
+        resolution (`int`, *optional*): height and width in pixels, unless those are given.
+        height (`int`, *optional*): height in pixels. Defaults to that of the SLRM's training.
+        width (`int`, *optional*): width in pixels. Defaults to that of the SLRM's training.
+        num_frames (`int`, *optional*): number of frames of videos. Defaults to that of the SLRM's training.
+        fps (`float`, *optional*, defaults to `16`): frames per second of videos.
+        dimension_weights (`dict[str, float]`, *optional*): see [`prepare_preference_dataset`].
+        skip_bad_files (`bool`, *optional*, defaults to `False`): see [`prepare_preference_dataset`].
         batch_size (`int`, *optional*, defaults to `8`): pairs per forward.
         seed (`int`, *optional*, defaults to `0`): seed of the noise.
         cache_dir (`str`, *optional*): root of the caches of latents and prompt embeddings.
@@ -201,17 +214,27 @@ def evaluate_preference_accuracy(
     """
     slrm.check_compatible(policy)
     config, device = slrm.config, next(slrm.parameters()).device
-    resolution = resolution if resolution is not None else config.resolution
-    dataset = prepare_preference_dataset(dataset, policy, resolution, cache_dir=cache_dir, name="dataset")
+    dataset = prepare_preference_dataset(
+        dataset,
+        policy,
+        height or resolution or config.height or config.resolution,
+        width or resolution or config.width or config.resolution,
+        num_frames or config.num_frames,
+        fps,
+        dimension_weights=dimension_weights,
+        skip_bad_files=skip_bad_files,
+        cache_dir=cache_dir,
+    )
     prompts = PromptCache(policy, cache_dir, config.max_sequence_length)
     prompts.encode(dataset["prompt"])
 
     was_training = slrm.training
     slrm.eval()
     labels, margins = [], {rule: {sigma: [] for sigma in sigmas} for rule in rules}
-    for batch in DataLoader(dataset, batch_size, collate_fn=PreferencePairCollator(resolution)):
+    for batch in DataLoader(dataset, batch_size, collate_fn=PreferencePairCollator()):
         clean = torch.cat([batch["chosen_latents"], batch["rejected_latents"]]).to(device)
-        noise = evaluation_noise(batch["row"].tolist(), clean.shape[1:], seed).to(device).repeat(2, 1, 1, 1)
+        noise = evaluation_noise(batch["row"].tolist(), clean.shape[1:], seed).to(device)
+        noise = torch.cat([noise, noise])
         embeds = prompts.load(batch["prompt"]).repeat(2).to(device)
         labels.append(batch["label"])
         for level in sigmas:

@@ -15,6 +15,7 @@
 from .base import FlowPolicy, PromptEmbeddings
 from .loading import load_policy
 from .sd3 import SD3Policy
+from .wan import WanPolicy
 
 
-__all__ = ["FlowPolicy", "PromptEmbeddings", "SD3Policy", "load_policy"]
+__all__ = ["FlowPolicy", "PromptEmbeddings", "SD3Policy", "WanPolicy", "load_policy"]

@@ -18,8 +18,10 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -92,6 +94,8 @@ class FlowPolicy(ABC):
             Pipeline with all of its components.
     """
 
+    modality: Literal["image", "video"]
+    max_sequence_length: int  # tokens of a prompt, unless told otherwise
     lora_target_modules: list[str]
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -126,12 +130,28 @@ class FlowPolicy(ABC):
         """
 
     @abstractmethod
-    def encode_prompts(self, prompts: list[str], max_sequence_length: int = 256) -> PromptEmbeddings:
-        """Run the text encoders on `prompts`. Needs them loaded, see [`~FlowPolicy.unload_text_encoders`]."""
+    def encode_prompts(self, prompts: list[str], max_sequence_length: int | None = None) -> PromptEmbeddings:
+        """
+        Run the text encoders on `prompts`. Needs them loaded, see [`~FlowPolicy.unload_text_encoders`].
+
+        Args:
+            prompts (`list[str]`): texts.
+            max_sequence_length (`int`, *optional*): tokens per prompt. Defaults to the family's `max_sequence_length`.
+        """
 
     @abstractmethod
     def latent_shape(self, height: int, width: int, num_frames: int | None = None) -> tuple[int, ...]:
-        """Shape of one latent for an image or video of this size in pixels, without the batch dimension."""
+        """
+        Shape of one latent, without the batch dimension.
+
+        Args:
+            height (`int`): height of the image or video in pixels.
+            width (`int`): its width in pixels.
+            num_frames (`int`, *optional*): number of frames of a video; not given for an image.
+
+        Raises:
+            ValueError: if the model cannot make that size.
+        """
 
     @abstractmethod
     def forward(
@@ -140,12 +160,22 @@ class FlowPolicy(ABC):
         """Call `model` once, without guidance. `timestep` is float32 in [0, 1000]."""
 
     @abstractmethod
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels in [0, 1] of shape `(batch_size, 3, height, width)` to latents (mode of the VAE's posterior)."""
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """
+        Pixels to latents, the mode of the VAE's posterior.
+
+        Args:
+            pixels (`torch.Tensor`):
+                float32 in [0, 1], of shape `(batch_size, 3, height, width)`, or `(batch_size, 3, num_frames, height,
+                width)` for video.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, *latent_shape)`, float32.
+        """
 
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents to pixels in [0, 1], float32, of shape `(batch_size, 3, height, width)`."""
+        """Latents to pixels, the other way round: the shapes and ranges are those of [`~FlowPolicy.encode`]."""
 
     def velocity(
         self,
@@ -218,6 +248,10 @@ class FlowPolicy(ABC):
             )
             latents = scheduler.ode_step(latents, velocity, index)
         return latents
+
+    def _vae_precision(self) -> AbstractContextManager:
+        """The VAE computes in the precision of its weights, even inside of a trainer's autocast."""
+        return torch.autocast(self.vae.device.type, enabled=False)
 
     def move_text_encoders(self, device: torch.device | str) -> None:
         for name in self.text_encoder_names:

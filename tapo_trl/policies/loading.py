@@ -13,10 +13,11 @@
 # limitations under the License.
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, WanPipeline
 
 from .base import FlowPolicy
 from .sd3 import SD3Policy
+from .wan import WanPolicy
 
 
 def load_policy(
@@ -29,7 +30,7 @@ def load_policy(
         model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
             Hub id or folder of a pipeline, a pipeline, or a policy, which is returned as it is.
         torch_dtype (`torch.dtype`, *optional*):
-            Precision of the weights when they are loaded. Defaults to float32.
+            Precision of the weights when they are loaded. Defaults to float32, in which Wan's VAE always stays.
         model_init_kwargs:
             Further arguments of [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision` or
             `text_encoder_3=None`.
@@ -48,11 +49,16 @@ def load_policy(
         revision = model_init_kwargs.get("revision")
         components = DiffusionPipeline.load_config(model, revision=revision)
         absent = {name: None for name, value in components.items() if value == [None, None]}
-        options = {"dtype": torch_dtype or torch.float32, "use_safetensors": True}
+        dtype = torch_dtype or torch.float32
+        if components["_class_name"] == WanPipeline.__name__:
+            dtype = {"default": dtype, "vae": torch.float32}  # it loses detail in half precision
+        options = {"dtype": dtype, "use_safetensors": True}
         pipeline = DiffusionPipeline.from_pretrained(model, **absent | options | model_init_kwargs)
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return SD3Policy(pipeline)
+    if isinstance(pipeline, WanPipeline):
+        return WanPolicy(pipeline)
     raise ValueError(
-        f"`model` is a `{type(pipeline).__name__}`, which no policy supports. Supported: `StableDiffusion3Pipeline`. "
-        "To add a family, subclass `FlowPolicy` and pass an instance of it as `model`."
+        f"`model` is a `{type(pipeline).__name__}`, which no policy supports. Supported: `StableDiffusion3Pipeline` and "
+        "`WanPipeline`. To add a family, subclass `FlowPolicy` and pass an instance of it as `model`."
     )

@@ -29,6 +29,8 @@ class SD3Policy(FlowPolicy):
     then stand in for its embeddings, as diffusers does for T5.
     """
 
+    modality = "image"
+    max_sequence_length = 256
     lora_target_modules = [
         "to_q",
         "to_k",
@@ -69,7 +71,8 @@ class SD3Policy(FlowPolicy):
         return scheduler
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str], max_sequence_length: int = 256) -> PromptEmbeddings:
+    def encode_prompts(self, prompts: list[str], max_sequence_length: int | None = None) -> PromptEmbeddings:
+        max_sequence_length = max_sequence_length or self.max_sequence_length
         encoders = [self.pipeline.components[name] for name in self.text_encoder_names]
         if encoders == [None, None, None]:
             raise ValueError("The pipeline has no text encoders (any more): encode prompts before they are unloaded.")
@@ -137,13 +140,15 @@ class SD3Policy(FlowPolicy):
         )[0]
 
     @torch.no_grad()
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        pixels = (images * 2 - 1).to(self.vae.device, self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.mode().float()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = (pixels * 2 - 1).to(self.vae.device, self.vae.dtype)
+        with self._vae_precision():
+            latents = self.vae.encode(pixels).latent_dist.mode().float()
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
+        with self._vae_precision():
+            pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)

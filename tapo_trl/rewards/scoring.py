@@ -25,7 +25,10 @@ from .velocity_targets import VelocityTarget, velocity_target
 
 
 RewardFunction = Callable[..., torch.Tensor | Sequence[float]]
-"""`f(images, prompts, **columns) -> scores`: images are a float tensor `(N, 3, H, W)` in [0, 1]."""
+"""
+`f(images, prompts, **columns) -> scores`: images are a float tensor `(N, 3, H, W)` in [0, 1]. A policy of videos calls
+`f(videos, prompts, **columns)` with `(N, 3, F, H, W)`.
+"""
 
 
 class LatentReward:
@@ -66,12 +69,13 @@ class LatentReward:
 
 class PixelReward:
     r"""
-    A reward of images, applied to the decoded one-step estimate \( \hat{x}_0 = x' - \sigma' v(x') \) of each candidate.
+    A reward of images or videos, applied to the decoded one-step estimate \( \hat{x}_0 = x' - \sigma' v(x') \) of each
+    candidate.
 
     Args:
         function (`Callable`): `f(images, prompts, **columns) -> scores`, see [`RewardFunction`].
         policy ([`FlowPolicy`]): decodes.
-        batch_size (`int`, *optional*): images per decoding. All at once by default.
+        batch_size (`int`, *optional*): candidates per decoding. All at once by default.
     """
 
     def __init__(self, function: RewardFunction, policy: FlowPolicy, batch_size: int | None = None):
@@ -84,12 +88,12 @@ class PixelReward:
     def __call__(self, candidates: Candidates) -> torch.Tensor:
         clean_estimate = candidates.latents - candidates.sigma * candidates.velocity
         chunks = clean_estimate.split(self.batch_size or len(candidates))
-        images = torch.cat([self.policy.decode(chunk) for chunk in chunks])
-        scores = self.function(images, candidates.prompts, **candidates.columns)
+        pixels = torch.cat([self.policy.decode(chunk) for chunk in chunks])
+        scores = self.function(pixels, candidates.prompts, **candidates.columns)
         scores = torch.as_tensor(scores, dtype=torch.float32, device=candidates.latents.device)
         if scores.shape != (len(candidates),):
             raise ValueError(
-                f"The reward function `{self.__name__}` must return one score per image, {len(candidates)}, but "
+                f"The reward function `{self.__name__}` must return one score per candidate, {len(candidates)}, but "
                 f"returned shape {tuple(scores.shape)}."
             )
         return scores

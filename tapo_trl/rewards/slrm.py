@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ModelMixin, SD3Transformer2DModel
+from diffusers import DiffusionPipeline, ModelMixin, SD3Transformer2DModel, WanTransformer3DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import BaseOutput
@@ -36,7 +36,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from ..policies import FlowPolicy
+from .score_stream import ScoreTransformerMixin
 from .slrm_sd3 import SD3ScoreTransformer2DModel
+from .slrm_wan import WanScoreTransformer3DModel
 from .velocity_targets import MIN_SIGMA
 
 
@@ -110,12 +112,15 @@ def enhanced_log_score(
     return torch.where(sigma >= MIN_SIGMA, log_scores - rho * distance, log_scores)
 
 
-def score_transformer_class(transformer_class: str) -> type[SD3ScoreTransformer2DModel]:
+def score_transformer_class(transformer_class: str) -> type[ScoreTransformerMixin]:
     """The class that adds the score stream to transformers of this class."""
     if transformer_class == SD3Transformer2DModel.__name__:
         return SD3ScoreTransformer2DModel
+    if transformer_class == WanTransformer3DModel.__name__:
+        return WanScoreTransformer3DModel
     raise ValueError(
-        f"SLRM has no score stream for `{transformer_class}`. Supported backbone: `{SD3Transformer2DModel.__name__}`."
+        f"SLRM has no score stream for `{transformer_class}`. Supported backbones: "
+        f"`{SD3Transformer2DModel.__name__}` and `{WanTransformer3DModel.__name__}`."
     )
 
 
@@ -134,17 +139,17 @@ class SLRMModel(ModelMixin, ConfigMixin):
         vae_fingerprint (`str`): [`~FlowPolicy.vae_fingerprint`] of the VAE whose latents it rates.
         num_task_tokens (`int`, *optional*, defaults to `8`): number of score tokens n_s.
         task_projection_rank (`int`, *optional*):
-            if set, the projections P^S of Eq. 5 are low-rank updates of the text stream's, else full matrices.
+            if set, the projections P^S of Eq. 5 are low-rank updates of the backbone's, else full matrices.
         score_link (`str`, *optional*, defaults to `"exp"`): `"exp"` or `"softplus"`, how a logit becomes S > 0.
         rho (`float`, *optional*, defaults to `ln 4`): weight of the distance in Eq. 7.
         velocity_target (`str`, *optional*, defaults to `"reference"`): v_target in training, kept as a record.
         max_sequence_length (`int`, *optional*, defaults to `256`): length at which prompts were encoded.
         resolution (`int`, *optional*, defaults to `512`): size of the images in training, in pixels.
+        height, width, num_frames (`int`, *optional*): size of the videos in training, kept as a record.
         lora (`bool`, *optional*, defaults to `False`): whether the backbone was trained with LoRA.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = SD3ScoreTransformer2DModel._no_split_modules
 
     @register_to_config
     def __init__(
@@ -160,11 +165,15 @@ class SLRMModel(ModelMixin, ConfigMixin):
         velocity_target: TrainingVelocityTarget = DEFAULT_VELOCITY_TARGET,
         max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
         resolution: int = DEFAULT_RESOLUTION,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
         lora: bool = False,
     ):
         super().__init__()
         score_class = score_transformer_class(transformer_class)
         self.transformer = score_class(num_task_tokens, task_projection_rank, **transformer_config)
+        self._no_split_modules = score_class._no_split_modules
 
     @classmethod
     def from_policy(cls, policy: FlowPolicy, **config) -> "SLRMModel":
@@ -174,7 +183,7 @@ class SLRMModel(ModelMixin, ConfigMixin):
         Args:
             policy ([`FlowPolicy`]): the policy whose latents will be rated.
             config: `num_task_tokens`, `task_projection_rank`, `score_link`, `rho`, `velocity_target`,
-                `max_sequence_length` and `resolution`, see [`SLRMModel`].
+                `max_sequence_length` and the size in training, see [`SLRMModel`].
 
         Returns:
             [`SLRMModel`]: in evaluation mode, on the transformer's device and in its dtype.
@@ -223,13 +232,12 @@ class SLRMModel(ModelMixin, ConfigMixin):
         """
         dtype = self.transformer.backbone_dtype
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
+        prompt = {"encoder_hidden_states": prompt_embeds.to(dtype)}
+        if pooled_prompt_embeds is not None:
+            prompt["pooled_projections"] = pooled_prompt_embeds.to(dtype)
         with self._mixed_precision(latents.device, dtype):
             velocity, logits = self.transformer(
-                hidden_states=latents.to(dtype),
-                timestep=sigma * 1000,
-                encoder_hidden_states=prompt_embeds.to(dtype),
-                pooled_projections=None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(dtype),
-                mask_task_tokens=mask_task_tokens,
+                hidden_states=latents.to(dtype), timestep=sigma * 1000, mask_task_tokens=mask_task_tokens, **prompt
             )
         return SLRMOutput(logits=logits.float(), velocity=velocity.float())
 
@@ -295,8 +303,8 @@ class SLRMModel(ModelMixin, ConfigMixin):
         found = {"transformer class": type(policy.transformer).__name__}
         if trained_on == found:
             for name in type(self.transformer).interface_fields:
-                trained_on[f"transformer's `{name}`"] = self.config.transformer_config[name]
-                found[f"transformer's `{name}`"] = policy.transformer.config[name]
+                trained_on[f"transformer's `{name}`"] = _plain(self.config.transformer_config[name])
+                found[f"transformer's `{name}`"] = _plain(policy.transformer.config[name])
             trained_on["VAE (fingerprint)"] = self.config.vae_fingerprint
             found["VAE (fingerprint)"] = policy.vae_fingerprint()
         if max_sequence_length is not None:
@@ -406,10 +414,9 @@ class SLRMModel(ModelMixin, ConfigMixin):
         config = cls.load_config(pretrained_model_name_or_path, **_only(kwargs, HUB_ARGUMENTS))
         if not config["lora"]:
             model = super().from_pretrained(
-                pretrained_model_name_or_path,
-                dtype=torch_dtype or torch.float32,
-                **{**kwargs, "use_safetensors": True},
+                pretrained_model_name_or_path, dtype=torch.float32, **{**kwargs, "use_safetensors": True}
             )
+            model.transformer.cast_weights(torch_dtype or torch.float32)
         else:
             with torch.device("meta"):
                 model = cls.from_config({**config, "lora": False})

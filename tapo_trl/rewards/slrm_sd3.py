@@ -14,62 +14,13 @@
 
 """The third token stream of SLRM, [image, text, score], on the SD3 / SD3.5 transformer (Eq. 5)."""
 
-import inspect
-
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
-from diffusers.models.attention import Attention, FeedForward, JointTransformerBlock
+from diffusers.models.attention import FeedForward, JointTransformerBlock
 from torch import nn
 
-
-class LowRankUpdate(nn.Module):
-    """`x -> up(down(x))`, zero at the start."""
-
-    def __init__(self, dim: int, rank: int):
-        super().__init__()
-        self.down = nn.Linear(dim, rank, bias=False)
-        self.up = nn.Linear(rank, dim, bias=False)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.up(self.down(hidden_states))
-
-
-class ScoreProjections(nn.Module):
-    """
-    P^S of one block: the query, key and value projections of the score tokens.
-
-    Args:
-        dim (`int`): width of the transformer.
-        rank (`int`, *optional*): if set, P^S is the text stream's projection plus an update of this rank, instead of
-            matrices of its own.
-    """
-
-    def __init__(self, dim: int, rank: int | None):
-        super().__init__()
-        self.rank = rank
-        self.query, self.key, self.value = (
-            nn.Linear(dim, dim) if rank is None else LowRankUpdate(dim, rank) for _ in range(3)
-        )
-
-    def init_from_text_stream(self, attn: Attention) -> None:
-        sources = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        for projection, source in zip((self.query, self.key, self.value), sources, strict=True):
-            if self.rank is None:
-                projection.load_state_dict(source.state_dict())
-            else:
-                projection.down.reset_parameters()
-                nn.init.zeros_(projection.up.weight)
-
-    def forward(self, score_tokens: torch.Tensor, attn: Attention) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query, key, value = self.query(score_tokens), self.key(score_tokens), self.value(score_tokens)
-        if self.rank is None:
-            return query, key, value
-        return (
-            query + attn.add_q_proj(score_tokens),
-            key + attn.add_k_proj(score_tokens),
-            value + attn.add_v_proj(score_tokens),
-        )
+from .score_stream import ScoreHead, ScoreProjections, ScoreTransformerMixin
 
 
 class ScoreOutputPath(nn.Module):
@@ -104,6 +55,11 @@ class JointScoreBlock(JointTransformerBlock):
         super().__init__(dim=dim, context_pre_only=context_pre_only, **block_config)
         self.score_projections = ScoreProjections(dim, task_projection_rank)
         self.score_output = ScoreOutputPath(dim) if context_pre_only else None
+
+    @property
+    def score_sources(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The text stream's projections, at which those of the score tokens start."""
+        return self.attn.add_q_proj, self.attn.add_k_proj, self.attn.add_v_proj
 
     def forward(
         self,
@@ -163,7 +119,7 @@ class JointScoreBlock(JointTransformerBlock):
         query, key = qk_norm(query, key, attn.norm_q, attn.norm_k)
         text_query, text_key = heads(attn.add_q_proj(text)), heads(attn.add_k_proj(text))
         text_query, text_key = qk_norm(text_query, text_key, attn.norm_added_q, attn.norm_added_k)
-        score_query, score_key, score_value = map(heads, self.score_projections(score, attn))
+        score_query, score_key, score_value = map(heads, self.score_projections(score, self.score_sources))
         score_query, score_key = qk_norm(score_query, score_key, attn.norm_added_q, attn.norm_added_k)
 
         query = torch.cat([query, text_query], dim=2)
@@ -185,27 +141,7 @@ def _residual_update(tokens, attention, modulation, to_out, norm, ff):
     return tokens + gate_mlp.unsqueeze(1) * ff(normed)
 
 
-class ScoreHead(nn.Module):
-    """Norm, mean over the score tokens and a linear layer: the logit, in float32 whatever the model's precision."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, bias=False)  # the bias of `linear` is the one offset
-        self.linear = nn.Linear(dim, 1)
-
-    def reset_parameters(self) -> None:
-        self.norm.reset_parameters()
-        nn.init.normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, score_tokens: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(score_tokens.device.type, enabled=False):
-            shape, weight = self.norm.normalized_shape, self.norm.weight.float()
-            pooled = F.layer_norm(score_tokens.float(), shape, weight, eps=self.norm.eps).mean(dim=1)
-            return F.linear(pooled, self.linear.weight.float(), self.linear.bias.float()).squeeze(-1)
-
-
-class SD3ScoreTransformer2DModel(SD3Transformer2DModel):
+class SD3ScoreTransformer2DModel(ScoreTransformerMixin, SD3Transformer2DModel):
     """
     SD3's transformer with learnable score tokens as a third stream in every joint attention. It returns the velocity,
     which the score tokens influence, and one logit per sample.
@@ -243,49 +179,15 @@ class SD3ScoreTransformer2DModel(SD3Transformer2DModel):
 
     @property
     def backbone_dtype(self) -> torch.dtype:
-        """Precision of the backbone, which LoRA keeps while the score stream is trained in float32."""
         return self.pos_embed.proj.weight.dtype
 
-    @classmethod
-    def base_config(cls, transformer: SD3Transformer2DModel) -> dict:
-        """The arguments that rebuild `transformer`."""
-        names = inspect.signature(cls.base_class.__init__).parameters
-        return {name: transformer.config[name] for name in names if name in transformer.config}
-
-    @classmethod
-    def from_base(
-        cls, transformer: SD3Transformer2DModel, num_task_tokens: int, task_projection_rank: int | None = None
-    ) -> "SD3ScoreTransformer2DModel":
-        """Copy `transformer` and add the third stream, initialised from the text stream."""
-        with torch.device("meta"):
-            model = cls(num_task_tokens, task_projection_rank, **cls.base_config(transformer))
-        model.to_empty(device=transformer.device)
-        nn.Module.to(model, transformer.dtype)  # `ModelMixin.to` warns, although nothing has to stay in float32
-        missing, unexpected = model.load_state_dict(transformer.state_dict(), strict=False)
-        if unexpected or set(missing) != set(model.score_parameters()):
-            raise ValueError(
-                "The transformer's weights do not fit its configuration; merge or detach its adapters first. "
-                f"Unexpected: {unexpected[:3]}."
-            )
-        model.init_score_stream()
-        return model
-
-    @torch.no_grad()
     def init_score_stream(self) -> None:
         """Start the score tokens at random, as `nn.Embedding` does, and their stream's weights at the text stream's."""
         nn.init.normal_(self.task_tokens)
         for block in self.transformer_blocks:
-            block.score_projections.init_from_text_stream(block.attn)
+            block.score_projections.init_from(block.score_sources)
         self.transformer_blocks[-1].score_output.init_from_text_stream(self.transformer_blocks[-2])
         self.score_head.reset_parameters()
-
-    def score_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that the base transformer does not have, by name."""
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if any(part in name for part in ("task_tokens", "score_projections", "score_output", "score_head"))
-        }
 
     def forward(
         self,

@@ -55,6 +55,10 @@ class TAPOSampler:
             Scale of classifier-free guidance, none if at most 1.
         reference (`Callable`, *optional*):
             `model -> context manager` that yields the reference network; needed by the `"reference"` velocity target.
+        score_batch_size (`int`, *optional*):
+            Candidates per forward where a reward asks for their velocity. All at once by default.
+        store_on (`torch.device` or `str`, *optional*):
+            Where the transitions are kept, such as `"cpu"` for videos. Defaults to the device of the rollout.
         show_progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar over the sampling steps of rollouts that take longer than 10 seconds.
     """
@@ -67,6 +71,8 @@ class TAPOSampler:
     latent_shape: tuple[int, ...]
     guidance_scale: float = 1.0
     reference: Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]] | None = None
+    score_batch_size: int | None = None
+    store_on: torch.device | str | None = None
     show_progress: bool = False
 
     @torch.no_grad()
@@ -97,7 +103,9 @@ class TAPOSampler:
         noise = _randn(generators, self.latent_shape, device)
         latents = noise.unsqueeze(0)  # (branches, B, *latent_shape): one branch until the first stochastic step
         velocity = None
-        steps, parents, kept, rewards, parts = [], [], [], [], []
+        steps, rewards, parts = [], [], []
+        shape = (len(self.step_indices), 2, *noise.shape)
+        parents, kept = (torch.empty(shape, device=self.store_on or device) for _ in range(2))
 
         progress = tqdm(
             range(self.scheduler.num_inference_steps),
@@ -132,19 +140,19 @@ class TAPOSampler:
             scores = self.reward(candidates).view(2, batch_size, self.num_candidates)
             choice = select_candidates(scores)
 
-            steps.append(index)
-            parents.append(latents)
+            parents[len(steps)] = latents
             rewards.append(scores)
             parts.append({name: part.view_as(scores) for name, part in self.reward.last_scores.items()})
             latents = _take(candidates.latents, choice)
-            kept.append(latents)
+            kept[len(steps)] = latents
+            steps.append(index)
             velocity = _take(candidates.velocity, choice) if candidates.has_velocity else None
 
         return TrajectoryPairs(
             prompt_embeds=prompt_embeds,
             step_indices=torch.tensor(steps),
-            latents=torch.stack(parents),
-            next_latents=torch.stack(kept),
+            latents=parents,
+            next_latents=kept,
             rewards=torch.stack(rewards),
             final_latents=latents,
             reward_parts={name: torch.stack([part[name] for part in parts]) for name in self.reward.names},
@@ -171,7 +179,15 @@ class TAPOSampler:
         embeds = embeds.repeat(2).repeat_interleave(self.num_candidates)
 
         def predict(network: torch.nn.Module) -> torch.Tensor:
-            return self.policy.velocity(network, latents, sigma, embeds, negative_embeds, self.guidance_scale)
+            size = self.score_batch_size or len(latents)
+            chunks = [slice(start, start + size) for start in range(0, len(latents), size)]
+            velocities = [
+                self.policy.velocity(
+                    network, latents[chunk], sigma, embeds[chunk], negative_embeds, self.guidance_scale
+                )
+                for chunk in chunks
+            ]
+            return torch.cat(velocities)
 
         def predict_reference() -> torch.Tensor:
             with self.reference(model) as network:

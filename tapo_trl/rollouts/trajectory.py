@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -33,7 +34,8 @@ class TrajectoryPairs:
         step_indices (`torch.LongTensor` of shape `(n,)`):
             Index of each stochastic step, on the CPU.
         latents (`torch.Tensor` of shape `(n, 2, B, *latent_shape)`):
-            x_t before each step, of the winning (0) and the losing (1) branch, float32.
+            x_t before each step, of the winning (0) and the losing (1) branch, float32. Not always on the device of
+            the rollout, see [`TAPOSampler`].
         next_latents (`torch.Tensor` of shape `(n, 2, B, *latent_shape)`):
             The candidate that was kept, x_{t-1} of Eq. 13.
         rewards (`torch.Tensor` of shape `(n, 2, B, P)`):
@@ -57,20 +59,21 @@ class TrajectoryPairs:
         """Number of transition pairs, n x B."""
         return self.latents.shape[0] * self.latents.shape[2]
 
-    def transitions(self, chunk_size: int) -> list["TransitionPairs"]:
-        """All n x B transition pairs, step by step, in chunks of at most `chunk_size`."""
+    def transitions(self, chunk_size: int) -> Iterator["TransitionPairs"]:
+        """
+        All n x B transition pairs, step by step, in chunks of at most `chunk_size`. Each is made when it is asked for,
+        where the latents are stored.
+        """
         num_prompts = self.latents.shape[2]
-        pairs = torch.arange(self.num_pairs)
-        return [
-            TransitionPairs(
-                prompt_embeds=self.prompt_embeds[chunk % num_prompts],
-                step_indices=self.step_indices[chunk // num_prompts],
-                latents=self.latents[chunk // num_prompts, :, chunk % num_prompts].transpose(0, 1),
-                next_latents=self.next_latents[chunk // num_prompts, :, chunk % num_prompts].transpose(0, 1),
+        for chunk in torch.arange(self.num_pairs).split(chunk_size):
+            step, prompt = chunk // num_prompts, chunk % num_prompts
+            yield TransitionPairs(
+                prompt_embeds=self.prompt_embeds[prompt],
+                step_indices=self.step_indices[step],
+                latents=self.latents[step, :, prompt].transpose(0, 1),
+                next_latents=self.next_latents[step, :, prompt].transpose(0, 1),
                 share=len(chunk) / self.num_pairs,
             )
-            for chunk in pairs.split(chunk_size)
-        ]
 
 
 @dataclass
@@ -91,3 +94,12 @@ class TransitionPairs:
     latents: torch.Tensor
     next_latents: torch.Tensor
     share: float
+
+    def to(self, device: torch.device | str) -> "TransitionPairs":
+        """The same on another device, but for `step_indices`."""
+        return replace(
+            self,
+            prompt_embeds=self.prompt_embeds.to(device),
+            latents=self.latents.to(device),
+            next_latents=self.next_latents.to(device),
+        )

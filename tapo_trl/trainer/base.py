@@ -20,14 +20,19 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from transformers import TrainingArguments
 
+from ..policies import FlowPolicy
+from .checkpoints import SealCallback, SealedCheckpointsMixin
+from .interruption import GracefulStopCallback
 from .model_card import write_model_card
 
 
-class DiffusionTrainerMixin:
+class DiffusionTrainerMixin(SealedCheckpointsMixin):
     """
-    Put before a TRL trainer, it replaces what only fits language models: the model card and the telemetry.
+    Put before a TRL trainer, it replaces what only fits language models, the model card and the telemetry, and makes runs
+    safe to stop at any time.
 
     A trainer says what its card shows in `_base_model_name`, `_method_table` and `_card_metrics`.
     """
@@ -45,6 +50,7 @@ class DiffusionTrainerMixin:
         ),
     }
     _card_metrics: tuple[str, ...]
+    policy: FlowPolicy
 
     @property
     @abstractmethod
@@ -81,6 +87,11 @@ class DiffusionTrainerMixin:
             base_model=self._base_model_name,
             model_name=model_name or (hub_model_id or folder.resolve().name).split("/")[-1],
             dataset_name=dataset_name,
+            pipeline_class=type(self.policy.pipeline).__name__,
+            transformer_class=type(self.policy.transformer).__name__,
+            modality=self.policy.modality,
+            fps=self.args.fps if self.policy.modality == "video" else None,
+            is_lora=is_peft_model(self.accelerator.unwrap_model(self.model)),
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             license=None,
             method_table=self._method_table(),
@@ -90,6 +101,11 @@ class DiffusionTrainerMixin:
             paper=self._paper,
             command=" ".join(["python", *(Path(part).name for part in sys.argv[:1]), *sys.argv[1:]]),
         )
+
+    def _add_run_callbacks(self, stop_every_n_steps: int = 1) -> None:
+        """The last callbacks of the list: a checkpoint is sealed when all others have written into it."""
+        self.add_callback(GracefulStopCallback(stop_every_n_steps))
+        self.add_callback(SealCallback(self))
 
     def _send_telemetry(self) -> None:
         """None is sent: TRL's reads fields that only language models have."""

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,19 +20,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
-from peft import PeftModel
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
-from .image_grid import images_to_grid
+from .image_grid import save_overview
+from .policy_trainer import save_policy
+from .tracking import send_to_tensorboard, send_to_tracker
 
 
 if TYPE_CHECKING:
@@ -158,11 +158,7 @@ class EMACallback(TAPOCallback):
         folder = Path(args.output_dir) / "ema"
         folder.mkdir(parents=True, exist_ok=True)
         with self.average_parameters():
-            model = self.trainer.model
-            if isinstance(model, PeftModel):
-                self.trainer.policy.save_lora_weights(folder, model)
-            else:
-                model.save_pretrained(folder / "transformer")
+            save_policy(folder, self.trainer.policy, self.trainer.model)
 
     def _save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,14 +193,16 @@ class SampleGridCallback(TAPOCallback):
 
     A grid is written to `output_dir/samples/step_XXXXXX.png` before the first step, every `every_n_steps` optimizer steps
     and at the end of training, and sent to those of `"wandb"`, `"tensorboard"` and `"trackio"` that are in
-    `args.report_to`. Two grids differ only by the weights: image `i` always starts from the noise of `seed + i`.
+    `args.report_to`. For a video policy the picture is a strip of frames, one row per prompt, and `step_XXXXXX.mp4` beside
+    it shows all prompts side by side, at `args.fps`. Two grids differ only by the weights: sample `i` always starts from
+    the noise of `seed + i`.
 
     Args:
-        prompts (`list[str]`): Prompts, one cell each, row by row.
+        prompts (`list[str]`): Prompts, one cell (or row of frames) each.
         every_n_steps (`int`): Number of optimizer steps between two grids.
         seed (`int`, *optional*, defaults to `0`): Seed of the first cell.
-        columns (`int`, *optional*): Number of columns of the grid; the default is about the square root of the number of
-            prompts.
+        columns (`int`, *optional*): Number of columns of the grid, or of the videos side by side; the default is about the
+            square root of the number of prompts.
         num_inference_steps (`int`, *optional*): Sampling steps; the default is that of training.
         guidance_scale (`float`, *optional*): Guidance scale; the default is that of training.
         ema ([`EMACallback`], *optional*): Draw with its averaged weights. Place it before this callback in `callbacks`.
@@ -256,39 +254,27 @@ class SampleGridCallback(TAPOCallback):
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
         self._last_step = state.global_step
         if self.ema is None:
-            images = self._generate()
+            samples = self._generate()
         else:
             with self.ema.average_parameters():
-                images = self._generate()
+                samples = self._generate()
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step_{state.global_step:06d}.png"
-        grid = images_to_grid(images, self.columns)
-        grid.save(path)
+        stem = folder / f"step_{state.global_step:06d}"
+        fps = args.fps if samples.ndim == 5 else None
+        picture, video = save_overview(samples, stem, self.columns, fps)
         (folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
-        self._report(args, state, grid)
-
-    def _report(self, args: TrainingArguments, state: TrainerState, grid: Image.Image) -> None:
         if "tensorboard" in args.report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # A folder of its own: TensorBoard stops reading an event file once the same folder holds a newer one.
             scalars = next(cb for cb in self.trainer.callback_handler.callbacks if isinstance(cb, TensorBoardCallback))
-            with SummaryWriter(log_dir=os.path.join(scalars.logging_dir, "samples")) as writer:
-                writer.add_image("samples", np.asarray(grid), state.global_step, dataformats="HWC")
-        backends = []
-        if "wandb" in args.report_to:
-            import wandb
-
-            backends.append(wandb)
-        if "trackio" in args.report_to:
-            import trackio
-
-            backends.append(trackio)
-        for backend in backends:
-            backend.log({"samples": backend.Image(grid), "train/global_step": state.global_step})
+            # A folder of its own: TensorBoard stops reading an event file once the same folder holds a newer one.
+            folder = os.path.join(scalars.logging_dir, "samples")
+            send_to_tensorboard(folder, state.global_step, picture, video, fps)
+        for name in ("wandb", "trackio"):
+            if name in args.report_to:
+                file = None if video is None else stem.with_suffix(".mp4")
+                send_to_tracker(importlib.import_module(name), state.global_step, picture, file)
 
 
 def detect_reward_hacking(log_history: list[dict], patience: int, min_drop: float) -> bool:

@@ -39,6 +39,25 @@ BASE_LICENSES = {
     "Wan-AI/": ("apache-2.0", None),
 }
 
+# Options of the training that the card of a policy shows.
+TAPO_OPTIONS = (
+    "beta",
+    "loss_type",
+    "num_inference_steps",
+    "num_sde_steps",
+    "num_candidates",
+    "noise_level",
+    "sde_type",
+    "guidance_scale",
+    "velocity_target",
+    "height",
+    "width",
+    "num_frames",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+)
+
 SECRET_FLAGS = ("--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-token")
 
 
@@ -68,6 +87,11 @@ def write_model_card(
     base_model: str | None,
     model_name: str,
     dataset_name: str | None,
+    pipeline_class: str,
+    transformer_class: str,
+    modality: Literal["image", "video"],
+    fps: int | None,
+    is_lora: bool,
     tags: list[str],
     license: str | None,
     method_table: dict[str, Any],
@@ -87,11 +111,16 @@ def write_model_card(
         base_model (`str`, *optional*): Hub id or folder of the pipeline that was trained.
         model_name (`str`): Title of the card.
         dataset_name (`str`, *optional*): Hub id or path of the training data.
+        pipeline_class (`str`): Class of the pipeline in diffusers.
+        transformer_class (`str`): Class of its transformer.
+        modality (`"image"` or `"video"`): What the pipeline makes.
+        fps (`int`, *optional*): Frames per second, for video.
+        is_lora (`bool`): Whether LoRA weights were trained, or the transformer itself.
         tags (`list[str]`): Tags beside those that every such model has.
         license (`str`, *optional*): Licence; by default that of the base model, if it is known.
         method_table (`dict[str, Any]`): Options of the training, for a table.
         metrics (`dict[str, float]`): Last logged values, for a table.
-        images (`list[Path]`): Images in the folder of the card, for a gallery.
+        images (`list[Path]`): Images (strips of frames for video) in the folder of the card, for a gallery.
         hub_model_id (`str`, *optional*): Repository of the trained model, for the code example.
         paper (`dict[str, str]`): `title` and `citation` (BibTeX) of the paper.
         command (`str`, *optional*): Command that started the training.
@@ -102,8 +131,6 @@ def write_model_card(
     path = Path(path)
     base_name = Path(base_model).name if base_model else "an unnamed pipeline"
     base_on_hub, data_on_hub = is_hub_id(base_model), is_hub_id(dataset_name)
-    is_lora = not (path.parent / "transformer").is_dir()
-    is_video = "wan" in base_name.lower()
     license_name = None
     if license is None and base_on_hub:
         known = [value for prefix, value in BASE_LICENSES.items() if base_model.startswith(prefix)]
@@ -113,7 +140,7 @@ def write_model_card(
     kind = ["tapo"] if trainer_name == "TAPO" else ["slrm", "reward-model"]
     if trainer_name == "TAPO" and is_lora:
         kind += ["lora", "template:sd-lora"]
-    task = "text-to-video" if is_video else "text-to-image"
+    task = f"text-to-{modality}"
     card_data = ModelCardData(
         base_model=base_model if base_on_hub else None,
         datasets=[dataset_name] if data_on_hub else None,
@@ -146,9 +173,10 @@ def write_model_card(
         dataset_name=dataset_name,
         dataset_link=data_link,
         is_lora=is_lora,
-        is_video=is_video,
-        pipeline_class="WanPipeline" if is_video else "StableDiffusion3Pipeline",
-        transformer_class="WanTransformer3DModel" if is_video else "SD3Transformer2DModel",
+        is_video=modality == "video",
+        fps=fps,
+        pipeline_class=pipeline_class,
+        transformer_class=transformer_class,
         images=[
             {"url": image.relative_to(path.parent).as_posix(), "caption": image.stem.replace("_", " ")}
             for image in images

@@ -17,9 +17,10 @@ from typing import Any, get_args
 
 from trl import RewardConfig
 
+from ..data.dimensions import check_dimension_weights
+from ..data.preferences import DEFAULT_FPS
 from ..metrics.preference_accuracy import ACCURACY_RULES
 from ..rewards.slrm import (
-    DEFAULT_MAX_SEQUENCE_LENGTH,
     DEFAULT_NUM_TASK_TOKENS,
     DEFAULT_RESOLUTION,
     DEFAULT_RHO,
@@ -67,12 +68,34 @@ class SLRMConfig(RewardConfig):
         > Parameters that control the data preprocessing
 
         resolution (`int`, *optional*, defaults to `512`):
-            Height and width in pixels to which images are cropped and resized.
-        max_sequence_length (`int`, *optional*, defaults to `256`):
-            Number of tokens of the T5 (or UMT5) text encoder.
+            Height and width in pixels to which images and videos are cropped and resized. `height` and `width` take
+            precedence.
+        height (`int`, *optional*):
+            Height in pixels.
+        width (`int`, *optional*):
+            Width in pixels.
+        num_frames (`int`, *optional*):
+            Number of frames, for policies that make videos: one more than a multiple of 4 for Wan2.1. They are taken
+            from the start of each video.
+        fps (`int`, *optional*, defaults to `16`):
+            Frames per second at which videos are sampled.
+        dimension_weights (`dict[str, float]`, *optional*):
+            Weights of the columns `label_<dimension>`, such as `{"visual_quality": 1.0, "motion_consistency": 1.0,
+            "text_alignment": 1.0}`, whose weighted sum then says which side is preferred. Without it, that is `chosen`.
+        skip_bad_files (`bool`, *optional*, defaults to `False`):
+            Whether to leave out pairs with a file that is unreadable, damaged or too short, and log which. Otherwise
+            that is an error, which lists them.
+        max_sequence_length (`int`, *optional*):
+            Number of tokens of the T5 (or UMT5) text encoder. Defaults to the model family's: 256 for SD3.5 and 512 for
+            Wan2.1.
         cache_latents (`bool`, *optional*, defaults to `True`):
-            Whether to encode all images before training, into a file that later runs re-use. Otherwise they are
-            encoded batch by batch.
+            Whether to encode all images or videos before training, into a file that later runs re-use. Otherwise they
+            are read and encoded batch by batch.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Whether to encode large images or videos in overlapping tiles, which needs less memory and changes them a
+            little.
+        vae_slicing (`bool`, *optional*, defaults to `False`):
+            Whether to encode the images or videos of a batch one at a time. Videos are, when their latents are cached.
         cache_dir (`str`, *optional*):
             Where latents and prompt embeddings are kept. Defaults to `tapo_trl` in the Hugging Face home.
 
@@ -123,6 +146,8 @@ class SLRMConfig(RewardConfig):
     > [`~trl.RewardConfig`], mean nothing here and must not be set.
     """
 
+    _VALID_DICT_FIELDS = RewardConfig._VALID_DICT_FIELDS + ["dimension_weights"]
+
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
@@ -152,13 +177,37 @@ class SLRMConfig(RewardConfig):
     # Parameters that control the data preprocessing
     resolution: int = field(
         default=DEFAULT_RESOLUTION,
-        metadata={"help": "Height and width in pixels to which images are cropped and resized."},
+        metadata={"help": "Height and width in pixels to which images and videos are cropped and resized."},
     )
-    max_sequence_length: int = field(
-        default=DEFAULT_MAX_SEQUENCE_LENGTH, metadata={"help": "Number of tokens of the T5 (or UMT5) text encoder."}
+    height: int | None = field(default=None, metadata={"help": "Height in pixels. Overrides `resolution`."})
+    width: int | None = field(default=None, metadata={"help": "Width in pixels. Overrides `resolution`."})
+    num_frames: int | None = field(
+        default=None, metadata={"help": "Number of frames from the start of each video, for video policies."}
+    )
+    fps: int = field(default=DEFAULT_FPS, metadata={"help": "Frames per second at which videos are sampled."})
+    dimension_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "Weights of the columns `label_<dimension>`, which then say which side is preferred."},
+    )
+    skip_bad_files: bool = field(
+        default=False,
+        metadata={"help": "Whether to leave out pairs with a file that is unreadable, damaged or too short."},
+    )
+    max_sequence_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens of the T5 (or UMT5) text encoder. By default the model family's: 256 for SD3.5, 512 "
+            "for Wan2.1."
+        },
     )
     cache_latents: bool = field(
-        default=True, metadata={"help": "Whether to encode all images before training, into a file."}
+        default=True, metadata={"help": "Whether to encode all images or videos before training, into a file."}
+    )
+    vae_tiling: bool = field(
+        default=False, metadata={"help": "Whether to encode large images or videos in overlapping tiles."}
+    )
+    vae_slicing: bool = field(
+        default=False, metadata={"help": "Whether to encode the images or videos of a batch one at a time."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where latents and prompt embeddings are kept."})
 
@@ -218,10 +267,13 @@ class SLRMConfig(RewardConfig):
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
-        for name in ("num_task_tokens", "resolution", "max_sequence_length", "task_projection_rank"):
+        positive = ("num_task_tokens", "task_projection_rank", "max_sequence_length")
+        for name in (*positive, "resolution", "height", "width", "num_frames", "fps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.dimension_weights is not None:
+            check_dimension_weights(self.dimension_weights)
         for name in ("rho", "score_preservation_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")

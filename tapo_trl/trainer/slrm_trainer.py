@@ -80,8 +80,8 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         args ([`SLRMConfig`], *optional*):
             Configuration. Defaults to the paper's, with a folder named after the model.
         train_dataset ([`~datasets.Dataset`]):
-            Preference pairs with columns `prompt`, `chosen`, `rejected`, and optionally `margin` and `label`, see
-            [`~data.preferences.prepare_preference_dataset`].
+            Preference pairs with columns `prompt`, `chosen`, `rejected`, and optionally `margin`, `label` and
+            `label_<dimension>`, see [`~data.preferences.prepare_preference_dataset`].
         eval_dataset ([`~datasets.Dataset`] or `dict` of those, *optional*):
             Held-out pairs.
         compute_metrics (`Callable`, *optional*):
@@ -120,15 +120,19 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         _check_sharding(args)
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing: give preference pairs.")
-        check_preference_dataset(train_dataset, "train_dataset")
+        check_preference_dataset(train_dataset, "train_dataset", args.dimension_weights)
         for name, split in _named_splits(eval_dataset).items():
-            check_preference_dataset(split, name)
+            check_preference_dataset(split, name, args.dimension_weights)
 
         # Model
         set_seed(args.seed)  # the score stream starts at random
         self.policy, model = _load_model(model, args, peft_config)
-        self.latent_shape = self.policy.latent_shape(args.resolution, args.resolution)
-        for name in ("rho", "score_link", "velocity_target", "max_sequence_length", "resolution"):
+        args.height, args.width = args.height or args.resolution, args.width or args.resolution
+        if args.max_sequence_length is None:
+            args.max_sequence_length = self.policy.max_sequence_length
+        self.latent_shape = self.policy.latent_shape(args.height, args.width, args.num_frames)
+        recorded = ("rho", "score_link", "velocity_target", "max_sequence_length")
+        for name in (*recorded, "resolution", "height", "width", "num_frames"):
             model.register_to_config(**{name: getattr(args, name)})
         make_config_trackable(model)
         if peft_config is not None:
@@ -140,10 +144,15 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         if args.disable_dropout:
             disable_dropout_in_model(model)
 
-        # Data: prompts and images are encoded once, then the encoders leave the accelerator
-        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length)
+        # Data: prompts and pixels are encoded once, then the encoders leave the accelerator
+        autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, autocast_dtype)
         self.policy.move_text_encoders(args.device)
         self.policy.vae.to(args.device)
+        if args.vae_tiling:
+            self.policy.vae.enable_tiling()
+        if args.vae_slicing:
+            self.policy.vae.enable_slicing()
         train_dataset = self._prepare_dataset(train_dataset, None, args, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
@@ -160,7 +169,7 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
             self,
             model=model,
             args=args,
-            data_collator=PreferencePairCollator(args.resolution),
+            data_collator=PreferencePairCollator(),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_metrics=compute_metrics,
@@ -180,6 +189,7 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         self.reference = self.policy.transformer
         if "reference" in (args.velocity_target, *args.eval_rules):
             self.reference.to(self.accelerator.device).eval()
+        self._add_run_callbacks()
 
     # Data
 
@@ -193,7 +203,12 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
             return prepare_preference_dataset(
                 dataset,
                 self.policy,
-                args.resolution,
+                args.height,
+                args.width,
+                args.num_frames,
+                args.fps,
+                dimension_weights=args.dimension_weights,
+                skip_bad_files=args.skip_bad_files,
                 cache_latents=args.cache_latents,
                 cache_dir=args.cache_dir,
                 name=dataset_name,
@@ -206,7 +221,7 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         inputs = super()._prepare_inputs(inputs)
         if "chosen_latents" not in inputs:
             for column, side in zip(LATENT_COLUMNS, ("chosen", "rejected"), strict=True):
-                inputs[column] = self.policy.encode_images(inputs.pop(side))
+                inputs[column] = self.policy.encode(inputs.pop(side))
         inputs["prompt_embeds"] = self.prompt_cache.load(inputs.pop("prompt")).to(self.accelerator.device)
         return inputs
 
@@ -272,7 +287,8 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
 
         # Eq. 7 and 8
         rules = {args.velocity_target} if mode == "train" else {args.velocity_target, *args.eval_rules}
-        targets = rule_targets(sorted(rules), self.policy, self.reference, noisy, velocity, sigmas, embeds)
+        with self.accelerator.autocast():  # as the model's own forward
+            targets = rule_targets(sorted(rules), self.policy, self.reference, noisy, velocity, sigmas, embeds)
         target = targets[args.velocity_target]
         if target is None:
             distance = torch.zeros_like(output.logits)
@@ -371,7 +387,10 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
             "detach_score",
             "score_preservation_coef",
             "timestep_sampling",
-            "resolution",
+            "dimension_weights",
+            "height",
+            "width",
+            "num_frames",
             "learning_rate",
             "num_train_epochs",
             "max_steps",

@@ -57,9 +57,10 @@ class TAPOConfig(_BaseConfig):
         width (`int`, *optional*):
             Width of the samples in pixels.
         num_frames (`int`, *optional*):
-            Number of frames, for policies that make videos.
-        max_sequence_length (`int`, *optional*, defaults to `256`):
-            Number of tokens of the T5 (or UMT5) text encoder.
+            Number of frames, for policies that make videos: one more than a multiple of 4 for Wan2.1.
+        max_sequence_length (`int`, *optional*):
+            Number of tokens of the T5 (or UMT5) text encoder. Defaults to the model family's: 256 for SD3.5 and 512 for
+            Wan2.1.
         cache_dir (`str`, *optional*):
             Where prompt embeddings are kept. Defaults to `tapo_trl/prompts` in the Hugging Face home.
 
@@ -82,8 +83,20 @@ class TAPOConfig(_BaseConfig):
         negative_prompt (`str`, *optional*, defaults to `""`):
             Prompt of the unconditional half of the guidance.
 
+        > Parameters that control the samples that are looked at
+
+        fps (`int`, *optional*, defaults to `16`):
+            Frames per second of the videos that are written. The policy itself knows no speed.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Whether to decode large samples in overlapping tiles, which needs less memory and changes them a little.
+        vae_slicing (`bool`, *optional*, defaults to `False`):
+            Whether to decode one sample at a time.
+
         > Parameters that control the reward
 
+        reward_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`SLRMModel.from_pretrained`], used for reward models that are given by name, for
+            example `{"torch_dtype": "bfloat16"}`, which halves their memory.
         reward_weights (`list[float]`, *optional*):
             Weights of several reward models. All 1 by default.
         velocity_target (`str`, *optional*):
@@ -93,6 +106,11 @@ class TAPOConfig(_BaseConfig):
             `"none"` stay, and `"parent"` stands in for `"ground_truth"`.
         score_batch_size (`int`, *optional*):
             Number of candidates per forward of a reward model. All of a step at once by default.
+        reward_layerwise_casting (`bool`, *optional*, defaults to `False`):
+            Whether to keep the linear layers of an SLRM's backbone in float8, one byte per weight, and cast each for its
+            own forward only. Changes the scores a little.
+        reward_group_offload (`bool`, *optional*, defaults to `False`):
+            Whether to keep an SLRM on the CPU and bring its blocks to the accelerator one by one. Changes no score.
 
         > Parameters that control the training
 
@@ -116,6 +134,9 @@ class TAPOConfig(_BaseConfig):
         transition_batch_size (`int`, *optional*):
             Number of transition pairs per forward and backward. The gradient does not depend on it. Defaults to
             `per_device_train_batch_size`, that is one stochastic step at a time.
+        offload_transitions (`bool`, *optional*):
+            Whether the transitions of a rollout wait on the CPU and visit the accelerator chunk by chunk. The gradient
+            does not depend on it. Defaults to `True` for video policies, whose transitions are large, else `False`.
         num_iterations (`int`, *optional*, defaults to `1`):
             Number of optimiser steps per rollout.
         sync_ref_model (`bool`, *optional*, defaults to `False`):
@@ -137,7 +158,7 @@ class TAPOConfig(_BaseConfig):
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     """
 
-    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "reward_model_init_kwargs"]
 
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -169,8 +190,12 @@ class TAPOConfig(_BaseConfig):
     height: int | None = field(default=None, metadata={"help": "Height of the samples. Overrides `resolution`."})
     width: int | None = field(default=None, metadata={"help": "Width of the samples. Overrides `resolution`."})
     num_frames: int | None = field(default=None, metadata={"help": "Number of frames, for video policies."})
-    max_sequence_length: int = field(
-        default=256, metadata={"help": "Number of tokens of the T5 (or UMT5) text encoder."}
+    max_sequence_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens of the T5 (or UMT5) text encoder. By default the model family's: 256 for SD3.5, 512 "
+            "for Wan2.1."
+        },
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where prompt embeddings are kept."})
 
@@ -189,7 +214,16 @@ class TAPOConfig(_BaseConfig):
     guidance_scale: float = field(default=4.5, metadata={"help": "Scale of classifier-free guidance."})
     negative_prompt: str = field(default="", metadata={"help": "Prompt of the unconditional half of the guidance."})
 
+    # Parameters that control the samples that are looked at
+    fps: int = field(default=16, metadata={"help": "Frames per second of the videos that are written."})
+    vae_tiling: bool = field(default=False, metadata={"help": "Whether to decode large samples in overlapping tiles."})
+    vae_slicing: bool = field(default=False, metadata={"help": "Whether to decode one sample at a time."})
+
     # Parameters that control the reward
+    reward_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for `SLRMModel.from_pretrained`, if a reward model is a string."},
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of several reward models. All 1 by default."}
     )
@@ -203,6 +237,13 @@ class TAPOConfig(_BaseConfig):
     )
     score_batch_size: int | None = field(
         default=None, metadata={"help": "Candidates per forward of a reward model. All of a step by default."}
+    )
+    reward_layerwise_casting: bool = field(
+        default=False, metadata={"help": "Whether to keep the linear layers of an SLRM's backbone in float8."}
+    )
+    reward_group_offload: bool = field(
+        default=False,
+        metadata={"help": "Whether to keep an SLRM on the CPU and bring its blocks to the accelerator one by one."},
     )
 
     # Parameters that control the training
@@ -232,6 +273,12 @@ class TAPOConfig(_BaseConfig):
         default=None,
         metadata={"help": "Transition pairs per forward and backward. Defaults to `per_device_train_batch_size`."},
     )
+    offload_transitions: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether transitions wait on the CPU until they are trained on. By default for videos only."
+        },
+    )
     num_iterations: int = field(default=1, metadata={"help": "Number of optimiser steps per rollout."})
     sync_ref_model: bool = field(default=False, metadata={"help": "Whether the reference follows the policy."})
     ref_model_mixup_alpha: float = field(
@@ -258,7 +305,9 @@ class TAPOConfig(_BaseConfig):
             raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
         if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:
             raise ValueError(f"`ratio_clip` must be in (0, 1), got {self.ratio_clip}.")
-        for name in ("num_iterations", "transition_batch_size", "score_batch_size", "ref_model_sync_steps"):
+        positive = ["resolution", "height", "width", "num_frames", "fps", "max_sequence_length"]
+        positive += ["num_iterations", "transition_batch_size", "score_batch_size", "ref_model_sync_steps"]
+        for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")

@@ -14,7 +14,6 @@
 
 import copy
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import DistributedType
 from datasets import Dataset, load_dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, get_peft_model
@@ -35,22 +34,21 @@ from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, identity
 from ..data.prompts import ROW_COLUMN, PromptCache, default_prompts, prepare_prompts
 from ..losses import tapo_loss
 from ..policies import FlowPolicy, load_policy
-from ..rewards import SLRMModel
-from ..rewards.scoring import LatentReward, PixelReward, RewardFunction, WeightedReward
-from ..rewards.velocity_targets import ROLLOUT_TARGETS
+from ..rewards.scoring import WeightedReward
 from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs
 from ..schedulers import gaussian_kl, sde_step_indices
 from ..seeding import seeded_generator
 from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable
 from .callbacks import TAPOCallback
+from .model_card import TAPO_OPTIONS
+from .policy_trainer import PolicyTrainerMixin
+from .reward_loading import RewardModel, check_rewards, load_reward, place_reward
 from .tapo_config import TAPOConfig
+from .tapo_metrics import rollout_metrics, transition_metrics
 from .tracking import make_config_trackable
 
 
-RewardModel = str | SLRMModel | RewardFunction
-
-
-class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
+class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     r"""
     Trainer for Trajectory Advantages Preference Optimization (TAPO).
 
@@ -76,8 +74,9 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
         reward_model (`str`, [`SLRMModel`], `Callable` or a `list` of those):
             - `str`: Hub id or folder of an [`SLRMModel`].
             - [`SLRMModel`]: scores the noisy latents.
-            - `Callable`: `f(images, prompts, **columns) -> scores`, with images as a float tensor of shape
-              `(N, 3, height, width)` in [0, 1]. It is applied to the decoded one-step estimate of the clean image.
+            - `Callable`: `f(images, prompts, **columns) -> scores`, with images as a float tensor in [0, 1] of shape
+              `(N, 3, height, width)`, or `(N, 3, num_frames, height, width)` for video. It is applied to the decoded
+              one-step estimate of the clean sample.
             - `list`: a weighted sum of them, see `args.reward_weights`.
         args ([`TAPOConfig`], *optional*):
             Configuration. Defaults to the paper's, with a folder named after the model.
@@ -115,6 +114,8 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
             args = TAPOConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-TAPO")
         check_writable(args.output_dir)
         check_no_data_parallel(args, "TAPOTrainer")
+        reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
+        check_rewards(reward_models, args)
 
         # Data
         if train_dataset is None:
@@ -139,11 +140,14 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
 
         # Policy
         self.policy = load_policy(model, **_model_init_kwargs(args, peft_config))
-        self.latent_shape = self.policy.latent_shape(
-            args.height or args.resolution, args.width or args.resolution, args.num_frames
+        args.height, args.width = args.height or args.resolution, args.width or args.resolution
+        self.latent_shape = self.policy.latent_shape(args.height, args.width, args.num_frames)
+        if args.max_sequence_length is None:
+            args.max_sequence_length = self.policy.max_sequence_length
+        offload = self.policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
+        self.reward = WeightedReward(
+            [load_reward(reward, self.policy, args) for reward in reward_models], args.reward_weights
         )
-        rewards = [self._load_reward(reward, args) for reward in _as_list(reward_model)]
-        self.reward = WeightedReward(rewards, args.reward_weights)
 
         transformer = self.policy.transformer.requires_grad_(peft_config is None)
         make_config_trackable(transformer)
@@ -169,7 +173,8 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
 
         # Prompts are encoded once, then the text encoders leave the memory
         callbacks = list(callbacks or [])
-        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length)
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, dtype)
         with args.main_process_first(desc="encoding prompts"):
             self.policy.move_text_encoders(args.device)
             splits = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
@@ -196,9 +201,12 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
 
         device = self.accelerator.device
         self.policy.vae.to(device).requires_grad_(False)
-        for reward in rewards:
-            if isinstance(reward, LatentReward):
-                reward.model.to(device)
+        if args.vae_tiling:
+            self.policy.vae.enable_tiling()
+        if args.vae_slicing:
+            self.policy.vae.enable_slicing()
+        for reward in self.reward.rewards:
+            place_reward(reward, args)
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         if args.sync_ref_model:
@@ -223,26 +231,15 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
             latent_shape=self.latent_shape,
             guidance_scale=args.guidance_scale,
             reference=self.reference,
+            score_batch_size=args.score_batch_size,
+            store_on="cpu" if offload else None,
             show_progress=self.is_world_process_zero() and not args.disable_tqdm,
         )
         self.negative_prompt_embeds = self.prompt_cache.load([args.negative_prompt]).to(device)
         for callback in callbacks:
             if isinstance(callback, TAPOCallback):
                 callback.attach(self)
-
-    def _load_reward(self, reward: RewardModel, args: TAPOConfig) -> LatentReward | PixelReward:
-        if isinstance(reward, str):
-            reward = SLRMModel.from_pretrained(reward)
-        if isinstance(reward, SLRMModel):
-            reward.check_compatible(self.policy, max_sequence_length=args.max_sequence_length)
-            reward.requires_grad_(False).eval()
-            velocity_target = args.velocity_target or ROLLOUT_TARGETS[reward.config.velocity_target]
-            return LatentReward(reward, velocity_target, args.score_batch_size)
-        if callable(reward):
-            return PixelReward(reward, self.policy, args.score_batch_size)
-        raise ValueError(
-            f"`reward_model` must be a folder or Hub id, an `SLRMModel`, or a callable, got `{type(reward).__name__}`."
-        )
+        self._add_run_callbacks(stop_every_n_steps=args.num_iterations)
 
     def _step_weights(self) -> torch.Tensor:
         """Weight of each of the T steps in the loss, `step_weighting`, with mean 1 over the stochastic ones."""
@@ -263,11 +260,12 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         pairs = self._pairs_of_step(inputs)
-        chunks = pairs.transitions(self.args.transition_batch_size or self.args.per_device_train_batch_size)
+        chunk_size = self.args.transition_batch_size or self.args.per_device_train_batch_size
+        num_chunks = math.ceil(pairs.num_pairs / chunk_size)
         loss = torch.zeros((), device=self.accelerator.device)
-        for index, chunk in enumerate(chunks):
+        for index, chunk in enumerate(pairs.transitions(chunk_size)):
             # Gradients are synchronised with the last chunk only. DeepSpeed does its own accounting.
-            is_last = index == len(chunks) - 1 or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            is_last = index == num_chunks - 1 or self.accelerator.distributed_type == DistributedType.DEEPSPEED
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 loss += super().training_step(model, chunk, num_items_in_batch)
         return loss
@@ -306,19 +304,8 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
                 generators,
                 columns,
             )
-        self._log_rewards(pairs)
+        self._record(rollout_metrics(pairs))
         return pairs
-
-    def _log_rewards(self, pairs: TrajectoryPairs) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["reward"].append(pairs.rewards.mean())
-        metrics["reward_std"].append(pairs.rewards.std(dim=-1).mean())
-        kept_gap = pairs.rewards[:, 0].amax(-1) - pairs.rewards[:, 1].amin(-1)
-        metrics["reward_gap"].append(kept_gap.mean())
-        if len(pairs.reward_parts) > 1:
-            for name, scores in pairs.reward_parts.items():
-                metrics[f"rewards/{name}/mean"].append(scores.mean())
-                metrics[f"rewards/{name}/std"].append(scores.std(dim=-1).mean())
 
     @contextmanager
     def reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -338,7 +325,7 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        mode = "train" if self.model.training else "eval"
+        inputs = inputs.to(self.accelerator.device)
         latents, next_latents = inputs.latents.flatten(0, 1), inputs.next_latents.flatten(0, 1)
         indices = inputs.step_indices.repeat(2)
         embeds = inputs.prompt_embeds.repeat(2)
@@ -362,17 +349,17 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
             label_smoothing=self.args.label_smoothing,
             ratio_clip=self.args.ratio_clip,
         )
-        self._check_start(losses, mode)
+        self._check_start(losses)
         kl = gaussian_kl(mean.detach(), ref_mean, std, self.args.logprob_reduction).view(2, -1).mean(0)
-        self._log_transitions(self._metrics[mode], inputs.step_indices, losses, metrics | {"kl": kl})
+        self._record(transition_metrics(inputs.step_indices, losses, metrics | {"kl": kl}))
 
         weights = self.step_weights[inputs.step_indices].to(losses.device)
         loss = (weights * losses).mean() * inputs.share
         return (loss, metrics) if return_outputs else loss
 
-    def _check_start(self, losses: torch.Tensor, mode: str) -> None:
+    def _check_start(self, losses: torch.Tensor) -> None:
         """Policy and reference are the same at the start, so every loss is ln 2: anything else is a bug upstream."""
-        if not self.args.self_check or mode != "train" or self.state.global_step > 0:
+        if not self.args.self_check or not self.model.training or self.state.global_step > 0:
             return
         if self.args.loss_type == "sigmoid" and (losses.detach() - math.log(2)).abs().max() > 1e-6:
             raise RuntimeError(
@@ -380,25 +367,6 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
                 "reference differ before the first update. Does the adapter start from trained weights, or is some "
                 "layer (dropout, batch norm) random? Set `self_check=False` if the difference is meant."
             )
-
-    def _log_transitions(
-        self,
-        logs: dict[str, list],
-        step_indices: torch.Tensor,
-        losses: torch.Tensor,
-        metrics: dict[str, torch.Tensor],
-    ) -> None:
-        for name, values in metrics.items():
-            logs[name].append(values)
-        rows = {
-            "loss": losses.detach(),
-            "accuracy": metrics["rewards/accuracies"],
-            "margin": metrics["rewards/margins"],
-        }
-        for index in step_indices.unique().tolist():
-            chosen = (step_indices == index).nonzero().flatten().to(losses.device)
-            for name, values in rows.items():
-                logs[f"step_{index:02d}/{name}"].append(values[chosen])
 
     # Trainer hooks
 
@@ -434,6 +402,11 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
             losses = [self.compute_loss(model, chunk) for chunk in pairs.transitions(chunk_size)]
         return torch.stack(losses).sum(), None, None
 
+    def _record(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Keep `metrics` for the next call of `log`, which logs their means."""
+        for name, values in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(values)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         names = sorted(self._metrics[mode])
@@ -445,119 +418,13 @@ class TAPOTrainer(DiffusionTrainerMixin, _BaseTrainer):
         super().log(logs, start_time)
         self._metrics[mode].clear()
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: list[str],
-        seed: int = 0,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        batch_size: int | None = None,
-    ) -> torch.Tensor:
-        """
-        Images of the current policy, by deterministic sampling.
-
-        Args:
-            prompts (`list[str]`): prompts that were encoded at the start (of the datasets or of a callback).
-            seed (`int`, *optional*, defaults to `0`): prompt i starts from the noise of `seed + i`.
-            num_inference_steps (`int`, *optional*): defaults to the configuration's.
-            guidance_scale (`float`, *optional*): defaults to the configuration's.
-            batch_size (`int`, *optional*): prompts at once. Defaults to `per_device_eval_batch_size`.
-
-        Returns:
-            `torch.Tensor` of shape `(len(prompts), 3, height, width)`: images in [0, 1], float32, on the CPU.
-        """
-        device = self.accelerator.device
-        batch_size = batch_size or self.args.per_device_eval_batch_size
-        images = []
-        with self._eval_mode(), self.accelerator.autocast():
-            for start in range(0, len(prompts), batch_size):
-                batch = prompts[start : start + batch_size]
-                latents = self.policy.sample(
-                    self.model,
-                    self.prompt_cache.load(batch).to(device),
-                    self.negative_prompt_embeds,
-                    latent_shape=self.latent_shape,
-                    num_inference_steps=num_inference_steps or self.args.num_inference_steps,
-                    guidance_scale=self.args.guidance_scale if guidance_scale is None else guidance_scale,
-                    generators=[torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))],
-                )
-                images.append(self.policy.decode(latents).cpu())
-        return torch.cat(images)
-
-    @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        """Evaluation mode of the network, without changing what `self.model.training` says to the logs."""
-        modules = [module for module in self.model.children() if module.training]
-        for module in modules:
-            module.eval()
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.train()
-
-    # Saving
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        output_dir = Path(output_dir if output_dir is not None else self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(model):
-            super()._save(str(output_dir), state_dict)
-            self.policy.save_lora_weights(output_dir, model)
-        else:
-            model.save_pretrained(output_dir / "transformer")
-            torch.save(self.args, output_dir / "training_args.bin")
-        self.create_model_card()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint) / "transformer"
-        if not folder.is_dir():
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
-        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
-
-    def _load_best_model(self) -> None:
-        if (Path(self.state.best_model_checkpoint) / "transformer").is_dir():
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # `Trainer` copies the files it knows into the folder that is pushed; the diffusers LoRA is not among them.
-        lora = Path(checkpoint_folder) / "pytorch_lora_weights.safetensors"
-        if self.is_world_process_zero() and lora.is_file():
-            shutil.copy(lora, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(model, trial)
-
     @property
     def _base_model_name(self) -> str:
         return self.policy.name_or_path
 
     def _method_table(self) -> dict[str, Any]:
-        names = (
-            "beta",
-            "loss_type",
-            "num_inference_steps",
-            "num_sde_steps",
-            "num_candidates",
-            "noise_level",
-            "sde_type",
-            "guidance_scale",
-            "velocity_target",
-            "learning_rate",
-            "num_train_epochs",
-            "max_steps",
-        )
-        return {name: getattr(self.args, name) for name in names}
-
-
-def _as_list(value: Any) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+        options = {name: getattr(self.args, name) for name in TAPO_OPTIONS}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def _model_init_kwargs(args: TAPOConfig, peft_config: PeftConfig | None) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from PIL import Image
 
 from tapo_trl import SLRMModel
 from tapo_trl.cli.main import main
+from tapo_trl.data.videos import write_video
 
-from ..testing_utils import tiny_sd3_pipeline
+from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 
 
 PROMPTS = [f"prompt {letter}" for letter in "abcdefgh"]
@@ -51,6 +52,10 @@ disable_tqdm: true
 def held_out_reward(images, prompts):
     """Reward function of the guard."""
     return images.mean(dim=(1, 2, 3))
+
+
+def mean_of_videos(videos, prompts):
+    return videos.mean(dim=(1, 2, 3, 4))
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +175,60 @@ class TestEvaluate:
             assert set(by_sigma) == {"0.25", "0.75"}
             assert all(4 * accuracy in range(5) for accuracy in by_sigma.values())
         assert 0 < result["rewards"][f"{__name__}:held_out_reward"] < 1
+
+
+class TestVideo:
+    """The same commands on a pipeline of videos."""
+
+    @pytest.fixture(scope="class")
+    def videos(self, tmp_path_factory):
+        pytest.importorskip("av")
+        folder = tmp_path_factory.mktemp("videos")
+        tiny_wan_pipeline().save_pretrained(folder / "base")
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+        (folder / "pairs").mkdir()
+        pairs = {"prompt": PROMPTS[:4], "chosen": [], "rejected": []}
+        for index in range(4):
+            for side in ("chosen", "rejected"):
+                file = folder / "pairs" / f"{side}_{index}.mp4"
+                write_video(file, torch.rand(3, 5, 32, 32), fps=8)
+                pairs[side].append(str(file))
+        Dataset.from_dict(pairs).to_parquet(folder / "pairs.parquet")
+        common = COMMON + "num_frames: 5\nfps: 8\nmax_steps: 1\n"
+        base = ["--model_name_or_path", str(folder / "base")]
+
+        recipe = folder / "slrm.yaml"
+        recipe.write_text(common.format(output=folder / "slrm", cache=folder / "cache"))
+        main(["slrm", "--config", str(recipe), *base, "--dataset_name", str(folder / "pairs.parquet")])
+        recipe = folder / "tapo.yaml"
+        recipe.write_text(
+            common.format(output=folder / "tapo", cache=folder / "cache")
+            + "num_inference_steps: 3\nnum_sde_steps: 1\nnum_candidates: 2\nuse_peft: true\nlora_r: 2\n"
+            + "sample_every_steps: 1\nsample_prompts: [a cat]\nvae_tiling: true\nvae_slicing: true\n"
+        )
+        flags = ["--dataset_name", str(folder / "prompts.txt"), "--reward_model", str(folder / "slrm")]
+        main(["tapo", "--config", str(recipe), *base, *flags, "--reward_layerwise_casting", "true"])
+        return folder
+
+    def test_training_writes_videos_and_lora_weights(self, videos):
+        names = sorted(path.name for path in (videos / "tapo" / "samples").iterdir())
+        assert names == ["prompts.txt", *(f"step_00000{step}.{kind}" for step in (0, 1) for kind in ("mp4", "png"))]
+        pipeline = tiny_wan_pipeline()
+        pipeline.load_lora_weights(videos / "tapo")
+        assert any(".lora_B" in name for name, _ in pipeline.transformer.named_parameters())
+
+    def test_sample(self, videos, tmp_path):
+        argv = ["sample", "--model_name_or_path", str(videos / "base"), "--output_dir", str(tmp_path)]
+        argv += ["--lora", str(videos / "tapo"), "--num_inference_steps", "2", "--resolution", "32"]
+        main([*argv, "--num_frames", "5", "--prompts", *PROMPTS[:2], "--fps", "8"])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["000.mp4", "001.mp4", "grid.mp4", "grid.png"]
+        assert Image.open(tmp_path / "grid.png").size == (5 * 128, 2 * 128)
+
+    def test_evaluate(self, videos, tmp_path, capsys):
+        argv = ["evaluate", "--slrm", str(videos / "slrm"), "--model_name_or_path", str(videos / "base")]
+        argv += ["--dataset_name", str(videos / "pairs.parquet"), "--dataset_test_split", "train", "--sigmas", "0.5"]
+        argv += ["--reward_model", f"{__name__}:mean_of_videos", "--prompts", "a cat", "--num_inference_steps", "2"]
+        main([*argv, "--resolution", "32", "--num_frames", "5", "--fps", "8"])
+        result = json.loads(capsys.readouterr().out)
+        assert set(result["slrm_accuracy"]) == {"ground_truth", "reference"}
+        assert 0 < result["rewards"][f"{__name__}:mean_of_videos"] < 1

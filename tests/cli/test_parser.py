@@ -147,3 +147,19 @@ class TestMain:
             f"tapo-trl {command}: error: unknown flag `--model_name_or_pth`. Did you mean `--model_name_or_path`?"
             in message
         )
+
+    @pytest.mark.parametrize(
+        ("command", "flag", "nearest"),
+        [
+            ("tapo", "--nums_frames", "num_frames"),
+            ("tapo", "--offload_transition", "offload_transitions"),
+            ("tapo", "--reward_group_offloading", "reward_group_offload"),
+            ("slrm", "--dryrun", "dry_run"),
+            ("sample", "--vae_tilling", "vae_tiling"),
+            ("evaluate", "--skip_bad_file", "skip_bad_files"),
+        ],
+    )
+    def test_options_of_video(self, capsys, command, flag, nearest):
+        with pytest.raises(SystemExit):
+            main([command, flag, "1"])
+        assert f"unknown flag `{flag}`. Did you mean `--{nearest}`?" in capsys.readouterr().err

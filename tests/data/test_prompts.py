@@ -52,14 +52,38 @@ class TestPromptCache:
         assert seen[3:] == ["owl"]
         assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors"}
 
+    def test_half_precision_halves_the_files_and_leaves_half_precision_alone(self, tmp_path):
+        policy = SD3Policy(make_pipeline())
+        full, half = (PromptCache(policy, tmp_path, 3, dtype) for dtype in (None, torch.bfloat16))
+        for cache in (full, half):
+            cache.encode(["a red fox"])
+        expected, embeds = full.load(["a red fox"]), half.load(["a red fox"])
+        assert expected.prompt_embeds.dtype == torch.float32
+        assert torch.equal(embeds.prompt_embeds, expected.prompt_embeds.bfloat16())
+        assert torch.equal(embeds.pooled_prompt_embeds, expected.pooled_prompt_embeds.bfloat16())
+        assert full.folder != half.folder
+        half = PromptCache(SD3Policy(make_pipeline().to(torch.float16)), tmp_path, 3, torch.bfloat16)
+        half.encode(["a red fox"])
+        assert half.load(["a red fox"]).prompt_embeds.dtype == torch.float16
+
+    def test_zeros_that_fill_up_a_prompt_are_not_stored(self, tiny_wan_policy, tmp_path):
+        cache = PromptCache(tiny_wan_policy, tmp_path, 512)
+        cache.encode(["a red fox"])
+        (file,) = cache.folder.iterdir()
+        expected = tiny_wan_policy.encode_prompts(["a red fox"], 512).prompt_embeds
+        assert file.stat().st_size < expected.nbytes / 10
+        assert torch.equal(cache.load(["a red fox"]).prompt_embeds, expected)
+        assert cache.load(["a red fox"]).pooled_prompt_embeds is None
+
     def test_other_encoders_and_lengths_have_folders_of_their_own(self, tiny_sd3_policy, tmp_path):
         folders = {
             PromptCache(tiny_sd3_policy, tmp_path, 3).folder,
             PromptCache(tiny_sd3_policy, tmp_path, 4).folder,
             PromptCache(SD3Policy(make_pipeline(seed=1)), tmp_path, 3).folder,
             PromptCache(SD3Policy(make_pipeline().to(torch.float16)), tmp_path, 3).folder,
+            PromptCache(tiny_sd3_policy, tmp_path, 3, torch.bfloat16).folder,
         }
-        assert len(folders) == 4
+        assert len(folders) == 5
         assert PromptCache(SD3Policy(make_pipeline()), tmp_path, 3).folder in folders
 
 

@@ -18,12 +18,14 @@ import pytest
 import torch
 
 from tapo_trl.data.prompts import PromptCache
+from tapo_trl.data.videos import VideoReader
 from tapo_trl.metrics import PreferenceAccuracy, evaluate_preference_accuracy
 from tapo_trl.metrics.preference_accuracy import pair_accuracies
 from tapo_trl.rewards.slrm import SLRMModel
 from tapo_trl.seeding import seeded_generator
 
 from ..data.preference_pairs import latent_pairs
+from ..data.video_files import color_videos
 
 
 class TestPreferenceAccuracy:
@@ -96,6 +98,27 @@ class TestEvaluatePreferenceAccuracy:
                     wins.append(scores[0] > scores[1])
                 assert result[rule][sigma] == pytest.approx(sum(wins) / 6), (rule, sigma)
         assert list(result) == list(rules) and list(result["none"]) == list(sigmas)
+
+    def test_videos(self, tiny_wan_policy, tmp_path):
+        slrm = SLRMModel.from_policy(
+            tiny_wan_policy, num_task_tokens=2, max_sequence_length=16, height=32, width=48, num_frames=5
+        )
+        pairs = color_videos(tmp_path, 3)
+        result = evaluate_preference_accuracy(
+            slrm, tiny_wan_policy, pairs, (0.4,), ("reference",), batch_size=2, cache_dir=tmp_path
+        )
+        wins = []
+        for row, pair in enumerate(pairs):
+            noise = torch.randn(1, 4, 2, 4, 6, generator=seeded_generator("evaluation", 0, row))
+            embeds = tiny_wan_policy.encode_prompts([pair["prompt"]], 16)
+            scores = []
+            for side in ("chosen", "rejected"):
+                clean = tiny_wan_policy.encode(VideoReader(32, 48, 5, 16).load(pair[side])[None])
+                noisy = 0.6 * clean + 0.4 * noise
+                target = tiny_wan_policy.velocity(tiny_wan_policy.transformer, noisy, 0.4, embeds)
+                scores.append(slrm.score(noisy, 0.4, embeds.prompt_embeds, velocity_target=target).item())
+            wins.append(scores[0] > scores[1])
+        assert result["reference"][0.4] == pytest.approx(sum(wins) / 3)
 
     def test_same_result_for_every_batch_size_and_mode_is_kept(self, tiny_sd3_policy, tmp_path):
         slrm, pairs = self.slrm(tiny_sd3_policy).train(), latent_pairs(5)

@@ -98,9 +98,9 @@ class TestSampling:
         ).images
         torch.testing.assert_close(tiny_sd3_policy.decode(latents), images)
 
-    def test_encode_images_inverts_the_normalisation(self, tiny_sd3_policy):
+    def test_encode_inverts_the_normalisation(self, tiny_sd3_policy):
         vae, images = tiny_sd3_policy.vae, torch.rand(2, 3, 32, 32)
-        latents = tiny_sd3_policy.encode_images(images)
+        latents = tiny_sd3_policy.encode(images)
         assert latents.shape == (2, *tiny_sd3_policy.latent_shape(32, 32)[:1], 8, 8)
         raw = vae.encode(images * 2 - 1).latent_dist.mode()
         torch.testing.assert_close(latents / vae.config.scaling_factor + vae.config.shift_factor, raw)

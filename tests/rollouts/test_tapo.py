@@ -12,11 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import math
+
 import pytest
 import torch
 
-from tapo_trl.rewards import PixelReward, WeightedReward
+from tapo_trl.rewards import LatentReward, PixelReward, SLRMModel, WeightedReward
 from tapo_trl.rollouts import TAPOSampler, TrajectoryPairs, select_candidates
+from tapo_trl.schedulers import draw_candidates, sde_step_indices
 
 
 PROMPTS = ["fox", "cat", "owl"]
@@ -200,7 +203,7 @@ class TestPixelReward:
 
     def test_wrong_number_of_scores(self, tiny_sd3_policy):
         reward = PixelReward(lambda images, prompts: images.mean(), tiny_sd3_policy)
-        with pytest.raises(ValueError, match="one score per image"):
+        with pytest.raises(ValueError, match="one score per candidate"):
             run(make_sampler(tiny_sd3_policy, reward), tiny_sd3_policy)
 
     def test_nan_names_reward_and_prompt(self, tiny_sd3_policy):
@@ -211,16 +214,120 @@ class TestPixelReward:
             run(make_sampler(tiny_sd3_policy, PixelReward(broken, tiny_sd3_policy)), tiny_sd3_policy)
 
 
+class TestVideos:
+    """The same code on latents with a time axis."""
+
+    def make_sampler(self, policy, reward, **kwargs):
+        latent_shape = policy.latent_shape(32, 48, 9)
+        return TAPOSampler(
+            policy=policy,
+            scheduler=policy.build_scheduler(7, latent_shape),
+            step_indices=STEPS,
+            num_candidates=4,
+            reward=WeightedReward([reward]),
+            latent_shape=latent_shape,
+            guidance_scale=3.0,
+            **kwargs,
+        )
+
+    def test_rollout(self, tiny_wan_policy):
+        reward = RecordingReward(first_value)
+        pairs = run(self.make_sampler(tiny_wan_policy, reward), tiny_wan_policy)
+        assert pairs.latents.shape == pairs.next_latents.shape == (3, 2, 3, 4, 3, 4, 6)
+        assert torch.equal(pairs.latents[0, 0], pairs.latents[0, 1])
+        assert not torch.equal(pairs.latents[1, 0], pairs.latents[1, 1])
+        for step, candidates in enumerate(reward.calls):
+            values = first_value(candidates).view(2, 3, 4)
+            kept = pairs.next_latents[step].flatten(2)[..., 0]
+            assert torch.equal(kept[0], values[0].amax(-1)) and torch.equal(kept[1], values[1].amin(-1))
+
+    @pytest.mark.parametrize("kind", ["parent", "policy"])
+    def test_slrm_scores_candidates_in_batches(self, tiny_wan_policy, kind):
+        slrm = SLRMModel.from_policy(tiny_wan_policy, num_task_tokens=2)
+        sizes = {"policy": [], "slrm": []}
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: sizes[name].append(len(kwargs["hidden_states"])),
+                with_kwargs=True,
+            )
+            for name, module in (("policy", tiny_wan_policy.transformer), ("slrm", slrm.transformer))
+        ]
+        reward = LatentReward(slrm, kind, batch_size=5)
+        pairs = run(self.make_sampler(tiny_wan_policy, reward, score_batch_size=5), tiny_wan_policy)
+        for hook in hooks:
+            hook.remove()
+        assert sizes["slrm"] == [5, 5, 5, 5, 4] * 3
+        # With guidance everything is doubled. The last candidates are too clean for a target.
+        candidates = [10, 10, 10, 10, 8] if kind == "policy" else []
+        branches = [[12], [12, 12]] if kind == "policy" else [[12, 12], [12, 12, 12]]
+        assert sizes["policy"] == [6, 6, *candidates, *branches[0], *candidates, *branches[1]]
+        reward.batch_size = None
+        together = run(self.make_sampler(tiny_wan_policy, reward), tiny_wan_policy)
+        torch.testing.assert_close(together.rewards, pairs.rewards, rtol=1e-3, atol=1e-4)
+
+    def test_pixel_rewards_see_videos(self, tiny_wan_policy):
+        shapes = []
+
+        def motion(videos, prompts):
+            shapes.append(tuple(videos.shape))
+            return videos.diff(dim=2).abs().mean(dim=(1, 2, 3, 4))
+
+        reward = PixelReward(motion, tiny_wan_policy, batch_size=10)
+        pairs = run(self.make_sampler(tiny_wan_policy, reward), tiny_wan_policy)
+        assert shapes == [(24, 3, 9, 32, 48)] * 3
+        assert pairs.rewards.std(-1).min() > 0
+
+    @pytest.mark.parametrize("num_sde_steps", [8, 40])
+    def test_sampling_keeps_the_marginals(self, tiny_wan_policy, num_sde_steps):
+        """With the exact velocity of normal data, stochastic and mixed trajectories end in its distribution."""
+        scheduler = tiny_wan_policy.build_scheduler(40, tiny_wan_policy.latent_shape(32, 48, 9))
+        mean, std = 0.5, 0.8
+        torch.manual_seed(0)
+        latents = torch.randn(500, 4, 3, 4, 6)
+        stochastic = sde_step_indices(40, num_sde_steps, t_init=0 if num_sde_steps == 40 else 1)
+        for index in range(40):
+            sigma = scheduler.sigma(index)
+            variance = (1 - sigma) ** 2 * std**2 + sigma**2
+            slope = (sigma - (1 - sigma) * std**2) / variance
+            velocity = slope * (latents - (1 - sigma) * mean) - mean  # E[x1 - x0 | x]
+            if index in stochastic:
+                step_mean, step_std = scheduler.sde_mean_std(latents, velocity, index)
+                latents = draw_candidates(step_mean, step_std, torch.randn(500, 1, 4, 3, 4, 6))[:, 0]
+            else:
+                latents = scheduler.ode_step(latents, velocity, index)
+        assert latents.mean().item() == pytest.approx(mean, abs=0.02)
+        assert latents.std().item() == pytest.approx(std, rel=0.05)
+
+
 class TestTransitions:
     @pytest.mark.parametrize("chunk_size", [1, 2, 4, 100])
     def test_chunks_hold_every_pair_once(self, tiny_sd3_policy, chunk_size):
         pairs: TrajectoryPairs = run(make_sampler(tiny_sd3_policy, RecordingReward(first_value)), tiny_sd3_policy)
-        chunks = pairs.transitions(chunk_size)
+        chunks = list(pairs.transitions(chunk_size))
         assert sum(chunk.share for chunk in chunks) == pytest.approx(1)
         assert max(len(chunk.step_indices) for chunk in chunks) == min(chunk_size, 9)
         assert torch.cat([chunk.step_indices for chunk in chunks]).tolist() == [1] * 3 + [3] * 3 + [5] * 3
         for name in ("latents", "next_latents"):
             flat = torch.cat([getattr(chunk, name) for chunk in chunks], dim=1)
             assert torch.equal(flat, getattr(pairs, name).transpose(0, 1).flatten(1, 2))
+        assert len(chunks) == math.ceil(pairs.num_pairs / chunk_size)
         embeds = torch.cat([chunk.prompt_embeds.prompt_embeds for chunk in chunks])
         assert torch.equal(embeds, pairs.prompt_embeds.prompt_embeds.repeat(3, 1, 1))
+
+    def test_storing_elsewhere_changes_where_they_are_and_nothing_else(self, tiny_sd3_policy):
+        """`meta` stands in for the other device, and a copy on it for the move."""
+        sampler = make_sampler(tiny_sd3_policy, RecordingReward(first_value))
+        expected = run(sampler, tiny_sd3_policy)
+        sampler.store_on = "cpu"
+        stored = run(sampler, tiny_sd3_policy)
+        for name in ("latents", "next_latents", "rewards", "final_latents"):
+            assert torch.equal(getattr(stored, name), getattr(expected, name)), name
+
+        sampler.store_on = "meta"
+        pairs = run(sampler, tiny_sd3_policy)
+        assert pairs.latents.device.type == pairs.next_latents.device.type == "meta"
+        assert pairs.rewards.device.type == pairs.final_latents.device.type == "cpu"
+        moved = next(stored.transitions(2)).to("meta")
+        tensors = (moved.latents, moved.next_latents, moved.prompt_embeds.prompt_embeds)
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+        assert moved.step_indices.tolist() == [1, 1] and moved.share == pytest.approx(2 / 9)

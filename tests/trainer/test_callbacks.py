@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import sys
 from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +35,6 @@ from tapo_trl.trainer.callbacks import (
     TAPOCallback,
     detect_reward_hacking,
 )
-from tapo_trl.trainer.image_grid import images_to_grid, images_to_pil
 from tapo_trl.trainer.tracking import make_config_trackable
 
 from ..testing_utils import tiny_sd3_pipeline
@@ -53,6 +55,8 @@ class LinearModel(ModelMixin, ConfigMixin):
 
 class StubTrainer(Trainer):
     """What callbacks see of [`TAPOTrainer`]: `policy`, `generate` and `_metrics`. It fits the weights to a target."""
+
+    sample_shape = (3, 8, 8)
 
     def __init__(self, model, args, callbacks, policy=None, rewards=None):
         self.policy = policy
@@ -81,7 +85,10 @@ class StubTrainer(Trainer):
     def generate(self, prompts, seed=0, num_inference_steps=None, guidance_scale=None):
         weight = next(p for p in self.model.parameters() if p.requires_grad).detach().flatten()[0]
         self.generated.append((self.state.global_step, weight.item()))
-        noise = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
+        noise = [
+            torch.rand(self.sample_shape, generator=torch.Generator().manual_seed(seed + i))
+            for i in range(len(prompts))
+        ]
         return (torch.stack(noise) * torch.sigmoid(weight / 4)).clamp(0, 1)
 
 
@@ -128,36 +135,10 @@ class TestTAPOCallback:
             _ = SampleGridCallback(PROMPTS, every_n_steps=1).trainer
 
 
-class TestImageGrid:
-    def test_cells_lie_row_by_row_and_the_rest_is_white(self):
-        images = torch.stack([torch.full((3, 128, 128), value) for value in (0.0, 0.5, 1.0)])
-        images[2, 0] = 0.0
-        grid = np.asarray(images_to_grid(images, columns=2))
-        assert grid.shape == (256, 256, 3)
-        assert (grid[:128, :128] == 0).all()
-        assert (grid[:128, 128:] == 128).all()
-        assert (grid[128:, :128] == [0, 255, 255]).all()
-        assert (grid[128:, 128:] == 255).all()
-
-    @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (4, 2, 2), (5, 2, 3), (9, 3, 3)])
-    def test_default_layout_is_about_square(self, count, rows, columns):
-        grid = images_to_grid(torch.zeros(count, 3, 128, 128))
-        assert grid.size == (columns * 128, rows * 128)
-
-    def test_small_images_are_enlarged_without_smoothing(self):
-        images = torch.rand(1, 3, 32, 32)
-        grid = np.asarray(images_to_grid(images))
-        assert grid.shape == (128, 128, 3)
-        assert (grid[::4, ::4] == np.asarray(images_to_pil(images)[0])).all()
-
-    def test_values_are_clamped(self):
-        pixels = np.asarray(images_to_pil(torch.tensor([[[[2.0]], [[-1.0]], [[0.5]]]]))[0])
-        assert pixels.tolist() == [[[255, 0, 128]]]
-
-    @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8)])
-    def test_wrong_shape(self, shape):
-        with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
-            images_to_pil(torch.zeros(shape))
+@pytest.fixture
+def video_trainer(monkeypatch):
+    monkeypatch.setattr(StubTrainer, "sample_shape", (3, 5, 8, 8))
+    monkeypatch.setattr(TrainingArguments, "fps", 5, raising=False)
 
 
 class TestSampleGridCallback:
@@ -217,6 +198,54 @@ class TestSampleGridCallback:
             events = event_accumulator.EventAccumulator(str(file)).Reload()
             steps += [image.step for image in events.Images("samples")]
         assert sorted(steps) == [0, 3, 6]
+
+    def test_videos_side_by_side_and_a_strip_of_their_frames(self, tmp_path, video_trainer):
+        av = pytest.importorskip("av")
+        run(tmp_path, [SampleGridCallback(PROMPTS, every_n_steps=6)])
+        files = sorted(path.name for path in (tmp_path / "samples").iterdir())
+        assert files == ["prompts.txt", "step_000000.mp4", "step_000000.png", "step_000006.mp4", "step_000006.png"]
+        with av.open(str(tmp_path / "samples" / "step_000006.mp4")) as container:
+            stream = container.streams.video[0]
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            assert stream.average_rate == 5
+        assert len(frames) == 5
+        assert frames[0].shape == (256, 256, 3), "three videos of 8 x 8 in a 2 x 2 grid, enlarged"
+        assert np.asarray(Image.open(tmp_path / "samples" / "step_000006.png")).shape == (3 * 128, 5 * 128, 3)
+
+    def test_videos_go_to_tensorboard(self, tmp_path, video_trainer):
+        event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        pytest.importorskip("av")
+        run(tmp_path, [SampleGridCallback(PROMPTS, every_n_steps=3)], report_to="tensorboard")
+        folder = next(tmp_path.rglob("samples/events.out*")).parent
+        seen = {"samples": [], "samples_video": []}
+        for file in sorted(folder.iterdir()):
+            events = event_accumulator.EventAccumulator(str(file)).Reload()
+            for tag in events.Tags()["images"]:
+                seen[tag] += [(image.step, image.encoded_image_string[:4]) for image in events.Images(tag)]
+        assert sorted(seen["samples"]) == [(step, b"\x89PNG") for step in (0, 3, 6)]
+        assert sorted(seen["samples_video"]) == [(step, b"GIF8") for step in (0, 3, 6)]
+
+    @pytest.mark.parametrize("name", ["wandb", "trackio"])
+    def test_videos_go_to_other_trackers(self, tmp_path, video_trainer, monkeypatch, name):
+        pytest.importorskip("av")
+        logged = []
+        tracker = SimpleNamespace(
+            Image=lambda picture: ("image", picture.size),
+            Video=lambda path, format: ("video", Path(path).name, format),
+            log=logged.append,
+        )
+        monkeypatch.setitem(sys.modules, name, tracker)
+        callback = SampleGridCallback(PROMPTS, every_n_steps=6)
+        trainer = StubTrainer(LinearModel(), training_args(tmp_path), [callback])
+        trainer.args.report_to = [name]
+        callback.on_train_begin(trainer.args, TrainerState(), TrainerControl())
+        assert logged == [
+            {
+                "samples": ("image", (5 * 128, 3 * 128)),
+                "samples_video": ("video", "step_000000.mp4", "mp4"),
+                "train/global_step": 0,
+            }
+        ]
 
     @pytest.mark.parametrize(
         ("options", "message"),

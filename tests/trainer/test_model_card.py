@@ -22,6 +22,13 @@ from tapo_trl.trainer.model_card import is_hub_id, public_command, write_model_c
 
 
 BASE = "stabilityai/stable-diffusion-3.5-medium"
+WAN = {
+    "base_model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "pipeline_class": "WanPipeline",
+    "transformer_class": "WanTransformer3DModel",
+    "modality": "video",
+    "fps": 16,
+}
 PAPER = {"title": "The paper", "citation": "@inproceedings{paper2026,\n  title = {{The paper}}\n}"}
 
 
@@ -31,6 +38,11 @@ def write(folder, **kwargs):
         "base_model": BASE,
         "model_name": "my-model",
         "dataset_name": "user/prompts",
+        "pipeline_class": "StableDiffusion3Pipeline",
+        "transformer_class": "SD3Transformer2DModel",
+        "modality": "image",
+        "fps": None,
+        "is_lora": True,
         "tags": ["extra"],
         "license": None,
         "method_table": {"beta": 1000.0, "num_sde_steps": 8},
@@ -114,28 +126,38 @@ class TestText:
         assert "Transformer2DModel" not in text
 
     def test_usage_of_a_transformer(self, tmp_path):
-        (tmp_path / "transformer").mkdir()
-        card = write(tmp_path)
+        card = write(tmp_path, is_lora=False)
         assert 'SD3Transformer2DModel.from_pretrained("user/my-model", subfolder="transformer"' in card.text
         assert "load_lora_weights" not in card.text
         assert "lora" not in card.data.tags
 
-    def test_usage_of_a_video_model(self, tmp_path):
-        card = write(tmp_path, base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    def test_what_was_trained_is_not_guessed_from_the_folder(self, tmp_path):
+        """A card is written before the first whole save, and into folders that held something else."""
+        (tmp_path / "transformer").mkdir()
+        assert "load_lora_weights" in write(tmp_path, is_lora=True).text
+        assert "load_lora_weights" not in write(tmp_path / "empty", is_lora=False).text
+
+    @pytest.mark.parametrize("base_model", [WAN["base_model"], "path/to/my-pipeline"])
+    def test_usage_of_a_video_model(self, tmp_path, base_model):
+        card = write(tmp_path, **WAN | {"base_model": base_model})
         assert "WanPipeline.from_pretrained" in card.text
+        assert 'export_to_video(video, "lighthouse.mp4", fps=16)' in card.text
+        assert "FlowMatchEulerDiscreteScheduler(shift=" in card.text
         assert card.data.pipeline_tag == "text-to-video"
 
     def test_usage_of_a_reward_model(self, tmp_path):
         text = write(tmp_path, trainer_name="SLRM").text
         assert 'SLRMModel.from_pretrained("user/my-model")' in text
+        assert "policy.encode(images)  # images: [1, 3, H, W]" in text
         assert "slrm.score(" in text
+        assert "policy.encode(videos)  # videos: [1, 3, F, H, W]" in write(tmp_path, trainer_name="SLRM", **WAN).text
 
     @pytest.mark.parametrize("trainer_name", ["TAPO", "SLRM"])
-    @pytest.mark.parametrize("full", [False, True])
-    def test_code_compiles(self, tmp_path, trainer_name, full):
-        if full:
-            (tmp_path / "transformer").mkdir()
-        blocks = write(tmp_path, trainer_name=trainer_name).text.split("```python\n")[1:]
+    @pytest.mark.parametrize("is_lora", [False, True])
+    @pytest.mark.parametrize("family", [{}, WAN], ids=["image", "video"])
+    def test_code_compiles(self, tmp_path, trainer_name, is_lora, family):
+        text = write(tmp_path, trainer_name=trainer_name, is_lora=is_lora, **family).text
+        blocks = text.split("```python\n")[1:]
         assert blocks
         for block in blocks:
             compile(block.split("```")[0], "card", "exec")

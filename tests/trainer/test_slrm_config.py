@@ -51,6 +51,12 @@ def test_every_field_has_help_and_is_documented():
         ("num_task_tokens", 0),
         ("task_projection_rank", 0),
         ("resolution", -8),
+        ("height", 0),
+        ("width", -8),
+        ("num_frames", 0),
+        ("fps", 0),
+        ("dimension_weights", {}),
+        ("dimension_weights", {"visual_quality": 0.0}),
         ("max_sequence_length", 0),
         ("rho", -1.0),
         ("score_preservation_coef", -0.1),
@@ -88,8 +94,12 @@ def test_command_line_and_yaml(tmp_path):
     recipe = tmp_path / "slrm.yaml"
     recipe.write_text(
         "output_dir: out\nlearning_rate: 1e-4\neval_sigmas: [0.2, 0.4]\nbf16: false\nmodel_init_kwargs:\n  revision: main\n"
+        "dimension_weights:\n  visual_quality: 1\n  motion_consistency: 0.5\n"
     )
     arguments = ["--config", str(recipe), "--velocity_target", "reference", "--rho", "0.5"]
     (args,) = TrlParser((SLRMConfig,)).parse_args_and_config(arguments)
     assert args.learning_rate == 1e-4 and args.eval_sigmas == [0.2, 0.4] and args.rho == 0.5
     assert args.velocity_target == "reference" and args.model_init_kwargs == {"revision": "main"}
+    assert args.dimension_weights == {"visual_quality": 1, "motion_consistency": 0.5}
+    (args,) = TrlParser((SLRMConfig,)).parse_args_and_config([*arguments, "--dimension_weights", '{"text": 2}'])
+    assert args.dimension_weights == {"text": 2}

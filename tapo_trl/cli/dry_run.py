@@ -1,0 +1,415 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What a training command would do, found out on the meta device: shapes, tokens, parameters, forwards and an estimate of the
+memory. No weight is loaded and no data set is opened.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from ..policies import FlowPolicy, SD3Policy
+from ..rewards import SLRMModel
+from ..rewards.velocity_targets import MIN_SIGMA, ROLLOUT_TARGETS
+from ..schedulers import sde_step_indices
+from ..trainer.reward_loading import store_in_float8
+from ..trainer.slrm_config import SLRMConfig
+from ..trainer.tapo_config import TAPOConfig
+from .arguments import DiffusionModelConfig, TAPOScriptArguments
+from .meta_models import add_meta_lora, load_meta_policy, load_meta_slrm, make_meta_slrm
+
+
+# Bytes that one block keeps for its backward pass, per token and channel: measured on the CPU with saved-tensor hooks, on
+# blocks of the width of SD3.5-medium (with dual attention) and Wan2.1-1.3B, with LoRA on the attention projections, bfloat16
+# autocast and attention that does not keep its matrix.
+BLOCK_BYTES = {"SD3Transformer2DModel": 66, "WanTransformer3DModel": 62}
+
+TRAINED_BYTES = 16  # float32: weight, gradient, and Adam's two moments
+
+
+@dataclass
+class Row:
+    """A line of a table: a name, a number, and where the number comes from."""
+
+    name: str
+    value: int
+    formula: str
+
+
+@dataclass
+class DryRun:
+    """
+    What a dry run found.
+
+    Args:
+        title (`str`): Command, pipeline and where its configuration is from.
+        size (`tuple[int, ...]`): Height, width and, for video, frames of a sample.
+        latent_shape (`tuple[int, ...]`): Shape of one latent.
+        sample_tokens (`int`): Tokens of an image or a video in the transformer.
+        text_tokens (`int`): Tokens of a prompt.
+        parameters (`dict[str, int]`): Number of parameters of each network.
+        unit (`str`): What a batch consists of, `"prompt"` or `"pair"`.
+        per_step (`int`): Units per optimizer step on one process.
+        forwards (`list[Row]`): Latents that go through a network for one unit.
+        memory (`list[Row]`): Estimated bytes of one process.
+        notes (`list[str]`): Remarks.
+    """
+
+    title: str
+    size: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    sample_tokens: int
+    text_tokens: int
+    parameters: dict[str, int]
+    unit: str
+    per_step: int
+    forwards: list[Row]
+    memory: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        height, width, *frames = self.size
+        size = "".join(f"{number} frames of " for number in frames) + f"{height} x {width} pixels (height x width)"
+        lines = [
+            f"Dry run of {self.title}. Nothing was loaded or trained.",
+            "",
+            f"samples    {size}",
+            f"latents    {' x '.join(map(str, self.latent_shape))}",
+            f"tokens     {self.sample_tokens:,} of a sample + {self.text_tokens:,} of its prompt",
+            *(
+                f"{'parameters' if index == 0 else '':<11}{number:>14,} {name}"
+                for index, (name, number) in enumerate(self.parameters.items())
+            ),
+            "",
+            f"Latents through a network for one {self.unit}, of which an optimizer step has {self.per_step} on each process:",
+            *(f"{row.value:>8,} {row.name:<42}{row.formula}" for row in self.forwards),
+            "",
+            "Estimate of the memory of one process, in GiB (1024^3 bytes):",
+            *(f"{row.value / 2**30:>8.2f} {row.name:<42}{row.formula}" for row in self.memory),
+            "",
+            *self.notes,
+        ]
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and of the buffers, such as SD3's table of positions."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _count_buffers(module: nn.Module) -> int:
+    return sum(buffer.numel() for buffer in module.buffers())
+
+
+def count_tokens(policy: FlowPolicy, latent_shape: Sequence[int], max_sequence_length: int) -> tuple[int, int]:
+    """
+    Tokens of a sample and of a prompt.
+
+    Args:
+        policy ([`FlowPolicy`]): The policy.
+        latent_shape (`Sequence[int]`): Shape of one latent, channels first.
+        max_sequence_length (`int`): Tokens of the T5 or UMT5 text encoder.
+
+    Returns:
+        `tuple[int, int]`: The number of patches, and that of text tokens (with CLIP's, where the family has them).
+    """
+    _, *sides = latent_shape
+    patch = policy.transformer.config.patch_size
+    patches = [patch] * len(sides) if isinstance(patch, int) else patch
+    clip = policy.pipeline.tokenizer_max_length if isinstance(policy, SD3Policy) else 0
+    return math.prod(side // size for side, size in zip(sides, patches, strict=True)), clip + max_sequence_length
+
+
+def tapo_forwards(
+    args: TAPOConfig, sigmas: Sequence[float], velocity_target: str | None, has_slrm: bool, has_function: bool = False
+) -> list[Row]:
+    """
+    Latents that go through each network for one prompt. Guidance takes two of them for each velocity.
+
+    Args:
+        args ([`TAPOConfig`]): The training.
+        sigmas (`Sequence[float]`): The grid of noise levels.
+        velocity_target (`str`, *optional*): What the SLRM's velocity is compared to.
+        has_slrm (`bool`): Whether there is an SLRM among the rewards.
+        has_function (`bool`, *optional*, defaults to `False`): Whether there is a function of decoded samples.
+
+    Returns:
+        `list[Row]`: Networks and numbers of latents.
+    """
+    steps = sde_step_indices(args.num_inference_steps, args.num_sde_steps, args.t_init)
+    compared = [index for index in steps if sigmas[index + 1] >= MIN_SIGMA]  # where the score has a distance
+    by_policy = steps if has_function else compared if velocity_target == "policy" else []
+    guidance = 2 if args.guidance_scale > 1 else 1
+    words = "guidance x " if guidance == 2 else ""
+    candidates = 2 * args.num_candidates
+
+    # One branch until the first stochastic step, two after it. Where the policy has seen the candidates, the next step
+    # needs no forward of its own.
+    own = [index for index in range(args.num_inference_steps) if index - 1 not in by_policy]
+    branches = sum(1 if index <= steps[0] else 2 for index in own)
+    rows = [Row("policy, rollout", guidance * branches, f"{words}{len(own)} steps, 1 or 2 trajectories")]
+    asked = {"policy": by_policy, "reference": compared if velocity_target == "reference" else []}
+    for name, indices in asked.items():
+        if indices:
+            value = guidance * candidates * len(indices)
+            rows.append(Row(f"{name}, at the candidates", value, f"{words}{len(indices)} steps x 2 x P"))
+    if has_slrm:
+        rows.append(Row("reward model", candidates * args.num_sde_steps, "n x 2 x P"))
+    train_guidance, train_words = (guidance, words) if args.train_cfg else (1, "")
+    transitions = 2 * args.num_sde_steps * train_guidance
+    rows.append(Row("policy, training (forward and backward)", transitions, f"{train_words}n x 2"))
+    rows.append(Row("reference, training", transitions, f"{train_words}n x 2"))
+    return rows
+
+
+def activation_rows(transformer: nn.Module, latents: int, tokens: int, checkpointing: bool) -> list[Row]:
+    """
+    Memory that the backward pass needs, by [`BLOCK_BYTES`].
+
+    Args:
+        transformer (`nn.Module`): The network.
+        latents (`int`): Latents in one forward.
+        tokens (`int`): Tokens of each in a block.
+        checkpointing (`bool`): Whether blocks keep their input only and are computed again.
+    """
+    config = transformer.config
+    dim = config.num_attention_heads * config.attention_head_dim
+    class_name = next(name for name in BLOCK_BYTES if name in [base.__name__ for base in type(transformer).__mro__])
+    size, per_block = latents * tokens * dim, BLOCK_BYTES[class_name]
+    words = f"{latents} latents x {tokens:,} tokens x {dim:,} channels"
+    if not checkpointing:
+        return [
+            Row(
+                "activations",
+                config.num_layers * size * per_block,
+                f"{config.num_layers} blocks x {words} x {per_block}",
+            )
+        ]
+    return [
+        Row(
+            "activations: inputs of the blocks",
+            config.num_layers * size * 2,
+            f"{config.num_layers} blocks x {words} x 2",
+        ),
+        Row("activations: one block, recomputed", size * per_block, f"{words} x {per_block}"),
+    ]
+
+
+def reward_memory(slrm: SLRMModel, layerwise_casting: bool, group_offload: bool) -> Row:
+    """
+    Memory of the weights of a frozen SLRM on the accelerator.
+
+    Args:
+        slrm ([`SLRMModel`]): The reward model on the meta device, in the precision it is loaded in. Changed in place.
+        layerwise_casting (`bool`): See `reward_layerwise_casting` of [`TAPOConfig`].
+        group_offload (`bool`): See `reward_group_offload` of [`TAPOConfig`].
+    """
+    words = "all weights"
+    if layerwise_casting:
+        store_in_float8(slrm)
+        words = "linear layers in float8, the rest as it is"
+    if not group_offload:
+        return Row("reward model", count_bytes(slrm), words)
+    blocks = next(module for module in slrm.transformer.children() if isinstance(module, nn.ModuleList))
+    resident = count_bytes(slrm) - count_bytes(blocks) + 2 * max(count_bytes(block) for block in blocks)
+    return Row("reward model", resident, f"two of {len(blocks)} blocks and what is outside of them; {words}")
+
+
+# The commands
+
+
+def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args: DiffusionModelConfig) -> DryRun:
+    """
+    What `tapo-trl tapo` would do.
+
+    Args:
+        script_args ([`TAPOScriptArguments`]): The reward models.
+        args ([`TAPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
+    size, latent_shape, tokens = _sizes(policy, args)
+    transformer, latent = policy.transformer, 4 * math.prod(latent_shape)
+    sigmas = policy.build_scheduler(args.num_inference_steps, latent_shape).sigmas.tolist()
+    parameters, buffers = {"policy": count_parameters(transformer)}, _count_buffers(transformer)
+    notes = [_ESTIMATE]
+
+    specs = script_args.reward_model or []
+    functions = [spec for spec in specs if ":" in spec and not Path(spec).exists()]
+    slrm, velocity_target = None, None
+    if len(functions) < len(specs):
+        slrm, note = load_meta_slrm(policy, next(spec for spec in specs if spec not in functions))
+        notes += note
+        velocity_target = args.velocity_target or ROLLOUT_TARGETS[slrm.config.velocity_target]
+        parameters["reward model"] = count_parameters(slrm)
+
+    if model_args.use_peft:
+        parameters["LoRA"] = add_meta_lora(transformer, model_args, policy)
+        element = model_args.dtype.itemsize
+        memory = [
+            Row("policy", (parameters["policy"] + buffers) * element, f"parameters and buffers x {element} bytes"),
+            Row("LoRA", parameters["LoRA"] * TRAINED_BYTES, f"parameters x {TRAINED_BYTES}: weight, gradient, Adam"),
+        ]
+    else:
+        memory = [
+            Row(
+                "policy", parameters["policy"] * TRAINED_BYTES, f"parameters x {TRAINED_BYTES}: weight, gradient, Adam"
+            ),
+            Row("reference", (parameters["policy"] + buffers) * 4, "parameters and buffers x 4 bytes: a frozen copy"),
+        ]
+    memory.append(_vae_memory(policy, model_args))
+    if slrm is not None:
+        dtype = (args.reward_model_init_kwargs or {}).get("torch_dtype", "float32")
+        slrm = nn.Module.to(slrm, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        memory.append(reward_memory(slrm, args.reward_layerwise_casting, args.reward_group_offload))
+    prompts, pairs = args.per_device_train_batch_size, args.transition_batch_size or args.per_device_train_batch_size
+    memory.append(
+        Row(
+            "candidates of a step",
+            5 * 2 * args.num_candidates * prompts * latent,
+            f"{prompts} prompts x 2 x P x 5 (noise, x', parent's estimate, x_T, target) x one latent",
+        )
+    )
+    guidance = 2 if args.train_cfg and args.guidance_scale > 1 else 1
+    memory += activation_rows(
+        transformer, pairs * 2 * guidance, _block_tokens(policy, tokens), args.activation_checkpointing
+    )
+    memory.append(Row("sum", sum(row.value for row in memory), "on the accelerator"))
+    offload = policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
+    place = "on the CPU" if offload else "on the accelerator, beside the sum"
+    memory.append(
+        Row(
+            "transitions of a rollout",
+            args.num_sde_steps * 2 * 2 * prompts * latent,
+            f"{place}: {prompts} prompts x n x 2 trajectories x 2 ends x one latent",
+        )
+    )
+    return DryRun(
+        title=f"`tapo` with {model_args.model_name_or_path} ({source})",
+        size=size,
+        latent_shape=latent_shape,
+        sample_tokens=tokens[0],
+        text_tokens=tokens[1],
+        parameters=parameters,
+        unit="prompt",
+        per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        forwards=tapo_forwards(args, sigmas, velocity_target, slrm is not None, bool(functions)),
+        memory=memory,
+        notes=notes,
+    )
+
+
+def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
+    """
+    What `tapo-trl slrm` would do.
+
+    Args:
+        args ([`SLRMConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from.
+    """
+    policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
+    size, latent_shape, tokens = _sizes(policy, args)
+    slrm = make_meta_slrm(policy, num_task_tokens=args.num_task_tokens, task_projection_rank=args.task_projection_rank)
+    parameters = {"base model": count_parameters(policy.transformer), "reward model": count_parameters(slrm)}
+    element = model_args.dtype.itemsize
+    if model_args.use_peft:
+        score = sum(p.numel() for p in slrm.transformer.score_parameters().values())
+        parameters["LoRA"] = add_meta_lora(slrm.transformer, model_args, policy)
+        trained = score + parameters["LoRA"]
+        memory = [
+            Row("reward model", (parameters["reward model"] - score) * element, f"backbone x {element} bytes"),
+            Row(
+                "LoRA and score stream",
+                trained * TRAINED_BYTES,
+                f"parameters x {TRAINED_BYTES}: weight, gradient, Adam",
+            ),
+        ]
+    else:
+        memory = [
+            Row(
+                "reward model",
+                parameters["reward model"] * TRAINED_BYTES,
+                f"parameters x {TRAINED_BYTES}: weight, gradient, Adam",
+            )
+        ]
+    forwards = [Row("reward model (forward and backward)", 2, "both sides of a pair")]
+    if args.velocity_target == "reference":
+        forwards.append(Row("base model", 2, "both sides of a pair"))
+        memory.append(Row("base model", parameters["base model"] * element, f"parameters x {element} bytes"))
+    if not args.cache_latents:
+        memory.append(_vae_memory(policy, model_args))
+    memory += activation_rows(
+        slrm.transformer,
+        2 * args.per_device_train_batch_size,
+        _block_tokens(policy, tokens) + args.num_task_tokens,
+        args.activation_checkpointing,
+    )
+    memory.append(Row("sum", sum(row.value for row in memory), "on the accelerator"))
+    return DryRun(
+        title=f"`slrm` with {model_args.model_name_or_path} ({source})",
+        size=size,
+        latent_shape=latent_shape,
+        sample_tokens=tokens[0],
+        text_tokens=tokens[1],
+        parameters=parameters,
+        unit="pair",
+        per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        forwards=forwards,
+        memory=memory,
+        notes=[_ESTIMATE],
+    )
+
+
+def print_dry_run(report: DryRun) -> None:
+    """Prints the report on one process of several."""
+    if PartialState().is_main_process:
+        print(report)
+
+
+_ESTIMATE = (
+    "The memory is an estimate from shapes, not a measurement: temporary buffers, the CUDA context and fragmentation come "
+    "on top, and sharding (DeepSpeed, FSDP) is not counted. Text encoders are in memory only before the training."
+)
+
+
+def _sizes(
+    policy: FlowPolicy, args: SLRMConfig | TAPOConfig
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]:
+    """Size of a sample, shape of its latent, and tokens."""
+    height, width = args.height or args.resolution, args.width or args.resolution
+    latent_shape = policy.latent_shape(height, width, args.num_frames)
+    size = (height, width) if args.num_frames is None else (height, width, args.num_frames)
+    tokens = count_tokens(policy, latent_shape, args.max_sequence_length or policy.max_sequence_length)
+    return size, latent_shape, tokens
+
+
+def _block_tokens(policy: FlowPolicy, tokens: tuple[int, int]) -> int:
+    """Tokens of the stream that a block transforms: SD3 joins the text to the image, Wan only looks at it."""
+    return sum(tokens) if isinstance(policy, SD3Policy) else tokens[0]
+
+
+def _vae_memory(policy: FlowPolicy, model_args: DiffusionModelConfig) -> Row:
+    element = 4 if policy.modality == "video" else model_args.dtype.itemsize
+    return Row("VAE", count_parameters(policy.vae) * element, f"parameters x {element} bytes")

@@ -1,0 +1,122 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Images in whatever form a dataset holds them."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+class BadFileError(ValueError):
+    """An image or a video that cannot be used: it cannot be read, is damaged, or is too short."""
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """
+    Reads images of one size: PIL images, paths, encoded bytes, `{"bytes": ..., "path": ...}` or `uint8` arrays of shape
+    `(height, width, 3)`. They are cropped around their centre to the shape of the result, resized (Lanczos), and laid on
+    white where they are transparent.
+
+    Args:
+        height (`int`): height of the result in pixels.
+        width (`int`): width of the result in pixels.
+    """
+
+    height: int
+    width: int
+
+    def check(self, value: Any, place: str = "`image`") -> None:
+        """
+        Read an image as far as its header.
+
+        Args:
+            value: the image.
+            place (`str`, *optional*): where it is, for error messages.
+
+        Raises:
+            BadFileError: if it cannot be read.
+            ValueError: if it is no image.
+        """
+        open_image(value, place)
+
+    def load(self, value: Any, place: str = "`image`") -> torch.Tensor:
+        """
+        Read an image.
+
+        Args:
+            value: the image.
+            place (`str`, *optional*): where it is, for error messages.
+
+        Returns:
+            `torch.Tensor` of shape `(3, height, width)`: float32 in [0, 1].
+
+        Raises:
+            BadFileError: if it cannot be read.
+            ValueError: if it is no image.
+        """
+        pixels = fit_image(open_image(value, place), self.height, self.width, place)
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def open_image(value: Any, place: str) -> Image.Image:
+    """The image, decoded only as far as its header. See [`ImageReader`]."""
+    if isinstance(value, Image.Image):
+        return value
+    value = file_of(value)
+    if isinstance(value, (str, Path, bytes)):
+        try:
+            return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        except (OSError, UnidentifiedImageError) as error:
+            raise BadFileError(f"{place}: the image cannot be read ({error}).") from error
+    if isinstance(value, (np.ndarray, list)):
+        return Image.fromarray(as_pixels(value, place, "image", ("height", "width", 3)))
+    raise ValueError(f"{place}: a `{type(value).__name__}` is not an image, a path, bytes or an array.")
+
+
+def fit_image(image: Image.Image, height: int, width: int, place: str) -> np.ndarray:
+    """The image as it is displayed, cropped and resized to `uint8` of shape `(height, width, 3)`."""
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
+    except (OSError, SyntaxError) as error:
+        raise BadFileError(f"{place}: the image is damaged ({error}).") from error
+
+
+def file_of(value: Any) -> Any:
+    """The bytes or else the path, where `datasets` keeps them together."""
+    if isinstance(value, dict) and ("bytes" in value or "path" in value):
+        return value["bytes"] if value.get("bytes") is not None else value.get("path")
+    return value
+
+
+def as_pixels(value: np.ndarray | list, place: str, kind: str, shape: tuple[str | int, ...]) -> np.ndarray:
+    """`value` as `uint8`, if it has as many dimensions as `shape`, 3 channels, and integers from 0 to 255."""
+    array = np.asarray(value)
+    integers = np.issubdtype(array.dtype, np.integer) and array.size > 0 and array.min() >= 0 and array.max() <= 255
+    if array.ndim != len(shape) or array.shape[-1] != 3 or not integers:
+        names = ", ".join(str(name) for name in shape)
+        raise ValueError(
+            f"{place}: an array of shape {array.shape} and type {array.dtype} is not a `uint8` {kind} of shape ({names})."
+        )
+    return array.astype(np.uint8)

@@ -1,0 +1,162 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the score streams of all backbones have in common: projections, head, and making one from its backbone."""
+
+import inspect
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from torch import nn
+
+
+class LowRankUpdate(nn.Module):
+    """`x -> up(down(x))`, zero at the start."""
+
+    def __init__(self, dim: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.up = nn.Linear(rank, dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(hidden_states))
+
+
+class ScoreProjections(nn.Module):
+    """
+    P^S of one block: the query, key and value projections of the score tokens. They start at the block's own
+    projections of another stream, the sources.
+
+    Args:
+        dim (`int`): width of the transformer.
+        rank (`int`, *optional*): if set, P^S is the sources plus an update of this rank, instead of matrices of its own.
+    """
+
+    def __init__(self, dim: int, rank: int | None):
+        super().__init__()
+        self.rank = rank
+        self.query, self.key, self.value = (
+            nn.Linear(dim, dim) if rank is None else LowRankUpdate(dim, rank) for _ in range(3)
+        )
+
+    def init_from(self, sources: Sequence[nn.Linear]) -> None:
+        for projection, source in zip((self.query, self.key, self.value), sources, strict=True):
+            if self.rank is None:
+                projection.load_state_dict(source.state_dict())
+            else:
+                projection.down.reset_parameters()
+                nn.init.zeros_(projection.up.weight)
+
+    def forward(
+        self, score_tokens: torch.Tensor, sources: Sequence[nn.Module]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        projected = (self.query(score_tokens), self.key(score_tokens), self.value(score_tokens))
+        if self.rank is None:
+            return projected
+        return tuple(update + source(score_tokens) for update, source in zip(projected, sources, strict=True))
+
+
+class ScoreHead(nn.Module):
+    """Norm, mean over the score tokens and a linear layer: the logit, in float32 whatever the model's precision."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, bias=False)  # the bias of `linear` is the one offset
+        self.linear = nn.Linear(dim, 1)
+
+    def reset_parameters(self) -> None:
+        self.norm.reset_parameters()
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, score_tokens: torch.Tensor) -> torch.Tensor:
+        shape, weight = self.norm.normalized_shape, self.norm.weight.float()
+        pooled = F.layer_norm(score_tokens.float(), shape, weight, eps=self.norm.eps).mean(dim=1)
+        # Not a matrix product, which autocast would round.
+        return (pooled * self.linear.weight.float()).sum(dim=1) + self.linear.bias.float()
+
+
+class ScoreTransformerMixin(ABC):
+    """
+    Mixed into a diffusers transformer, whose forward then returns the velocity and one logit per sample.
+
+    Attributes:
+        base_class (`type`): the transformer without the score stream.
+        interface_fields (`tuple[str, ...]`): fields of its configuration that latents and prompts depend on.
+        task_tokens (`torch.nn.Parameter` of shape `(1, n_s, text_dim)`): score tokens in the text embeddings' width.
+        score_head ([`ScoreHead`]): reads the logit out of the score tokens after the last block.
+    """
+
+    base_class: type[ModelMixin]
+    interface_fields: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def backbone_dtype(self) -> torch.dtype:
+        """Precision of the backbone, which LoRA keeps while the score stream is trained in float32."""
+
+    @abstractmethod
+    def init_score_stream(self) -> None:
+        """Set every parameter that the base transformer does not have."""
+
+    @classmethod
+    def base_config(cls, transformer: ModelMixin) -> dict:
+        """The arguments that rebuild `transformer`."""
+        names = inspect.signature(cls.base_class.__init__).parameters
+        return {name: transformer.config[name] for name in names if name in transformer.config}
+
+    @classmethod
+    def from_base(
+        cls, transformer: ModelMixin, num_task_tokens: int, task_projection_rank: int | None = None
+    ) -> "ScoreTransformerMixin":
+        """Copy `transformer`, each weight in its precision, and add the score stream to the copy."""
+        with torch.device("meta"):
+            model = cls(num_task_tokens, task_projection_rank, **cls.base_config(transformer))
+        nn.Module.to(model, transformer.dtype).to_empty(device=transformer.device)
+        source, own = dict(_tensors(transformer)), dict(_tensors(model))
+        unexpected = source.keys() - own.keys()
+        if unexpected or own.keys() - source.keys() != model.score_parameters().keys():
+            raise ValueError(
+                "The transformer's weights do not fit its configuration; merge or detach its adapters first. "
+                f"Unexpected: {sorted(unexpected)[:3]}."
+            )
+        for name, tensor in source.items():
+            own[name].data = tensor.detach().clone()
+        with torch.no_grad():
+            model.init_score_stream()
+        return model
+
+    def score_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that the base transformer does not have, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if any(part in name for part in ("task_tokens", "score_projections", "score_output", "score_head"))
+        }
+
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        """Cast all but what the base class keeps in float32, as its `from_pretrained` does."""
+        kept = self._keep_in_fp32_modules or []
+        for name, tensor in _tensors(self):
+            if not any(module in name.split(".") for module in kept):
+                tensor.data = tensor.data.to(dtype)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, those that are not saved included."""
+    return itertools.chain(module.named_parameters(), module.named_buffers())

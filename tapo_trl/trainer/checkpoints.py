@@ -1,0 +1,182 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Checkpoints that are whole or not used. The last thing written into a checkpoint is its seal, a list of its files with
+their sizes and checksums: a folder without a seal was never finished, one that does not match it is damaged.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+SEAL_NAME = "checkpoint_seal.json"
+
+
+def seal_checkpoint(folder: str | Path) -> None:
+    """
+    Flush every file of a finished checkpoint to the disk, then write its seal.
+
+    Args:
+        folder (`str` or `Path`): the checkpoint.
+    """
+    folder = Path(folder)
+    files = {}
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "crc32": _crc32(path)}
+    partial = folder / f"{SEAL_NAME}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / SEAL_NAME)
+    for directory in (folder, folder.parent):
+        descriptor = os.open(directory, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def checkpoint_damage(folder: str | Path) -> str | None:
+    """
+    What is wrong with a checkpoint, or `None` if it is whole.
+
+    Args:
+        folder (`str` or `Path`): the checkpoint.
+    """
+    folder = Path(folder)
+    if not (folder / SEAL_NAME).is_file():
+        return "it was never finished"
+    try:
+        files = json.loads((folder / SEAL_NAME).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
+        return f"its `{SEAL_NAME}` cannot be read"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"`{name}` is missing"
+        if path.stat().st_size != expected["size"] or _crc32(path) != expected["crc32"]:
+            return f"`{name}` has changed since it was saved"
+    return None
+
+
+def last_good_checkpoint(output_dir: str | Path) -> Path | None:
+    """
+    The newest checkpoint of a run that is whole. Warns of newer ones that are not.
+
+    Args:
+        output_dir (`str` or `Path`): folder of the run.
+    """
+    checkpoints = {_step(path): path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path)}
+    for _, path in sorted(checkpoints.items(), reverse=True):
+        damage = checkpoint_damage(path)
+        if damage is None:
+            return path
+        logger.warning(f"The checkpoint {path} is not used: {damage}.")
+    return None
+
+
+def _step(path: Path) -> int | None:
+    step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(step) if step.isdigit() and path.is_dir() else None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(SEAL_NAME))
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+class SealCallback(TrainerCallback):
+    """Seals a checkpoint once every other callback has written into it, and only then lets go of older ones."""
+
+    def __init__(self, trainer: "SealedCheckpointsMixin"):
+        self.trainer = trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            seal_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+        self.trainer.accelerator.wait_for_everyone()
+
+
+class SealedCheckpointsMixin:
+    """Put before a `Trainer`, it seals every checkpoint and resumes from whole ones only."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # of a run that was interrupted here
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # `SealCallback` rotates
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError, by who writes
+            shutil.rmtree(folder, ignore_errors=True)
+            raise RuntimeError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {folder}: {error}. Earlier "
+                "checkpoints are intact. If the disk is full, free some space; then go on with "
+                "`resume_from_checkpoint=True`."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
+        """
+        Train, or go on.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Folder of a checkpoint, or `True` for the last one of `args.output_dir` that is whole; without any, the
+                run starts from the beginning, so that a job that is restarted by a scheduler needs no other command.
+            kwargs: further arguments of [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: if the folder that is named is not a whole checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_good_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning(f"There is no checkpoint to resume from in {self.args.output_dir}: starting anew.")
+        elif resume_from_checkpoint:
+            damage = checkpoint_damage(resume_from_checkpoint)
+            if damage is not None:
+                raise ValueError(
+                    f"The checkpoint {resume_from_checkpoint} cannot be used: {damage}. Pass another one, or `True` for "
+                    "the last one that is whole."
+                )
+        return super().train(resume_from_checkpoint=_as_string(resume_from_checkpoint), **kwargs)
+
+
+def _as_string(value: str | Path | bool | None) -> str | None:
+    return str(value) if value else None

@@ -1,0 +1,116 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The frozen rewards of a TAPO run: loading them, and keeping them small."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+
+from ..policies import FlowPolicy
+from ..rewards import SLRMModel
+from ..rewards.scoring import LatentReward, PixelReward, RewardFunction
+from ..rewards.velocity_targets import ROLLOUT_TARGETS
+from .tapo_config import TAPOConfig
+
+
+RewardModel = str | SLRMModel | RewardFunction
+
+# Beside norms and embeddings, which diffusers leaves alone: the score stream and LoRA matrices keep their precision.
+SCORE_LAYERS = ("score_projections", "score_output", "score_head", "lora_")
+
+
+def check_rewards(rewards: Sequence[RewardModel], args: TAPOConfig) -> None:
+    """
+    Refuse what cannot work, before anything is loaded.
+
+    Raises:
+        ValueError: if a reward is neither a name, an SLRM nor a callable, or if an option for SLRMs has nothing to act on.
+    """
+    for reward in rewards:
+        if not isinstance(reward, (str, SLRMModel)) and not callable(reward):
+            raise ValueError(
+                "`reward_model` must be a folder or Hub id, an `SLRMModel`, or a callable, got "
+                f"`{type(reward).__name__}`."
+            )
+    has_slrm = any(isinstance(reward, (str, SLRMModel)) for reward in rewards)
+    for option in ("reward_layerwise_casting", "reward_group_offload"):
+        if getattr(args, option) and not has_slrm:
+            raise ValueError(f"`{option}=True` is for SLRMs, but every `reward_model` is a function: leave it unset.")
+    if args.reward_model_init_kwargs and not any(isinstance(reward, str) for reward in rewards):
+        raise ValueError("`reward_model_init_kwargs` is for reward models that are loaded by name, but none is.")
+    if args.reward_group_offload and args.device.type == "cpu":
+        raise ValueError(
+            "`reward_group_offload=True` keeps the SLRM on the CPU and lends its blocks to an accelerator, but this run is "
+            "on the CPU: leave it unset."
+        )
+
+
+def load_reward(reward: RewardModel, policy: FlowPolicy, args: TAPOConfig) -> LatentReward | PixelReward:
+    """
+    A reward as the sampler calls it. An SLRM is frozen, and stays on the CPU until [`place_reward`].
+
+    Args:
+        reward (`str`, [`SLRMModel`] or `Callable`): see [`TAPOTrainer`].
+        policy ([`FlowPolicy`]): the policy whose latents will be rated.
+        args ([`TAPOConfig`]): the configuration.
+    """
+    if not isinstance(reward, (str, SLRMModel)):
+        return PixelReward(reward, policy, args.score_batch_size)
+    slrm = reward
+    if isinstance(reward, str):
+        kwargs = dict(args.reward_model_init_kwargs or {})
+        if isinstance(kwargs.get("torch_dtype"), str):
+            kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
+        slrm = SLRMModel.from_pretrained(reward, **kwargs)
+    slrm.check_compatible(policy, max_sequence_length=args.max_sequence_length)
+    slrm.requires_grad_(False).eval()
+    velocity_target = args.velocity_target or ROLLOUT_TARGETS[slrm.config.velocity_target]
+    return LatentReward(slrm, velocity_target, args.score_batch_size)
+
+
+def place_reward(reward: LatentReward | PixelReward, args: TAPOConfig) -> None:
+    """Put an SLRM where it computes, in the way that the configuration asks for. Pixel rewards have nothing to place."""
+    if isinstance(reward, PixelReward):
+        return
+    if args.reward_layerwise_casting:
+        store_in_float8(reward.model)
+    if args.reward_group_offload:
+        offload_blocks(reward.model, args.device)
+    else:
+        reward.model.to(args.device)
+
+
+def store_in_float8(slrm: SLRMModel) -> None:
+    """
+    Keep the linear layers of a frozen SLRM's backbone in float8, one byte per weight; each is cast to the backbone's
+    precision for its own forward. The score stream, norms and embeddings, and LoRA matrices stay as they are.
+    """
+    transformer = slrm.transformer
+    transformer.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn,
+        compute_dtype=transformer.backbone_dtype,
+        skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, *SCORE_LAYERS),
+    )
+
+
+def offload_blocks(slrm: SLRMModel, device: torch.device) -> None:
+    """Keep a frozen SLRM on the CPU; each block comes to `device` for its own forward, the next one on its way already."""
+    slrm.transformer.enable_group_offload(
+        onload_device=device,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=device.type == "cuda",
+    )

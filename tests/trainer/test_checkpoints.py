@@ -1,0 +1,84 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+
+import pytest
+
+from tapo_trl.trainer.checkpoints import SEAL_NAME, checkpoint_damage, last_good_checkpoint, seal_checkpoint
+
+
+def make_checkpoint(output_dir, step, sealed=True):
+    folder = output_dir / f"checkpoint-{step}"
+    (folder / "global_step").mkdir(parents=True)
+    (folder / "weights.safetensors").write_bytes(bytes(range(256)) * 8)
+    (folder / "global_step" / "optimizer.pt").write_bytes(b"moments")
+    if sealed:
+        seal_checkpoint(folder)
+    return folder
+
+
+class TestSeal:
+    def test_a_sealed_checkpoint_is_whole(self, tmp_path):
+        folder = make_checkpoint(tmp_path, 1)
+        assert checkpoint_damage(folder) is None
+        files = json.loads((folder / SEAL_NAME).read_text())["files"]
+        assert set(files) == {"weights.safetensors", "global_step/optimizer.pt"}
+        assert not list(folder.glob("*.partial"))
+
+    def test_without_a_seal_it_was_never_finished(self, tmp_path):
+        assert "never finished" in checkpoint_damage(make_checkpoint(tmp_path, 1, sealed=False))
+
+    @pytest.mark.parametrize("name", ["weights.safetensors", "global_step/optimizer.pt"])
+    def test_a_missing_a_shorter_and_a_changed_file_are_found(self, tmp_path, name):
+        for step, change in enumerate(
+            (
+                lambda path: path.unlink(),
+                lambda path: path.write_bytes(b""),
+                lambda path: path.write_bytes(_flip(path)),
+            )
+        ):
+            folder = make_checkpoint(tmp_path, step)
+            change(folder / name)
+            assert name in checkpoint_damage(folder)
+
+    def test_an_unreadable_seal(self, tmp_path):
+        folder = make_checkpoint(tmp_path, 1)
+        (folder / SEAL_NAME).write_text("{")
+        assert SEAL_NAME in checkpoint_damage(folder)
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    return bytes(data)
+
+
+class TestLastGoodCheckpoint:
+    def test_the_newest_by_step_not_by_name(self, tmp_path):
+        for step in (9, 10, 2):
+            make_checkpoint(tmp_path, step)
+        assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+    def test_falls_back_with_a_warning(self, tmp_path, caplog):
+        good = make_checkpoint(tmp_path, 1)
+        make_checkpoint(tmp_path, 2, sealed=False)
+        (make_checkpoint(tmp_path, 3) / "weights.safetensors").unlink()
+        assert last_good_checkpoint(tmp_path) == good
+
+    def test_none(self, tmp_path):
+        assert last_good_checkpoint(tmp_path) is None
+        assert last_good_checkpoint(tmp_path / "missing") is None
+        (tmp_path / "checkpoint-best").mkdir()
+        assert last_good_checkpoint(tmp_path) is None
