@@ -1,4 +1,5 @@
 # make demo      install into .venv, then train the reward model and align the policy on the emoji world
+# make demo-video  the same for video: a tiny Wan2.1 on the moving-emoji world, into report/moving_emoji
 # make test      install into .venv, then run the test suite
 # make lint      check style and formatting;  make format  repairs them
 # make install   create .venv (only when it is missing or pyproject.toml changed)
@@ -20,7 +21,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml --n
 SLRM_CONFIG ?= recipes/emoji/slrm.yaml
 TAPO_CONFIG ?= recipes/emoji/tapo.yaml
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo demo-video test lint format clean
 
 install: $(STAMP)
 
@@ -36,6 +37,12 @@ demo: install
 	$(LAUNCH) examples/slrm_sd35.py --config $(SLRM_CONFIG)
 	$(LAUNCH) examples/tapo_sd35.py --config $(TAPO_CONFIG)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/emoji/report.py
+
+demo-video: install
+	$(BIN)/python examples/moving_emoji/make_pairs.py
+	$(LAUNCH) examples/slrm_wan21.py --config recipes/moving_emoji/slrm.yaml
+	$(LAUNCH) examples/tapo_wan21.py --config recipes/moving_emoji/tapo.yaml
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/moving_emoji/report.py
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

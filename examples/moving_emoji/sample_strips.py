@@ -1,0 +1,51 @@
+# Copyright 2026 The TAPO-TRL Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Draws the sample picture of the README with the base pipeline: two clips per row, their frames side by side.
+
+python examples/moving_emoji/sample_strips.py --output examples/moving_emoji/assets/base_samples.png
+"""
+
+import argparse
+from pathlib import Path
+
+from clips import HERE, save_strips
+from sampling import load_pipeline, sample
+
+
+PROMPTS = [
+    "panda face moving left",
+    "red apple moving right",
+    "frog face moving up",
+    "soccer ball moving down",
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline_dir", type=Path, default=HERE / "pipeline")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--per_prompt", type=int, default=6)
+    parser.add_argument("--guidance_scale", type=float, default=1.5)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    prompts = [prompt for prompt in args.prompts for _ in range(args.per_prompt)]
+    clips = sample(load_pipeline(args.pipeline_dir), prompts, args.seed, args.steps, args.guidance_scale)
+    save_strips(clips, args.output, columns=2)
+
+
+if __name__ == "__main__":
+    main()
