@@ -1,6 +1,7 @@
 # make demo      install into .venv, then train the reward model and align the policy on the emoji world
 # make demo-video  the same for video: a tiny Wan2.1 on the moving-emoji world, into report/moving_emoji
 # make test      install into .venv, then run the test suite
+# make test-distributed  install DeepSpeed, then train on two processes under every engine
 # make lint      check style and formatting;  make format  repairs them
 # make install   create .venv (only when it is missing or pyproject.toml changed)
 #
@@ -21,7 +22,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml --n
 SLRM_CONFIG ?= recipes/emoji/slrm.yaml
 TAPO_CONFIG ?= recipes/emoji/tapo.yaml
 
-.PHONY: install demo demo-video test lint format clean
+.PHONY: install demo demo-video test test-distributed lint format clean
 
 install: $(STAMP)
 
@@ -46,6 +47,10 @@ demo-video: install
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-distributed: install
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[deepspeed]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m distributed tests/distributed $(PYTEST_FLAGS)
 
 lint: install
 	$(BIN)/ruff check .

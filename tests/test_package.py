@@ -30,6 +30,11 @@ ROOT = Path(tapo_trl.__file__).parents[1]
 DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
 PARSERS = {"slrm": slrm.make_parser, "tapo": tapo.make_parser, "evaluate": evaluate.make_parser}
+LAUNCHER_FLAGS = {  # of accelerate, torchrun and Slurm
+    *("config_file", "machine_rank", "main_process_ip", "mixed_precision", "num_machines", "num_processes"),
+    *("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"),
+    *("gpus", "nodes", "ntasks", "requeue", "signal"),
+}
 PUBLIC_NAMES = [
     "EMACallback",
     "FlowMatchSDEScheduler",
@@ -145,7 +150,7 @@ class TestRecipes:
     @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=name_of)
     def test_accelerate_reads_its_configurations(self, path):
         config = load_config_from_file(str(path))
-        assert config.num_machines == 1
+        assert config.num_machines == (2 if path.stem == "multi_node" else 1)
         assert config.num_processes >= 1
 
 
@@ -176,7 +181,7 @@ class TestDocumentation:
         fields = {
             command: make()._field_names() for command, make in {**PARSERS, "sample": sample.make_parser}.items()
         }
-        known = set().union(*fields.values()) | {"config", "config_file", "num_processes", "mixed_precision"}
+        known = set().union(*fields.values()) | {"config"} | LAUNCHER_FLAGS
         for flag in re.findall(r"`?--([a-z]\w+)", path.read_text(encoding="utf-8")):
             assert flag in known | {"extra"}, flag
 

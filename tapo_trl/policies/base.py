@@ -272,13 +272,24 @@ class FlowPolicy(ABC):
             digest.update(tensor.detach().cpu().signbit().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def save_lora_weights(self, save_directory: str | Path, model: PeftModel) -> None:
+    def save_lora_weights(
+        self, save_directory: str | Path, model: PeftModel, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
         """
         Write `pytorch_lora_weights.safetensors` for the pipeline's `load_lora_weights`, with the adapter's metadata,
         without which `lora_alpha` is lost.
+
+        Args:
+            save_directory (`str` or `Path`): where to.
+            model ([`~peft.PeftModel`]): the network.
+            state_dict (`dict[str, torch.Tensor]`, *optional*): its weights, where each process has a part of them only.
         """
+        if state_dict is not None:
+            state_dict = {name.removeprefix("base_model.model."): tensor for name, tensor in state_dict.items()}
         self.pipeline.save_lora_weights(
             save_directory,
-            transformer_lora_layers=get_peft_model_state_dict(model.get_base_model(), adapter_name="default"),
+            transformer_lora_layers=get_peft_model_state_dict(
+                model.get_base_model(), state_dict=state_dict, adapter_name="default"
+            ),
             **_collate_lora_metadata({"transformer": model}),
         )

@@ -17,11 +17,14 @@
 import os
 import sys
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..policies import FlowPolicy
 from .checkpoints import SealCallback, SealedCheckpointsMixin
@@ -88,7 +91,7 @@ class DiffusionTrainerMixin(SealedCheckpointsMixin):
             model_name=model_name or (hub_model_id or folder.resolve().name).split("/")[-1],
             dataset_name=dataset_name,
             pipeline_class=type(self.policy.pipeline).__name__,
-            transformer_class=type(self.policy.transformer).__name__,
+            transformer_class=self.policy.pipeline.config["transformer"][1],  # FSDP changes that of the object
             modality=self.policy.modality,
             fps=self.args.fps if self.policy.modality == "video" else None,
             is_lora=is_peft_model(self.accelerator.unwrap_model(self.model)),
@@ -120,6 +123,22 @@ def check_writable(folder: str) -> None:
         raise ValueError(f"`output_dir={folder}` cannot be created: {error}.") from error
     if not os.access(path, os.W_OK):
         raise ValueError(f"`output_dir={folder}` is not writable.")
+
+
+@contextmanager
+def whole_weights(args: TrainingArguments) -> Iterator[None]:
+    """
+    Inside, models are loaded whole on every process. Under ZeRO-3 Transformers would split them over the processes right
+    away, also those that no engine ever puts together again, such as text encoders.
+    """
+    if args.deepspeed_plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(args.deepspeed_plugin.hf_ds_config)
 
 
 def check_no_data_parallel(args: TrainingArguments, trainer: str) -> None:

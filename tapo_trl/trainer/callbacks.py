@@ -25,6 +25,7 @@ from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
@@ -134,10 +135,10 @@ class EMACallback(TAPOCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         parameters = self._parameters()
-        if any(parameter.numel() == 0 for parameter in parameters):
+        if any(parameter.numel() == 0 or isinstance(parameter, DTensor) for parameter in parameters):
             raise ValueError(
-                "`EMACallback` needs whole parameters on every process, but these are partitioned (ZeRO-3). Train with "
-                "DDP or ZeRO-2, or without the average."
+                "`EMACallback` needs whole parameters on every process, but these are partitioned (ZeRO-3 or FSDP). Train "
+                "with DDP or ZeRO-2, or without the average."
             )
         self.ema = EMAModel(parameters, decay=self.decay, update_after_step=self.update_after_step)
         self.ema.to(dtype=torch.float32)

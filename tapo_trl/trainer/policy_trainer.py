@@ -32,7 +32,12 @@ TRANSFORMER_FOLDER = "transformer"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def save_policy(folder: str | Path, policy: FlowPolicy, model: torch.nn.Module) -> None:
+def save_policy(
+    folder: str | Path,
+    policy: FlowPolicy,
+    model: torch.nn.Module,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
     """
     Write what was trained in the format that diffusers loads.
 
@@ -41,11 +46,16 @@ def save_policy(folder: str | Path, policy: FlowPolicy, model: torch.nn.Module) 
         policy ([`FlowPolicy`]): the model's family.
         model (`torch.nn.Module`): the bare network. With LoRA, `pytorch_lora_weights.safetensors` is written, for
             `load_lora_weights`; otherwise the folder `transformer`, for `from_pretrained(..., subfolder="transformer")`.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): its weights, where each process has a part of them only.
     """
     if is_peft_model(model):
-        policy.save_lora_weights(folder, model)
-    else:
-        model.save_pretrained(Path(folder) / TRANSFORMER_FOLDER)
+        policy.save_lora_weights(folder, model, state_dict)
+        return
+    if state_dict is not None:
+        with torch.device("meta"):
+            model = type(model).from_config(model.config)
+        model.load_state_dict(state_dict, assign=True)
+    model.save_pretrained(Path(folder) / TRANSFORMER_FOLDER)
 
 
 class PolicyTrainerMixin:
@@ -113,6 +123,8 @@ class PolicyTrainerMixin:
     # Saving and loading
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
         output_dir = Path(output_dir if output_dir is not None else self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
         if is_peft_model(model):
@@ -120,18 +132,19 @@ class PolicyTrainerMixin:
         else:
             output_dir.mkdir(parents=True, exist_ok=True)
             torch.save(self.args, output_dir / "training_args.bin")
-        save_policy(output_dir, self.policy, model)
+        save_policy(output_dir, self.policy, model, state_dict)
         self.create_model_card()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint) / TRANSFORMER_FOLDER
-        if not folder.is_dir():
+        if not folder.is_dir() or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         model.load_state_dict(type(model).from_pretrained(folder).state_dict())
 
     def _load_best_model(self) -> None:
-        if (Path(self.state.best_model_checkpoint) / TRANSFORMER_FOLDER).is_dir():
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if (Path(self.state.best_model_checkpoint) / TRANSFORMER_FOLDER).is_dir() and not is_sharded:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()

@@ -47,6 +47,7 @@ from ..policies import FlowPolicy, load_policy
 from ..rewards.slrm import SLRMModel, enhanced_log_score, log_score, score_distance
 from ..seeding import seeded_generator
 from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable
+from .launch_checks import check_launch, uses_fsdp
 from .slrm_config import SLRMConfig
 from .tracking import make_config_trackable
 
@@ -121,6 +122,7 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing: give preference pairs.")
         check_preference_dataset(train_dataset, "train_dataset", args.dimension_weights)
+        check_launch(args, len(train_dataset))
         for name, split in _named_splits(eval_dataset).items():
             check_preference_dataset(split, name, args.dimension_weights)
 
@@ -283,7 +285,13 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         broadcast = sigmas.view(-1, *[1] * (clean.ndim - 1))
         noisy = (1 - broadcast) * clean + broadcast * noise
         velocity = noise - clean
-        output = model(noisy, sigmas, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+        # By name: DeepSpeed casts what is passed by position to float16, in which noise levels collapse
+        output = model(
+            latents=noisy,
+            sigma=sigmas,
+            prompt_embeds=embeds.prompt_embeds,
+            pooled_prompt_embeds=embeds.pooled_prompt_embeds,
+        )
 
         # Eq. 7 and 8
         rules = {args.velocity_target} if mode == "train" else {args.velocity_target, *args.eval_rules}
@@ -400,7 +408,7 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
 
 def _check_sharding(args: SLRMConfig) -> None:
     zero_stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
-    if args.fsdp or zero_stage == 3:
+    if uses_fsdp(args) or zero_stage == 3:
         raise ValueError(
             "`SLRMTrainer` cannot save weights that are sharded over processes: use DDP or DeepSpeed ZeRO stage 1 or 2 "
             "instead of FSDP or ZeRO stage 3."

@@ -26,7 +26,7 @@ from datasets import Dataset, load_dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, get_peft_model
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, identity
@@ -38,8 +38,9 @@ from ..rewards.scoring import WeightedReward
 from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs
 from ..schedulers import gaussian_kl, sde_step_indices
 from ..seeding import seeded_generator
-from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable
+from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable, whole_weights
 from .callbacks import TAPOCallback
+from .launch_checks import check_launch
 from .model_card import TAPO_OPTIONS
 from .policy_trainer import PolicyTrainerMixin
 from .reward_loading import RewardModel, check_rewards, load_reward, place_reward
@@ -125,6 +126,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
                 else load_dataset(args.dataset_name, split=args.dataset_split)
             )
         train_dataset = prepare_prompts(train_dataset, "train_dataset")
+        check_launch(args, len(train_dataset))
         global_batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         if args.num_iterations > 1 and len(train_dataset) < global_batch_size:
             raise ValueError(
@@ -139,15 +141,16 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             eval_dataset = prepare_prompts(eval_dataset, "eval_dataset")
 
         # Policy
-        self.policy = load_policy(model, **_model_init_kwargs(args, peft_config))
+        with whole_weights(args):
+            self.policy = load_policy(model, **_model_init_kwargs(args, peft_config))
         args.height, args.width = args.height or args.resolution, args.width or args.resolution
         self.latent_shape = self.policy.latent_shape(args.height, args.width, args.num_frames)
         if args.max_sequence_length is None:
             args.max_sequence_length = self.policy.max_sequence_length
         offload = self.policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
-        self.reward = WeightedReward(
-            [load_reward(reward, self.policy, args) for reward in reward_models], args.reward_weights
-        )
+        with whole_weights(args):
+            rewards = [load_reward(reward, self.policy, args) for reward in reward_models]
+        self.reward = WeightedReward(rewards, args.reward_weights)
 
         transformer = self.policy.transformer.requires_grad_(peft_config is None)
         make_config_trackable(transformer)
@@ -156,6 +159,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
                 raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
             if peft_config.target_modules is None:
                 peft_config.target_modules = self.policy.lora_target_modules
+            set_seed(args.seed)  # LoRA starts at random
             transformer = get_peft_model(transformer, peft_config)
             self.ref_model = None
         else:
@@ -259,15 +263,21 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None
     ) -> torch.Tensor:
+        model.train()  # from here on metrics are those of the training
         pairs = self._pairs_of_step(inputs)
         chunk_size = self.args.transition_batch_size or self.args.per_device_train_batch_size
         num_chunks = math.ceil(pairs.num_pairs / chunk_size)
         loss = torch.zeros((), device=self.accelerator.device)
+        ends_accumulation = self.accelerator.sync_gradients
         for index, chunk in enumerate(pairs.transitions(chunk_size)):
-            # Gradients are synchronised with the last chunk only. DeepSpeed does its own accounting.
-            is_last = index == num_chunks - 1 or self.accelerator.distributed_type == DistributedType.DEEPSPEED
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            # Only the last backward of an optimiser step shares gradients, and makes DeepSpeed update: it does so in the
+            # backward itself, after every one that it takes for the last.
+            is_last = ends_accumulation and index == num_chunks - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            shares = is_last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            with nullcontext() if shares else self.accelerator.no_sync(model):
                 loss += super().training_step(model, chunk, num_items_in_batch)
+        self.accelerator.gradient_state._set_sync_gradients(ends_accumulation)
         return loss
 
     def _pairs_of_step(self, batch: list[dict[str, Any]]) -> TrajectoryPairs:

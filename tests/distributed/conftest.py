@@ -1,0 +1,152 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""One launch per engine, shared by all tests: starting Python on every process takes longer than the trainings."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tapo_trl import SLRMModel, load_policy
+
+from ..data.preference_pairs import color_pairs
+from ..testing_utils import tiny_sd3_pipeline
+from .launching import ENGINES, Engine, compile_deepspeed, launch
+
+
+# Updates of SGD are linear in the gradient: a gradient that is too large by a factor gives other weights, which Adam,
+# whose updates do not depend on the scale, would hide; and Adam makes large updates of rounding errors where a gradient
+# is close to zero. Norms stay below `max_grad_norm`, which would hide the factor as well, in all but "accumulate".
+PARITY = {
+    "tapo": {
+        "trainer": "tapo",
+        "global_batch": 4,
+        "evaluate": True,
+        "generate": True,
+        "args": {"max_steps": 4, "learning_rate": 0.5, "beta": 100.0},
+    },
+    "accumulate": {
+        "trainer": "tapo",
+        "global_batch": 4,
+        "args": {
+            "max_steps": 4,
+            "learning_rate": 0.2,
+            "beta": 300.0,
+            "gradient_accumulation_steps": 2,
+            "activation_checkpointing": True,
+        },
+    },
+    "full": {
+        "trainer": "tapo",
+        "global_batch": 4,
+        "lora": False,
+        "args": {"max_steps": 2, "learning_rate": 0.1, "beta": 10.0},
+    },
+}
+SLRM_PARITY = {
+    "slrm": {"trainer": "slrm", "global_batch": 4, "args": {"max_steps": 4, "learning_rate": 0.1}},
+}
+# 12 rows are 3 steps of 4: the checkpoint of step 4 lies inside of the second epoch
+ADAM = {
+    "optim": "adamw_torch",
+    "learning_rate": 1e-2,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "cosine",
+    "max_steps": 5,
+    "save_strategy": "steps",
+    "save_steps": 4,
+}
+RESUME = {
+    "adam": {"trainer": "tapo", "global_batch": 4, "args": ADAM},
+    "resumed": {"trainer": "tapo", "global_batch": 4, "args": ADAM, "resume": "adam"},
+}
+BF16_RESUME = {
+    "adam_bf16": {"trainer": "tapo", "global_batch": 4, "args": ADAM | {"bf16": True}},
+    "resumed_bf16": {"trainer": "tapo", "global_batch": 4, "args": ADAM | {"bf16": True}, "resume": "adam_bf16"},
+}
+SLRM_RESUME = {
+    "slrm_adam": {"trainer": "slrm", "global_batch": 4, "args": ADAM},
+    "slrm_resumed": {"trainer": "slrm", "global_batch": 4, "args": ADAM, "resume": "slrm_adam"},
+}
+EMA_RESUME = {
+    "ema": {"trainer": "tapo", "global_batch": 4, "args": ADAM, "ema": True},
+    "ema_resumed": {"trainer": "tapo", "global_batch": 4, "args": ADAM, "ema": True, "resume": "ema"},
+}
+UNEVEN = {
+    "uneven": {
+        "trainer": "tapo",
+        "global_batch": 4,
+        "num_rows": 10,
+        "args": {"num_train_epochs": 1, "learning_rate": 0.1},
+    },
+}
+REFUSED_SLRM = {"slrm_refused": {"trainer": "slrm", "global_batch": 4, "refused": True, "args": {}}}
+ALONE = {"alone": {"trainer": "tapo", "global_batch": 4, "refused": True, "args": {"use_cpu": False}}}
+NOT_SHARDED = {
+    "not_sharded": {"trainer": "tapo", "global_batch": 4, "refused": True, "pretend_gpus": False, "args": {}}
+}
+
+RUNS = {
+    "single": PARITY | SLRM_PARITY,
+    "ddp": PARITY | SLRM_PARITY | RESUME | BF16_RESUME | SLRM_RESUME | EMA_RESUME | UNEVEN,
+    "zero1": PARITY,
+    "zero2": PARITY | SLRM_PARITY | RESUME | BF16_RESUME | SLRM_RESUME | ALONE,
+    "zero3": PARITY | RESUME | UNEVEN | REFUSED_SLRM,
+    "fsdp2": PARITY | RESUME | UNEVEN | REFUSED_SLRM | NOT_SHARDED,
+}
+
+
+@dataclass
+class Results:
+    """What the runs of an engine left."""
+
+    engine: Engine
+    folder: Path
+    facts: dict[str, dict]
+
+    def weights(self, run: str, file: str = "pytorch_lora_weights.safetensors") -> dict[str, torch.Tensor]:
+        """The final weights, as diffusers loads them."""
+        return load_file(self.folder / run / "final" / file)
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("assets")
+    tiny_sd3_pipeline().save_pretrained(folder / "pipeline")
+    policy = load_policy(str(folder / "pipeline"))
+    torch.manual_seed(0)
+    SLRMModel.from_policy(policy, num_task_tokens=2, max_sequence_length=4).save_pretrained(folder / "reward")
+    color_pairs(12).save_to_disk(folder / "pairs")
+    return {name: str(folder / name) for name in ("pipeline", "reward", "pairs")}
+
+
+@pytest.fixture(scope="session")
+def results(job, tmp_path_factory):
+    """`results("zero2")`: what the runs of that engine left."""
+
+    compile_once = cache(compile_deepspeed)
+
+    @cache
+    def of_engine(name: str) -> Results:
+        if ENGINES[name].recipe.startswith("deepspeed"):
+            compile_once()
+        folder = tmp_path_factory.mktemp(name)
+        facts = launch(ENGINES[name], job | {"runs": RUNS[name]}, folder)
+        return Results(ENGINES[name], folder, facts)
+
+    return of_engine

@@ -1,0 +1,132 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The same training on one process and on two, under every engine."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tapo_trl import SLRMModel, load_policy
+
+from .conftest import RUNS
+
+
+pytestmark = pytest.mark.distributed
+
+ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+LOGGED = ("loss", "grad_norm", "reward", "reward_std", "kl", "rewards/margins", "rewards/accuracies", "step_01/loss")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+class TestEngine:
+    def test_is_what_it_says(self, results, engine):
+        result = results(engine)
+        for name, facts in result.facts.items():
+            if "error" in facts:
+                continue
+            assert [process["process_index"] for process in facts["processes"]] == [0, 1]
+            for process in facts["processes"]:
+                assert process["num_processes"] == 2
+                assert process["trainable"] > 0
+                assert process.items() >= result.engine.expected.items(), name
+
+    def test_shards_what_it_says(self, results, engine):
+        for process in results(engine).facts["tapo"]["processes"]:
+            assert process["empty"] == (process["trainable"] if engine == "zero3" else 0)
+            assert process["dtensors"] == (process["trainable"] if engine == "fsdp2" else 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+class TestTAPO:
+    @pytest.mark.parametrize("run", ["tapo", "accumulate"])
+    def test_weights(self, results, job, engine, run):
+        single, several = results("single"), results(engine)
+        trained = single.weights(run)
+        assert max(tensor.abs().max() for name, tensor in trained.items() if "lora_B" in name) > 1e-2
+        assert largest_difference(several.weights(run), trained) < 1e-5
+
+    def test_weights_of_full_fine_tuning(self, results, job, engine):
+        single, several = results("single"), results(engine)
+        trained = single.weights("full", TRANSFORMER)
+        before = load_file(f"{job['pipeline']}/{TRANSFORMER}")
+        assert largest_difference(trained, before) > 1e-3
+        assert largest_difference(several.weights("full", TRANSFORMER), trained) < 1e-5
+
+    @pytest.mark.parametrize("run", ["tapo", "accumulate", "full"])
+    def test_logs(self, results, engine, run):
+        single, several = results("single").facts[run], results(engine).facts[run]
+        steps = [entry for entry in single["log_history"] if "loss" in entry]
+        assert len(steps) == RUNS["single"][run]["args"]["max_steps"]
+        for expected, found in zip(steps, several["log_history"], strict=False):
+            for name in LOGGED:
+                assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), (name, expected["step"])
+
+    def test_evaluation(self, results, engine):
+        single, several = (results(name).facts["tapo"]["log_history"][-1] for name in ("single", engine))
+        for name in ("eval_loss", "eval_reward", "eval_kl", "eval_rewards/margins", "eval_step_01/loss"):
+            assert several[name] == pytest.approx(single[name], rel=1e-3, abs=1e-5), name
+
+    def test_every_process_generates_the_same(self, results, engine):
+        expected = torch.tensor(results("single").facts["tapo"]["processes"][0]["samples"])
+        assert expected.std() > 0.01
+        for process in results(engine).facts["tapo"]["processes"]:
+            torch.testing.assert_close(torch.tensor(process["samples"]), expected, atol=1e-4, rtol=0)
+
+    def test_saved_files_load(self, results, job, engine):
+        folder = results(engine).folder
+        pipeline = load_policy(job["pipeline"]).pipeline
+        pipeline.load_lora_weights(folder / "tapo" / "final")
+        assert pipeline.get_active_adapters() == ["default_0"]
+        transformer = type(pipeline.transformer).from_pretrained(folder / "full" / "final", subfolder="transformer")
+        assert transformer.config["_class_name"] == "SD3Transformer2DModel"
+
+    def test_card_names_the_class_of_diffusers(self, results, engine):
+        card = (results(engine).folder / "full" / "README.md").read_text()
+        assert "transformer = SD3Transformer2DModel.from_pretrained" in card
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_slrm_weights(results, engine):
+    trained, several = (
+        SLRMModel.from_pretrained(results(name).folder / "slrm" / "final", base_model=None)
+        for name in ("single", engine)
+    )
+    assert largest_difference(trained.state_dict(), several.state_dict()) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_uneven_last_batch_is_trained_on(results, engine):
+    steps = [entry for entry in results(engine).facts["uneven"]["log_history"] if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+    def test_slrm_where_weights_are_sharded(self, results, engine):
+        assert "cannot save weights that are sharded" in results(engine).facts["slrm_refused"]["error"]
+
+    def test_processes_that_do_not_know_of_each_other(self, results):
+        message = results("zero2").facts["alone"]["error"]
+        assert "The launcher started 2 processes, but each of them believes that they are 1" in message
+        assert "use_cpu: true" in message
+
+    def test_fsdp_that_does_not_shard(self, results):
+        assert "accelerate shards nothing" in results("fsdp2").facts["not_sharded"]["error"]

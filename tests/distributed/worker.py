@@ -1,0 +1,187 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Runs trainings and writes down what they were: the file that the tests of this folder start on several processes.
+
+    accelerate launch ... worker.py JOB.json
+
+A job is `{"pipeline": folder, "reward": folder, "pairs": folder, "output_dir": folder, "runs": {name: run}}`. A run has
+
+- `trainer`: `"tapo"` or `"slrm"`,
+- `global_batch`: examples per optimiser step, divided among the processes,
+- `args`: further arguments of the configuration,
+- `num_rows`: rows of the train dataset, 12 by default,
+- `lora`: whether to train LoRA, `true` by default,
+- `ema`: whether to keep an average of the weights,
+- `resume`: name of an earlier run whose last but one checkpoint is where this one begins,
+- `evaluate`, `generate`: whether to do so after the training,
+- `refused`: whether the trainer must refuse the run,
+- `pretend_gpus`: whether FSDP may shard over CPUs, `true` by default.
+
+Each leaves a folder `output_dir/name` with its checkpoints, the final model in `final` and `facts.json`.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, gather_object
+from datasets import Dataset, load_from_disk
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+from tapo_trl import EMACallback, SLRMConfig, SLRMTrainer, TAPOConfig, TAPOTrainer
+
+
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "seed": 3,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "resolution": 32,
+    "max_sequence_length": 4,
+    "activation_checkpointing": False,
+}
+TAPO = {
+    "num_inference_steps": 5,
+    "num_sde_steps": 3,
+    "num_candidates": 2,
+    "guidance_scale": 2.0,
+    "transition_batch_size": 2,
+    "ddp_find_unused_parameters": False,
+}
+LORA = {"r": 4, "lora_alpha": 8}
+
+
+def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2))
+
+
+def prompts(number: int) -> Dataset:
+    return Dataset.from_dict({"prompt": [f"a {chr(ord('a') + i)} on a hill" for i in range(number)]})
+
+
+def let_fsdp_run_on_cpu(args: TrainingArguments) -> None:
+    """accelerate takes several processes on CPUs for plain data parallelism, whatever the launcher says of FSDP."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and args.device.type == "cpu":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def let_zero3_shard_tiny_weights(args: TrainingArguments) -> None:
+    """ZeRO-3 keeps weights of less than 100,000 elements whole: those of a tiny model are none but such."""
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+
+def make_trainer(job: dict, run: dict, output_dir: Path) -> TAPOTrainer | SLRMTrainer:
+    options = COMMON | (TAPO if run["trainer"] == "tapo" else {}) | run["args"]
+    accumulation = options.get("gradient_accumulation_steps", 1)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    options["per_device_train_batch_size"] = run["global_batch"] // world_size // accumulation
+    options["per_device_eval_batch_size"] = 4 // world_size
+    options |= {"output_dir": str(output_dir), "cache_dir": str(output_dir.parent / "cache")}
+    args = (TAPOConfig if run["trainer"] == "tapo" else SLRMConfig)(**options)
+    if run.get("pretend_gpus", True):
+        let_fsdp_run_on_cpu(args)
+    let_zero3_shard_tiny_weights(args)
+    peft_config = LoraConfig(**LORA) if run.get("lora", True) else None
+    num_rows = run.get("num_rows", 12)
+    if run["trainer"] == "slrm":
+        pairs = load_from_disk(job["pairs"]).select(range(num_rows))
+        return SLRMTrainer(job["pipeline"], args, pairs, eval_dataset=pairs.select(range(4)), peft_config=peft_config)
+    return TAPOTrainer(
+        job["pipeline"],
+        [job["reward"], redness],
+        args,
+        prompts(num_rows),
+        eval_dataset=prompts(4),
+        callbacks=[EMACallback(decay=0.5)] if run.get("ema") else None,
+        peft_config=peft_config,
+    )
+
+
+def facts(trainer: TAPOTrainer | SLRMTrainer) -> dict:
+    """What the engine of this process really is."""
+    state, engine = trainer.accelerator.state, trainer.model_wrapped
+    is_deepspeed = state.distributed_type == DistributedType.DEEPSPEED
+    trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return {
+        "process_index": state.process_index,
+        "num_processes": state.num_processes,
+        "distributed_type": state.distributed_type.value,
+        "engine": type(engine).__name__,
+        "zero_stage": engine.zero_optimization_stage() if is_deepspeed else 0,
+        "dtensors": sum(isinstance(parameter, DTensor) for parameter in trainable),
+        "empty": sum(parameter.numel() == 0 for parameter in trainable),
+        "trainable": len(trainable),
+    }
+
+
+def last_but_one_checkpoint(folder: Path) -> Path:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-2]
+
+
+def refuse(job: dict, name: str) -> None:
+    output_dir = Path(job["output_dir"]) / name
+    try:
+        make_trainer(job, job["runs"][name], output_dir)
+    except ValueError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            output_dir.mkdir(exist_ok=True)
+            (output_dir / "facts.json").write_text(json.dumps({"error": str(error)}))
+    else:
+        raise AssertionError(f"{name} should have been refused.")
+
+
+def execute(job: dict, name: str) -> None:
+    run, output_dir = job["runs"][name], Path(job["output_dir"]) / name
+    trainer = make_trainer(job, run, output_dir)
+    checkpoint = None
+    if "resume" in run:
+        checkpoint = last_but_one_checkpoint(output_dir.parent / run["resume"])
+        if trainer.is_world_process_zero():
+            shutil.copytree(checkpoint, output_dir / checkpoint.name)
+        trainer.accelerator.wait_for_everyone()
+        checkpoint = str(output_dir / checkpoint.name)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    engine = facts(trainer)
+    if run.get("evaluate"):
+        trainer.evaluate()
+    samples = trainer.generate([prompts(1)["prompt"][0]]) if run.get("generate") else torch.zeros(0)
+    trainer.save_model(str(output_dir / "final"))
+    everyone = gather_object([engine | {"samples": samples.flatten().tolist()}])
+    if trainer.is_world_process_zero():
+        record = {"processes": everyone, "log_history": trainer.state.log_history}
+        (output_dir / "facts.json").write_text(json.dumps(record))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    for name, run in job["runs"].items():
+        refuse(job, name) if run.get("refused") else execute(job, name)
+    PartialState().destroy_process_group()
