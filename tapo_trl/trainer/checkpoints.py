@@ -126,7 +126,7 @@ class SealCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         if args.should_save:
             seal_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
         self.trainer.accelerator.wait_for_everyone()
 
 

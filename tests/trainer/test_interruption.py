@@ -127,6 +127,14 @@ class TestDamage:
         assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-4"]
         assert checkpoint_damage(Path(trainer.args.output_dir) / "checkpoint-4") is None
 
+    def test_keeps_the_new_run_s_checkpoint_beside_that_of_an_older_longer_run(self, tmp_path):
+        older = tmp_path / "out" / "checkpoint-100"
+        older.mkdir(parents=True)
+        os.utime(older, (0, 0))
+        trainer = make_trainer(tmp_path, save_total_limit=1, **SAVING)
+        trainer.train()
+        assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-4"]
+
     def test_a_disk_that_is_full(self, tmp_path):
         limits, kwargs = resource.getrlimit(resource.RLIMIT_FSIZE), {"peft": False, **SAVING}
         fill = AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))
