@@ -175,8 +175,5 @@ class SealedCheckpointsMixin:
                     f"The checkpoint {resume_from_checkpoint} cannot be used: {damage}. Pass another one, or `True` for "
                     "the last one that is whole."
                 )
-        return super().train(resume_from_checkpoint=_as_string(resume_from_checkpoint), **kwargs)
-
-
-def _as_string(value: str | Path | bool | None) -> str | None:
-    return str(value) if value else None
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
