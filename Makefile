@@ -27,7 +27,7 @@ TAPO_CONFIG ?= recipes/emoji/tapo.yaml
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("tapo_trl needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -c 'import sys; sys.exit("tapo_trl needs Python 3.10 or newer; set PYTHON=...") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[demo,dev]"

@@ -12,29 +12,49 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from .policies import FlowPolicy, load_policy
-from .rewards import SLRMModel
-from .schedulers import FlowMatchSDEScheduler
-from .trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback, TAPOCallback
-from .trainer.slrm_config import SLRMConfig
-from .trainer.slrm_trainer import SLRMTrainer
-from .trainer.tapo_config import TAPOConfig
-from .trainer.tapo_trainer import TAPOTrainer
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_exports
 from .version import __version__
 
 
-__all__ = [
-    "EMACallback",
-    "FlowMatchSDEScheduler",
-    "FlowPolicy",
-    "RewardHackingGuardCallback",
-    "SLRMConfig",
-    "SLRMModel",
-    "SLRMTrainer",
-    "SampleGridCallback",
-    "TAPOCallback",
-    "TAPOConfig",
-    "TAPOTrainer",
-    "__version__",
-    "load_policy",
-]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        ".policies": ("FlowPolicy", "load_policy"),
+        ".rewards": ("DiNaModel", "LRMModel", "SLRMModel", "load_reward_model"),
+        ".schedulers": ("FlowMatchSDEScheduler",),
+        ".trainer.callbacks": (
+            "EMACallback",
+            "PolicyCallback",
+            "RewardHackingGuardCallback",
+            "SampleGridCallback",
+            "TAPOCallback",
+        ),
+        ".trainer.diffusion_dpo_config": ("DiffusionDPOConfig",),
+        ".trainer.diffusion_dpo_trainer": ("DiffusionDPOTrainer",),
+        ".trainer.slrm_config": ("SLRMConfig",),
+        ".trainer.slrm_trainer": ("SLRMTrainer",),
+        ".trainer.tapo_config": ("TAPOConfig",),
+        ".trainer.tapo_trainer": ("TAPOTrainer",),
+        ".version": ("__version__",),
+    },
+)
+
+if TYPE_CHECKING:
+    from .policies import FlowPolicy, load_policy
+    from .rewards import DiNaModel, LRMModel, SLRMModel, load_reward_model
+    from .schedulers import FlowMatchSDEScheduler
+    from .trainer.callbacks import (
+        EMACallback,
+        PolicyCallback,
+        RewardHackingGuardCallback,
+        SampleGridCallback,
+        TAPOCallback,
+    )
+    from .trainer.diffusion_dpo_config import DiffusionDPOConfig
+    from .trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
+    from .trainer.slrm_config import SLRMConfig
+    from .trainer.slrm_trainer import SLRMTrainer
+    from .trainer.tapo_config import TAPOConfig
+    from .trainer.tapo_trainer import TAPOTrainer

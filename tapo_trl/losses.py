@@ -43,9 +43,44 @@ def slrm_loss(
     """
     margins = eta * (chosen_log_scores - rejected_log_scores)
     logits = margins if margin is None else margins - margin
-    losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    losses = _bradley_terry(logits, label_smoothing)
     metrics = {"accuracy": _win_rate(margins), "margin": margins.detach()}
     return losses, metrics
+
+
+def thurstone_loss(
+    chosen_scores: torch.Tensor,
+    rejected_scores: torch.Tensor,
+    sigma: torch.Tensor,
+    margin: torch.Tensor | None = None,
+    label_smoothing: float | torch.Tensor = 0.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    r"""
+    Noise-calibrated Thurstone loss of DiNa-LRM. Each score is taken for the mean of a Gaussian, the wider the noisier the
+    latents, so that the preferred one wins with probability p, whose fidelity to the label is the loss:
+    \\( 1 - \sqrt{p} \) with \\( p = \Phi((s_w - s_l - m) / \sqrt{2 v}) \) and \\( v = 2 \sigma^2 + 0.05 \).
+
+    With a label of which a share q is flipped it is \\( 1 - \sqrt{(1 - q) p} - \sqrt{q (1 - p)} \).
+
+    Args:
+        chosen_scores (`torch.Tensor` of shape `(batch_size,)`): scores of the preferred latents, float32.
+        rejected_scores (`torch.Tensor` of shape `(batch_size,)`): scores of the others, float32.
+        sigma (`torch.Tensor` of shape `(batch_size,)`): noise levels of the pairs in [0, 1].
+        margin (`torch.Tensor` of shape `(batch_size,)`, *optional*): m, by how much the preferred must win.
+        label_smoothing (`float` or `torch.Tensor` of shape `(batch_size,)`, *optional*, defaults to `0.0`):
+            q, the probability that a label is flipped; 0.5 for a tie.
+
+    Returns:
+        `tuple`: losses of shape `(batch_size,)` and metrics `accuracy` (a tie counts one half) and `margin`.
+    """
+    margins = chosen_scores - rejected_scores
+    variance = 2 * sigma.square() + 0.05
+    z = (margins if margin is None else margins - margin) / (2 * variance).sqrt()
+    # sqrt(Phi(z)) by its logarithm, of which the gradient does not vanish or overflow far from 0
+    root_win, root_loss = ((torch.special.log_ndtr(side) / 2).exp() for side in (z, -z))
+    smoothing = torch.as_tensor(label_smoothing, dtype=z.dtype, device=z.device)
+    losses = 1 - (1 - smoothing).sqrt() * root_win - smoothing.sqrt() * root_loss
+    return losses, {"accuracy": _win_rate(margins), "margin": margins.detach()}
 
 
 def tapo_loss(
@@ -82,8 +117,7 @@ def tapo_loss(
     log_ratio_margins = chosen_log_ratios - rejected_log_ratios
 
     if loss_type == "sigmoid":
-        logits = beta * log_ratio_margins
-        losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+        losses = _bradley_terry(beta * log_ratio_margins, label_smoothing)
     elif loss_type == "hinge":
         losses = F.relu(1 - beta * log_ratio_margins)
     elif loss_type == "ipo":
@@ -91,14 +125,74 @@ def tapo_loss(
     else:
         raise ValueError(f"`loss_type` must be 'sigmoid', 'hinge' or 'ipo', got {loss_type!r}.")
 
+    return losses, _implicit_rewards(chosen_rewards, rejected_rewards)
+
+
+def velocity_error_change(velocity: torch.Tensor, ref_velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    r"""
+    By how much the policy misses the target velocity more than the reference does, as a mean over all but the batch
+    dimension: \\( \lVert v_\theta - v \rVert^2 - \lVert v_{ref} - v \rVert^2 \\).
+
+    With \\( \delta = v_\theta - v_{ref} \\) it is \\( \delta (\delta + 2 (v_{ref} - v)) \\), which is exactly 0 when the
+    two agree and does not cancel.
+
+    Args:
+        velocity (`torch.Tensor` of shape `(batch_size, *latent_shape)`): v_theta, float32.
+        ref_velocity (`torch.Tensor`): v_ref, of the same shape.
+        target (`torch.Tensor`): v, of the same shape.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+    delta = velocity - ref_velocity
+    return (delta * (delta + 2 * (ref_velocity - target))).flatten(1).mean(1)
+
+
+def diffusion_dpo_loss(
+    chosen_error_changes: torch.Tensor,
+    rejected_error_changes: torch.Tensor,
+    beta: float,
+    label_smoothing: float | torch.Tensor = 0.0,
+    margin: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    r"""
+    Diffusion-DPO on velocities:
+    \\( -\log \sigma(-\frac{\beta}{2} [(\lVert v_\theta^w - v^w \rVert^2 - \lVert v_{ref}^w - v^w \rVert^2) -
+    (\lVert v_\theta^l - v^l \rVert^2 - \lVert v_{ref}^l - v^l \rVert^2)] - m) \\).
+
+    Args:
+        chosen_error_changes (`torch.Tensor` of shape `(batch_size,)`):
+            [`velocity_error_change`] of the preferred latents, float32.
+        rejected_error_changes (`torch.Tensor` of shape `(batch_size,)`):
+            the same of the others.
+        beta (`float`): strength of the regularisation towards the reference.
+        label_smoothing (`float` or `torch.Tensor` of shape `(batch_size,)`, *optional*, defaults to `0.0`):
+            probability that a label is flipped; 0.5 for a tie.
+        margin (`torch.Tensor` of shape `(batch_size,)`, *optional*): m, by how much the preferred must win.
+
+    Returns:
+        `tuple`: losses of shape `(batch_size,)` and metrics `rewards/chosen`, `rewards/rejected`,
+        `rewards/accuracies` (a tie counts one half) and `rewards/margins`, each of shape `(batch_size,)`.
+    """
+    chosen_rewards, rejected_rewards = -beta / 2 * chosen_error_changes, -beta / 2 * rejected_error_changes
+    logits = chosen_rewards - rejected_rewards
+    losses = _bradley_terry(logits if margin is None else logits - margin, label_smoothing)
+    return losses, _implicit_rewards(chosen_rewards, rejected_rewards)
+
+
+def _bradley_terry(logits: torch.Tensor, label_smoothing: float | torch.Tensor) -> torch.Tensor:
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def _implicit_rewards(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Metrics of TRL's DPO, per pair."""
     margins = chosen_rewards - rejected_rewards
-    metrics = {
+    return {
         "rewards/chosen": chosen_rewards.detach(),
         "rewards/rejected": rejected_rewards.detach(),
         "rewards/accuracies": _win_rate(margins),
         "rewards/margins": margins.detach(),
     }
-    return losses, metrics
 
 
 def _win_rate(margins: torch.Tensor) -> torch.Tensor:

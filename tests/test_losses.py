@@ -17,7 +17,7 @@ import math
 import pytest
 import torch
 
-from tapo_trl.losses import slrm_loss, tapo_loss
+from tapo_trl.losses import diffusion_dpo_loss, slrm_loss, tapo_loss, thurstone_loss, velocity_error_change
 
 
 class TestSLRMLoss:
@@ -41,6 +41,55 @@ class TestSLRMLoss:
         smooth = slrm_loss(zero + 2, zero, label_smoothing=0.25)[0].item()
         expected = -0.75 * math.log(1 / (1 + math.exp(-2))) - 0.25 * math.log(1 / (1 + math.exp(2)))
         assert smooth == pytest.approx(expected, rel=1e-6)
+
+
+class TestThurstoneLoss:
+    def test_is_the_fidelity_of_the_winning_probability(self):
+        """By the error function of the standard library, number by number."""
+        torch.manual_seed(0)
+        chosen, rejected = torch.randn(2, 50, dtype=torch.float64)
+        sigma, margin = torch.rand(50, dtype=torch.float64), torch.rand(50, dtype=torch.float64)
+        for q in (0.0, 0.1, 0.5):
+            losses, metrics = thurstone_loss(chosen, rejected, sigma, margin, label_smoothing=q)
+            for s_w, s_l, level, m, loss in zip(chosen, rejected, sigma, margin, losses, strict=True):
+                variance = 2 * level.item() ** 2 + 0.05
+                z = (s_w - s_l - m).item() / math.sqrt(2 * variance)
+                p = 0.5 * (1 + math.erf(z / math.sqrt(2)))
+                assert loss.item() == pytest.approx(1 - math.sqrt((1 - q) * p) - math.sqrt(q * (1 - p)), abs=1e-12)
+            torch.testing.assert_close(metrics["margin"], chosen - rejected)
+            assert metrics["accuracy"].tolist() == (chosen > rejected).double().tolist()
+
+    def test_the_probability_is_that_two_noisy_scores_compare_so(self):
+        generator = torch.Generator().manual_seed(0)
+        for sigma, gap in ((0.1, 0.3), (0.9, 0.3)):
+            std = math.sqrt(2 * sigma**2 + 0.05)
+            noise = std * torch.randn(2, 400_000, generator=generator)
+            share = (gap + noise[0] > noise[1]).float().mean().item()
+            loss, _ = thurstone_loss(torch.tensor([gap]), torch.tensor([0.0]), torch.tensor([sigma]))
+            assert loss.item() == pytest.approx(1 - math.sqrt(share), abs=2e-3)
+
+    def test_noise_asks_for_less_certainty(self):
+        gap, sigma = torch.full((3,), 1.0, requires_grad=True), torch.tensor([0.0, 0.5, 1.0])
+        losses, _ = thurstone_loss(gap, torch.zeros(3), sigma)
+        assert losses[0] < losses[1] < losses[2]
+        losses.sum().backward()
+        assert gap.grad[0].abs() < gap.grad[1].abs()  # the clean pair is settled, the noisy one not yet
+
+    def test_far_from_zero(self):
+        gap = torch.tensor([-30.0, -8.0, 8.0, 30.0], requires_grad=True)
+        losses, _ = thurstone_loss(gap, torch.zeros(4), torch.full((4,), 0.1))
+        losses.sum().backward()
+        assert losses.isfinite().all() and gap.grad.isfinite().all()
+        assert losses[:2].tolist() == pytest.approx([1, 1]) and losses[2:].tolist() == pytest.approx([0, 0], abs=1e-6)
+
+    def test_a_tie_wants_equal_scores(self):
+        gap = torch.tensor([-0.5, 0.0, 0.5], requires_grad=True)
+        half = torch.full((3,), 0.5)
+        losses, metrics = thurstone_loss(gap, torch.zeros(3), half, label_smoothing=half)
+        losses.sum().backward()
+        assert losses[1].item() == pytest.approx(0, abs=1e-6) and losses[0].item() == pytest.approx(losses[2].item())
+        assert gap.grad[0] < 0 < gap.grad[2] and gap.grad[1].item() == pytest.approx(0, abs=1e-6)
+        assert metrics["accuracy"].tolist() == [0.0, 0.5, 1.0]
 
 
 class TestTAPOLoss:
@@ -71,3 +120,61 @@ class TestTAPOLoss:
         losses.sum().backward()
         assert win.grad[0] != 0 and win.grad[1] == 0
         torch.testing.assert_close(metrics["rewards/chosen"], win.detach())
+
+
+class TestDiffusionDPOLoss:
+    def error_changes(self, seed=0, scale=0.1):
+        generator = torch.Generator().manual_seed(seed)
+        target, ref_velocity, step = torch.randn(3, 20, 4, 3, 3, dtype=torch.float64, generator=generator)
+        velocity = ref_velocity + scale * step
+        return velocity, ref_velocity, target
+
+    def test_error_change_is_the_difference_of_the_squared_errors(self):
+        velocity, ref_velocity, target = self.error_changes()
+        expected = [
+            ((v - x).square() - (r - x).square()).mean()
+            for v, r, x in zip(velocity, ref_velocity, target, strict=True)
+        ]
+        torch.testing.assert_close(velocity_error_change(velocity, ref_velocity, target), torch.stack(expected))
+
+    def test_error_change_does_not_cancel(self):
+        velocity, ref_velocity, target = (tensor.float() for tensor in self.error_changes(scale=1e-6))
+        exact = velocity_error_change(velocity.double(), ref_velocity.double(), target.double())
+        change = velocity_error_change(velocity, ref_velocity, target)
+        naive = (velocity - target).square().mean((1, 2, 3)) - (ref_velocity - target).square().mean((1, 2, 3))
+        assert (change - exact).abs().max() < 0.01 * (naive - exact).abs().max()
+        assert (velocity_error_change(ref_velocity, ref_velocity, target) == 0).all()
+
+    def test_is_the_closed_form(self):
+        chosen, rejected = (velocity_error_change(*self.error_changes(seed)) for seed in (0, 1))
+        losses, metrics = diffusion_dpo_loss(chosen, rejected, beta=70.0)
+        torch.testing.assert_close(losses, -torch.sigmoid(-70 / 2 * (chosen - rejected)).log())
+        torch.testing.assert_close(metrics["rewards/chosen"], -35 * chosen)
+        torch.testing.assert_close(metrics["rewards/margins"], 35 * (rejected - chosen))
+        assert metrics["rewards/accuracies"].tolist() == (chosen < rejected).double().tolist()
+
+    def test_is_tapos_with_the_log_ratio_of_two_gaussians_around_the_velocities(self):
+        """log N(v; v_theta, 1) - log N(v; v_ref, 1), as a mean over dimensions, is minus half the error change."""
+        log_ratios = []
+        for seed in (0, 1):
+            velocity, ref_velocity, target = self.error_changes(seed)
+            normals = [torch.distributions.Normal(mean, 1.0).log_prob(target) for mean in (velocity, ref_velocity)]
+            log_ratios.append((normals[0] - normals[1]).mean((1, 2, 3)))
+        changes = [velocity_error_change(*self.error_changes(seed)) for seed in (0, 1)]
+        torch.testing.assert_close(diffusion_dpo_loss(*changes, beta=50.0)[0], tapo_loss(*log_ratios, beta=50.0)[0])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_is_ln_2_for_equal_policies(self, dtype):
+        zero = torch.zeros(3, dtype=dtype)
+        losses, metrics = diffusion_dpo_loss(zero, zero, beta=5000.0)
+        torch.testing.assert_close(losses, torch.full_like(zero, math.log(2)), rtol=0, atol=1e-7)
+        assert metrics["rewards/accuracies"].tolist() == [0.5] * 3
+
+    def test_margin_and_smoothing_of_each_pair(self):
+        chosen, rejected = torch.tensor([-0.02, -0.02, -0.02]), torch.tensor([0.02, 0.02, 0.02])  # logit 2
+        smoothing, margin = torch.tensor([0.0, 0.5, 0.25]), torch.tensor([2.0, 0.0, 0.0])
+        losses, metrics = diffusion_dpo_loss(chosen, rejected, 100.0, smoothing, margin)
+        win, lose = -math.log(1 / (1 + math.exp(-2))), -math.log(1 / (1 + math.exp(2)))
+        expected = [math.log(2), (win + lose) / 2, 0.75 * win + 0.25 * lose]
+        assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+        assert metrics["rewards/margins"].tolist() == pytest.approx([2.0] * 3, rel=1e-5)

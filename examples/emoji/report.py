@@ -17,6 +17,10 @@ What TAPO did to the emoji model, measured by judges that training never saw, on
 
     python examples/emoji/report.py --base examples/emoji/pipeline --slrm runs/emoji/slrm --lora runs/emoji/tapo
 
+The same for Diffusion-DPO, which needs no reward model:
+
+    python examples/emoji/report.py --method Diffusion-DPO --slrm none --lora runs/emoji/dpo
+
 Prints a table and writes into `report/`: `metrics.json`, `before_after.png` (the same prompts and seeds), `curves.png`
 and `index.html`, which shows all of them.
 """
@@ -55,8 +59,9 @@ RULES = {
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="examples/emoji/pipeline")
-    parser.add_argument("--slrm", default="runs/emoji/slrm")
+    parser.add_argument("--slrm", default="runs/emoji/slrm", help="`none` if the policy was trained without one.")
     parser.add_argument("--lora", default="runs/emoji/tapo")
+    parser.add_argument("--method", default="TAPO", help="What trained `--lora`, for the captions.")
     parser.add_argument("--output_dir", default="report", type=Path)
     parser.add_argument("--preferred_style", default="fluent")
     parser.add_argument(
@@ -105,15 +110,15 @@ def read_logs(folder: str) -> list[dict]:
     return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
 
 
-def draw_grid(before: torch.Tensor, after: torch.Tensor, prompts: list[str], path: Path) -> None:
+def draw_grid(before: torch.Tensor, after: torch.Tensor, prompts: list[str], method: str, path: Path) -> None:
     """One row per prompt: its images before, then after, of the same seeds."""
     scale, label, gap = 2, 150, 24
     columns, size = before.shape[1], 64 * scale
     width = label + 2 * columns * size + gap
     grid = Image.new("RGB", (width, 24 + len(prompts) * size), "white")
     canvas = ImageDraw.Draw(grid)
-    canvas.text((label, 6), "before TAPO", fill="black")
-    canvas.text((label + columns * size + gap, 6), "after TAPO (same prompts and seeds)", fill="black")
+    canvas.text((label, 6), f"before {method}", fill="black")
+    canvas.text((label + columns * size + gap, 6), f"after {method} (same prompts and seeds)", fill="black")
     for row, prompt in enumerate(prompts):
         canvas.text((6, 24 + row * size + size // 2 - 6), prompt, fill="black")
         for side, images in enumerate((before, after)):
@@ -124,40 +129,47 @@ def draw_grid(before: torch.Tensor, after: torch.Tensor, prompts: list[str], pat
     grid.save(path)
 
 
-def draw_curves(slrm_logs: list[dict], tapo_logs: list[dict], accuracy: dict, path: Path) -> None:
-    figure, axes = plt.subplots(1, 4, figsize=(18, 3.8))
+def draw_curves(slrm_logs: list[dict], policy_logs: list[dict], accuracy: dict, method: str, path: Path) -> None:
+    titles = {"reward": "latent reward of the candidates", "rewards/accuracies": "share of pairs ranked rightly"}
+    titles = {name: title for name, title in titles.items() if any(name in log for log in policy_logs)}
+    number = len(titles) + (2 if accuracy else 0)
+    figure, axes = plt.subplots(1, number, figsize=(4.5 * number, 3.8), squeeze=False)
+    axes = iter(axes[0])
 
-    def plot(axis, logs, names, title):
-        for name in names:
-            points = [(log["step"], log[name]) for log in logs if name in log]
-            axis.plot(*zip(*points, strict=True), label=name)
+    def plot(axis, logs, name, title):
+        points = [(log["step"], log[name]) for log in logs if name in log]
+        axis.plot(*zip(*points, strict=True), label=name)
         axis.set(title=title, xlabel="step")
         axis.legend()
 
-    plot(axes[0], slrm_logs, ["accuracy"], "SLRM: training accuracy")
-    for rule, values in accuracy.items():
-        axes[1].plot(list(values), list(values.values()), marker="o", label=RULES[rule])
-    axes[1].axhline(0.5, color="grey", linestyle=":")
-    axes[1].set(title="SLRM: accuracy on held-out pairs", xlabel="sigma (noise level)")
-    axes[1].legend()
-    plot(axes[2], tapo_logs, ["reward"], "TAPO: latent reward of the candidates")
-    plot(axes[3], tapo_logs, ["rewards/accuracies"], "TAPO: share of pairs ranked rightly")
+    if accuracy:
+        plot(next(axes), slrm_logs, "accuracy", "SLRM: training accuracy")
+        axis = next(axes)
+        for rule, values in accuracy.items():
+            axis.plot(list(values), list(values.values()), marker="o", label=RULES[rule])
+        axis.axhline(0.5, color="grey", linestyle=":")
+        axis.set(title="SLRM: accuracy on held-out pairs", xlabel="sigma (noise level)")
+        axis.legend()
+    for name, title in titles.items():
+        plot(next(axes), policy_logs, name, f"{method}: {title}")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def write_page(metrics: dict, table: str, path: Path) -> None:
+def write_page(metrics: dict, table: str, method: str, path: Path) -> None:
+    if metrics["slrm_accuracy"]:
+        story = f"The reward model learned from pairs of real images to prefer one of them, and {method} aligned the model with it."
+    else:
+        story = f"In pairs of real images one style is preferred, and {method} aligned the model with them."
     path.write_text(
         "<!doctype html><meta charset='utf-8'><title>tapo_trl: the emoji world</title>"
         "<style>body{font-family:sans-serif;max-width:1250px;margin:2em auto}img{max-width:100%}</style>"
-        "<h1>TAPO on the emoji world</h1>"
-        "<p>A tiny Stable Diffusion 3.5 draws each caption in three styles. The reward model learned from pairs of real "
-        "images to prefer one of them, and TAPO aligned the model with it. Everything below is measured on captions "
-        "that neither of the two trainings saw (the pretraining did), by judges that were trained on real images only."
-        "</p>"
+        f"<h1>{method} on the emoji world</h1>"
+        f"<p>A tiny Stable Diffusion 3.5 draws each caption in three styles. {story} Everything below is measured on captions "
+        "that no training saw but the pretraining, by judges that were trained on real images only.</p>"
         f"<pre>{html.escape(table)}</pre>"
-        "<h2>Before and after</h2><img src='before_after.png' alt='samples before and after TAPO'>"
+        f"<h2>Before and after</h2><img src='before_after.png' alt='samples before and after {method}'>"
         "<h2>Curves</h2><img src='curves.png' alt='training curves'>"
         f"<h2>metrics.json</h2><pre>{html.escape(json.dumps(metrics, indent=2))}</pre>",
         encoding="utf-8",
@@ -175,9 +187,9 @@ def format_table(metrics: dict, preferred_style: str) -> str:
         f"{metrics['subject_r1_before']:8.2f}{metrics['subject_r1_after']:8.2f}",
         f"{'probability of the right caption':44}"
         f"{metrics['subject_probability_before']:8.2f}{metrics['subject_probability_after']:8.2f}",
-        "",
-        f"{'SLRM accuracy on held-out pairs at sigma':44}" + "".join(f"{sigma:8}" for sigma in SIGMAS),
     ]
+    if metrics["slrm_accuracy"]:
+        lines += ["", f"{'SLRM accuracy on held-out pairs at sigma':44}" + "".join(f"{sigma:8}" for sigma in SIGMAS)]
     for rule, values in metrics["slrm_accuracy"].items():
         lines.append(f"{RULES[rule]:44}" + "".join(f"{value:8.2f}" for value in values.values()))
     lines += ["", "seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in metrics["seconds"].items())]
@@ -186,16 +198,21 @@ def format_table(metrics: dict, preferred_style: str) -> str:
 
 def main() -> None:
     args = parse_args()
-    for file in (Path(args.slrm) / "config.json", Path(args.lora) / "pytorch_lora_weights.safetensors"):
+    has_slrm = args.slrm != "none"
+    files = [Path(args.slrm) / "config.json"] if has_slrm else []
+    for file in (*files, Path(args.lora) / "pytorch_lora_weights.safetensors"):
         if not file.is_file():
             raise SystemExit(f"{file} is missing: train first, `make demo` runs everything in order.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
 
-    policy = load_policy(args.base)
-    pairs = load_dataset("parquet", data_files=str(HERE / "pairs" / f"{args.split}.parquet"), split="train")
-    slrm = SLRMModel.from_pretrained(args.slrm).eval()
-    accuracy = evaluate_preference_accuracy(slrm, policy, pairs, SIGMAS, tuple(RULES), resolution=64, batch_size=64)
+    policy, accuracy, slrm_logs = load_policy(args.base), {}, []
+    if has_slrm:
+        pairs = load_dataset("parquet", data_files=str(HERE / "pairs" / f"{args.split}.parquet"), split="train")
+        slrm, slrm_logs = SLRMModel.from_pretrained(args.slrm).eval(), read_logs(args.slrm)
+        accuracy = evaluate_preference_accuracy(
+            slrm, policy, pairs, SIGMAS, tuple(RULES), resolution=64, batch_size=64
+        )
 
     prompts = (HERE / "prompts" / f"{args.split}.txt").read_text(encoding="utf-8").splitlines()
     policy.pipeline.set_progress_bar_config(disable=True)
@@ -206,7 +223,7 @@ def main() -> None:
         name: judge(images, prompts * args.seeds, args) for name, images in (("before", before), ("after", after))
     }
 
-    slrm_logs, tapo_logs = read_logs(args.slrm), read_logs(args.lora)
+    policy_logs = read_logs(args.lora)
     metrics = {
         f"{name}_{when}": value
         for when, result in results.items()
@@ -221,11 +238,9 @@ def main() -> None:
     metrics["slrm_accuracy"] = {
         rule: {str(s): value for s, value in values.items()} for rule, values in accuracy.items()
     }
-    metrics["seconds"] = {
-        "slrm": slrm_logs[-1]["train_runtime"],
-        "tapo": tapo_logs[-1]["train_runtime"],
-        "report": time.perf_counter() - start,
-    }
+    trainings = {"slrm": slrm_logs, args.method.lower(): policy_logs}
+    metrics["seconds"] = {name: logs[-1]["train_runtime"] for name, logs in trainings.items() if logs}
+    metrics["seconds"]["report"] = time.perf_counter() - start
 
     shape = (args.seeds, len(prompts), *before.shape[1:])
     shown = slice(0, 12)
@@ -233,12 +248,13 @@ def main() -> None:
         before.view(shape).transpose(0, 1)[shown],
         after.view(shape).transpose(0, 1)[shown],
         prompts[shown],
+        args.method,
         args.output_dir / "before_after.png",
     )
-    draw_curves(slrm_logs, tapo_logs, accuracy, args.output_dir / "curves.png")
+    draw_curves(slrm_logs, policy_logs, accuracy, args.method, args.output_dir / "curves.png")
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     table = format_table(metrics, args.preferred_style)
-    write_page(metrics, table, args.output_dir / "index.html")
+    write_page(metrics, table, args.method, args.output_dir / "index.html")
     print(table)
     print(f"\nPictures and curves: {args.output_dir / 'index.html'}")
 

@@ -97,6 +97,15 @@ def distort(frames: np.ndarray) -> np.ndarray:
     return faded.repeat(4, axis=1).repeat(4, axis=2).round().astype(np.uint8)
 
 
+def miscolour(frames: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Too strong colours with a random cast: uint8 `[F, H, W, 3]` to the same. White stays white."""
+    gains = np.array([rng.uniform(0.4, 1.6) for _ in range(3)])
+    ink = 255.0 - frames
+    grey = ink.mean(axis=-1, keepdims=True)
+    ink = (grey + rng.uniform(1.0, 2.0) * (ink - grey)) * gains
+    return (255 - ink).clip(0, 255).round().astype(np.uint8)
+
+
 def draw_clip(picture: Image.Image, direction: str, kind: str, rng: random.Random) -> np.ndarray:
     """
     Draws one clip with a random start and, if jerky, a random order. All places are even, which spares the small

@@ -20,7 +20,9 @@ Writes nearly lossless videos (H.264, RGB) to `OUTPUT_DIR/videos` and, for the p
 `kind`. The chosen clip is always clean and right; by `kind`, the rejected one is
 
 - `jerky` or `distorted`: the same subject and direction, with this fault;
-- `subject` or `direction`: a clean clip of another subject or another direction.
+- `subject` or `direction`: a clean clip of another subject or another direction;
+- `colour`: the same subject and direction in too strong or wrong colours. The model draws no such clips; without these
+  pairs "not faded" is all that a reward learns of colour, and the policy becomes garish.
 """
 
 import argparse
@@ -30,11 +32,22 @@ from pathlib import Path
 
 import av
 import numpy as np
-from clips import DIRECTIONS, FPS, HERE, SUBJECTS, draw_clip, load_subjects, parse_prompt, split_prompts
+from clips import (
+    DIRECTIONS,
+    FPS,
+    HERE,
+    KINDS,
+    SUBJECTS,
+    draw_clip,
+    load_subjects,
+    miscolour,
+    parse_prompt,
+    split_prompts,
+)
 from datasets import Dataset
 
 
-FAULTS = ("jerky", "distorted", "subject", "direction")
+FAULTS = ("jerky", "distorted", "subject", "direction", "colour")
 
 
 def write_video(frames: np.ndarray, path: Path, crf: int) -> None:
@@ -59,9 +72,10 @@ def make_pairs(prompts: list[str], counts: dict[str, int], folder: Path, crf: in
     """
     subjects, rows = load_subjects(), []
 
-    def video(name: str, subject: str, direction: str, kind: str = "clean") -> str:
+    def video(name: str, subject: str, direction: str, fault: str | None = None) -> str:
         path = folder / f"{name}.mp4".replace(" ", "_")
-        write_video(draw_clip(subjects[subject], direction, kind, rng), path, crf)
+        frames = draw_clip(subjects[subject], direction, fault if fault in KINDS else "clean", rng)
+        write_video(miscolour(frames, rng) if fault == "colour" else frames, path, crf)
         return str(path.resolve())
 
     for prompt in prompts:
@@ -91,7 +105,7 @@ def main() -> None:
     start = time.perf_counter()
     (args.output_dir / "videos").mkdir(parents=True, exist_ok=True)
     for split, prompts in split_prompts().items():
-        per_prompt = (2, 2, 1, 1) if split == "train" else (1, 1, 1, 1)
+        per_prompt = (2, 1, 2, 1, 2) if split == "train" else (1, 1, 1, 1, 1)
         counts = dict(zip(FAULTS, per_prompt, strict=True))
         rows = make_pairs(prompts, counts, args.output_dir / "videos", args.crf, random.Random(f"{split} {args.seed}"))
         Dataset.from_list(rows).to_parquet(args.output_dir / f"{split}.parquet")

@@ -11,24 +11,3 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-
-from .arguments import (
-    DiffusionModelConfig,
-    EvaluateArguments,
-    GenerationArguments,
-    PipelineConfig,
-    PreferenceDatasetArguments,
-    SampleArguments,
-    SLRMScriptArguments,
-    TAPOScriptArguments,
-    get_lora_config,
-)
-from .builders import (
-    build_callbacks,
-    load_policy_from_args,
-    load_preference_pairs,
-    load_prompt_dataset,
-    load_reward_models,
-    run_training,
-)
-from .parser import RecipeParser

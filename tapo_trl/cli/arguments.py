@@ -237,10 +237,53 @@ class SLRMScriptArguments(PreferenceDatasetArguments):
 
 
 @dataclass
-class TAPOScriptArguments:
+class SampleCallbackArguments:
+    """
+    What a command that trains a policy shows of it meanwhile.
+
+    Parameters:
+        sample_every_steps (`int`, *optional*):
+            Draw fixed prompts every so many optimizer steps ([`SampleGridCallback`]): a grid of images, or videos and a
+            strip of their frames.
+        sample_prompts (`list[str]`, *optional*):
+            Prompts of the grid, or the path of one `.txt` file. The default is the first eight held-out prompts, or the
+            first eight training prompts if none are held out.
+        sample_seed (`int`, *optional*, defaults to `0`):
+            Seed of the first cell of the grid.
+        ema_decay (`float`, *optional*):
+            Keep an average of the trained weights with this decay ([`EMACallback`]); the grid is drawn with it.
+    """
+
+    sample_every_steps: int | None = field(
+        default=None, metadata={"help": "Draw fixed prompts (a grid, or videos) every so many optimizer steps."}
+    )
+    sample_prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of the grid, or the path of one .txt file. The default is the first eight held-out "
+            "prompts, or the first eight training prompts if none are held out."
+        },
+    )
+    sample_seed: int = field(default=0, metadata={"help": "Seed of the first cell of the grid."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Keep an average of the trained weights with this decay; the grid is drawn with it."},
+    )
+
+
+@dataclass
+class DPOScriptArguments(SampleCallbackArguments, SLRMScriptArguments):
+    """
+    Arguments of `tapo-trl dpo` beside [`DiffusionDPOConfig`] and [`DiffusionModelConfig`]: those of
+    [`SLRMScriptArguments`], which describe the pairs, and those of [`SampleCallbackArguments`].
+    """
+
+
+@dataclass
+class TAPOScriptArguments(SampleCallbackArguments):
     """
     Arguments of `tapo-trl tapo` beside [`TAPOConfig`] (which has `dataset_name` and `dataset_split`) and
-    [`DiffusionModelConfig`].
+    [`DiffusionModelConfig`]: those of [`SampleCallbackArguments`], and
 
     Parameters:
         > Parameters that control the prompts
@@ -262,16 +305,6 @@ class TAPOScriptArguments:
 
         > Parameters that control the callbacks
 
-        sample_every_steps (`int`, *optional*):
-            Draw fixed prompts every so many optimizer steps ([`SampleGridCallback`]): a grid of images, or videos and a
-            strip of their frames.
-        sample_prompts (`list[str]`, *optional*):
-            Prompts of the grid, or the path of one `.txt` file. The default is the first eight held-out prompts, or the
-            first eight training prompts if none are held out.
-        sample_seed (`int`, *optional*, defaults to `0`):
-            Seed of the first cell of the grid.
-        ema_decay (`float`, *optional*):
-            Keep an average of the trained weights with this decay ([`EMACallback`]); the grid is drawn with it.
         guard_reward (`str`, *optional*):
             `package.module:function`, a held-out reward that must not fall while the training reward rises
             ([`RewardHackingGuardCallback`]).
@@ -308,21 +341,6 @@ class TAPOScriptArguments:
             "help": "Hub id or folder of an SLRM, or `package.module:function`; several are combined with "
             "`reward_weights`."
         },
-    )
-    sample_every_steps: int | None = field(
-        default=None, metadata={"help": "Draw fixed prompts (a grid, or videos) every so many optimizer steps."}
-    )
-    sample_prompts: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Prompts of the grid, or the path of one .txt file. The default is the first eight held-out "
-            "prompts, or the first eight training prompts if none are held out."
-        },
-    )
-    sample_seed: int = field(default=0, metadata={"help": "Seed of the first cell of the grid."})
-    ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Keep an average of the trained weights with this decay; the grid is drawn with it."},
     )
     guard_reward: str | None = field(
         default=None,
@@ -447,12 +465,13 @@ class EvaluateArguments(PreferenceDatasetArguments, GenerationArguments):
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
             Split of held-out pairs.
         slrm (`str`, *optional*):
-            Hub id or folder of the SLRM whose accuracy is measured on the pairs of `dataset_test_split`.
+            Hub id or folder of the latent reward model, of any kind, whose accuracy is measured on the pairs of
+            `dataset_test_split`.
         sigmas (`list[float]`, *optional*, defaults to `[0.1, 0.3, 0.5, 0.7, 0.9]`):
             Noise levels in [0, 1).
-        rules (`list[str]`, *optional*, defaults to `["ground_truth", "reference"]`):
-            Velocity targets of the score: `ground_truth` is the paper's rule, which sees the clean sample; `reference`
-            and `none` can be used while sampling.
+        rules (`list[str]`, *optional*):
+            Velocity targets of an SLRM's score: `ground_truth` is the paper's rule, which sees the clean sample; `reference`
+            and `none` can be used while sampling. Defaults to the first two, and to `none` for other reward models.
         reward_model (`list[str]`, *optional*):
             `package.module:function` callables that score the samples.
         max_pairs (`int`, *optional*):
@@ -468,16 +487,17 @@ class EvaluateArguments(PreferenceDatasetArguments, GenerationArguments):
         metadata={"help": "Split of held-out pairs; slices such as `train[90%%:]` work for files and Hub data sets."},
     )
     slrm: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the SLRM whose accuracy is measured."}
+        default=None, metadata={"help": "Hub id or folder of the latent reward model whose accuracy is measured."}
     )
     sigmas: list[float] = field(
         default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9], metadata={"help": "Noise levels in [0, 1)."}
     )
-    rules: list[str] = field(
-        default_factory=lambda: ["ground_truth", "reference"],
+    rules: list[str] | None = field(
+        default=None,
         metadata={
-            "help": "Velocity targets of the score: `ground_truth` is the paper's rule, which sees the clean sample; "
-            "`reference` and `none` can be used while sampling."
+            "help": "Velocity targets of an SLRM's score: `ground_truth` is the paper's rule, which sees the clean sample; "
+            "`reference` and `none` can be used while sampling. By default the first two, and `none` for other reward "
+            "models."
         },
     )
     reward_model: list[str] | None = field(

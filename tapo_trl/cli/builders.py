@@ -28,10 +28,18 @@ from transformers.utils import logging
 from ..data import default_prompts
 from ..policies import FlowPolicy, load_policy
 from ..trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
-from .arguments import DiffusionModelConfig, PreferenceDatasetArguments, TAPOScriptArguments
+from .arguments import (
+    DiffusionModelConfig,
+    PreferenceDatasetArguments,
+    SampleCallbackArguments,
+    SLRMScriptArguments,
+    TAPOScriptArguments,
+)
 
 
 if TYPE_CHECKING:
+    from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
+    from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
     from ..trainer.slrm_config import SLRMConfig
     from ..trainer.slrm_trainer import SLRMTrainer
     from ..trainer.tapo_config import TAPOConfig
@@ -43,13 +51,15 @@ logger = logging.get_logger(__name__)
 FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
-def load_policy_from_args(model_args: DiffusionModelConfig, training_args: "SLRMConfig | TAPOConfig") -> FlowPolicy:
+def load_policy_from_args(
+    model_args: DiffusionModelConfig, training_args: "SLRMConfig | TAPOConfig | DiffusionDPOConfig"
+) -> FlowPolicy:
     """
     Loads the policy of a training command.
 
     Args:
         model_args ([`DiffusionModelConfig`]): The pipeline, its revision and its precision.
-        training_args ([`SLRMConfig`] or [`TAPOConfig`]): Its `model_init_kwargs` take precedence.
+        training_args ([`SLRMConfig`], [`TAPOConfig`] or [`DiffusionDPOConfig`]): Its `model_init_kwargs` take precedence.
 
     Returns:
         [`FlowPolicy`]: The policy.
@@ -226,6 +236,14 @@ def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Datas
     return pairs.select(np.argsort(np.concatenate([first_rows, second_rows])))
 
 
+def load_preference_splits(args: SLRMScriptArguments) -> tuple[Dataset, Dataset | None]:
+    """The pairs to train on and the held-out pairs, if there are any, see [`load_preference_pairs`]."""
+    train_dataset = load_preference_pairs(args, args.dataset_train_split)
+    if args.dataset_test_split is None:
+        return train_dataset, None
+    return train_dataset, load_preference_pairs(args, args.dataset_test_split)
+
+
 def load_function(spec: str, option: str) -> Callable:
     """
     Imports a callable. Modules of the working directory are found, too.
@@ -295,18 +313,19 @@ def read_prompts(prompts: list[str], option: str) -> list[str]:
     return prompts
 
 
-def build_callbacks(
-    script_args: TAPOScriptArguments,
-    training_args: "TAPOConfig",
+def build_sample_callbacks(
+    script_args: SampleCallbackArguments,
+    training_args: "TAPOConfig | DiffusionDPOConfig",
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
 ) -> list[TrainerCallback]:
     """
-    The callbacks that the flags ask for.
+    The callbacks that the flags ask for, average and samples.
 
     Args:
-        script_args ([`TAPOScriptArguments`]): The flags.
-        training_args ([`TAPOConfig`]): Its `resume_from_checkpoint` tells where a saved average lies.
+        script_args ([`SampleCallbackArguments`]): The flags.
+        training_args ([`TAPOConfig`] or [`DiffusionDPOConfig`]):
+            Its `resume_from_checkpoint` tells where a saved average lies.
         train_dataset ([`~datasets.Dataset`]): Training prompts.
         eval_dataset ([`~datasets.Dataset`], *optional*): Held-out prompts.
 
@@ -325,10 +344,22 @@ def build_callbacks(
         if script_args.sample_prompts is not None:
             prompts = read_prompts(script_args.sample_prompts, "sample_prompts")
         else:
-            prompts = (train_dataset if eval_dataset is None else eval_dataset)[:8]["prompt"]
+            prompts = (train_dataset if eval_dataset is None else eval_dataset)["prompt"]
+            prompts = list(dict.fromkeys(prompts))[:8]
         callbacks.append(
             SampleGridCallback(prompts, script_args.sample_every_steps, seed=script_args.sample_seed, ema=ema)
         )
+    return callbacks
+
+
+def build_callbacks(
+    script_args: TAPOScriptArguments,
+    training_args: "TAPOConfig",
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+) -> list[TrainerCallback]:
+    """[`build_sample_callbacks`] and, with `guard_reward`, the guard, which scores held-out prompts."""
+    callbacks = build_sample_callbacks(script_args, training_args, train_dataset, eval_dataset)
     if script_args.guard_reward is not None:
         if eval_dataset is None:
             raise ValueError("`guard_reward` needs held-out prompts: set `dataset_test_split` or `eval_dataset_name`.")
@@ -346,20 +377,23 @@ def build_callbacks(
 
 
 def run_training(
-    trainer: "SLRMTrainer | TAPOTrainer", training_args: "SLRMConfig | TAPOConfig", dataset_name: str | None
+    trainer: "SLRMTrainer | TAPOTrainer | DiffusionDPOTrainer",
+    training_args: "SLRMConfig | TAPOConfig | DiffusionDPOConfig",
+    dataset_name: str | None,
 ) -> None:
     """
     Trains, writes the result with its model card to `output_dir` and, with `push_to_hub`, uploads it.
 
     Args:
-        trainer ([`SLRMTrainer`] or [`TAPOTrainer`]): The trainer.
-        training_args ([`SLRMConfig`] or [`TAPOConfig`]): Its configuration.
+        trainer ([`SLRMTrainer`], [`TAPOTrainer`] or [`DiffusionDPOTrainer`]): The trainer.
+        training_args ([`SLRMConfig`], [`TAPOConfig`] or [`DiffusionDPOConfig`]): Its configuration.
         dataset_name (`str`, *optional*): Data set for the card.
     """
+    trainer.dataset_name = dataset_name
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
     trainer.save_state()
-    trainer.create_model_card(dataset_name=dataset_name)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.push_to_hub()
+    else:
+        trainer.save_model(training_args.output_dir)
     trainer.end()

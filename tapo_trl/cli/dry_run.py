@@ -27,14 +27,16 @@ from accelerate import PartialState
 from torch import nn
 
 from ..policies import FlowPolicy, SD3Policy
-from ..rewards import SLRMModel
-from ..rewards.velocity_targets import MIN_SIGMA, ROLLOUT_TARGETS
+from ..rewards import REWARD_MODELS, LatentRewardModel
+from ..rewards.velocity_targets import MIN_SIGMA
+from ..rollouts import PAIRINGS
 from ..schedulers import sde_step_indices
+from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
 from ..trainer.reward_loading import store_in_float8
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.tapo_config import TAPOConfig
 from .arguments import DiffusionModelConfig, TAPOScriptArguments
-from .meta_models import add_meta_lora, load_meta_policy, load_meta_slrm, make_meta_slrm
+from .meta_models import add_meta_lora, load_meta_policy, load_meta_reward_model
 
 
 # Bytes that one block keeps for its backward pass, per token and channel: measured on the CPU with saved-tensor hooks, on
@@ -143,7 +145,11 @@ def count_tokens(policy: FlowPolicy, latent_shape: Sequence[int], max_sequence_l
 
 
 def tapo_forwards(
-    args: TAPOConfig, sigmas: Sequence[float], velocity_target: str | None, has_slrm: bool, has_function: bool = False
+    args: TAPOConfig,
+    sigmas: Sequence[float],
+    velocity_target: str | None,
+    latents_per_score: int,
+    has_function: bool = False,
 ) -> list[Row]:
     """
     Latents that go through each network for one prompt. Guidance takes two of them for each velocity.
@@ -152,7 +158,7 @@ def tapo_forwards(
         args ([`TAPOConfig`]): The training.
         sigmas (`Sequence[float]`): The grid of noise levels.
         velocity_target (`str`, *optional*): What the SLRM's velocity is compared to.
-        has_slrm (`bool`): Whether there is an SLRM among the rewards.
+        latents_per_score (`int`): Latents that the latent reward model looks at for one score, 0 if there is none.
         has_function (`bool`, *optional*, defaults to `False`): Whether there is a function of decoded samples.
 
     Returns:
@@ -163,24 +169,28 @@ def tapo_forwards(
     by_policy = steps if has_function else compared if velocity_target == "policy" else []
     guidance = 2 if args.guidance_scale > 1 else 1
     words = "guidance x " if guidance == 2 else ""
-    candidates = 2 * args.num_candidates
+    branches = PAIRINGS[args.pairing].num_branches
+    candidates = branches * args.num_candidates
+    trajectories = "1 or 2 trajectories" if branches == 2 else "1 trajectory"
 
-    # One branch until the first stochastic step, two after it. Where the policy has seen the candidates, the next step
-    # needs no forward of its own.
+    # One trajectory until the first stochastic step. Where the policy has seen the candidates, the next step needs no
+    # forward of its own.
     own = [index for index in range(args.num_inference_steps) if index - 1 not in by_policy]
-    branches = sum(1 if index <= steps[0] else 2 for index in own)
-    rows = [Row("policy, rollout", guidance * branches, f"{words}{len(own)} steps, 1 or 2 trajectories")]
+    latents = sum(1 if index <= steps[0] else branches for index in own)
+    rows = [Row("policy, rollout", guidance * latents, f"{words}{len(own)} steps, {trajectories}")]
     asked = {"policy": by_policy, "reference": compared if velocity_target == "reference" else []}
     for name, indices in asked.items():
         if indices:
             value = guidance * candidates * len(indices)
-            rows.append(Row(f"{name}, at the candidates", value, f"{words}{len(indices)} steps x 2 x P"))
-    if has_slrm:
-        rows.append(Row("reward model", candidates * args.num_sde_steps, "n x 2 x P"))
+            rows.append(Row(f"{name}, at the candidates", value, f"{words}{len(indices)} steps x {branches} x P"))
+    if latents_per_score:
+        enhancement = f"{latents_per_score} x " if latents_per_score > 1 else ""
+        value = latents_per_score * candidates * args.num_sde_steps
+        rows.append(Row("reward model", value, f"{enhancement}n x {branches} x P"))
     train_guidance, train_words = (guidance, words) if args.train_cfg else (1, "")
-    transitions = 2 * args.num_sde_steps * train_guidance
-    rows.append(Row("policy, training (forward and backward)", transitions, f"{train_words}n x 2"))
-    rows.append(Row("reference, training", transitions, f"{train_words}n x 2"))
+    parents = branches * args.num_sde_steps * train_guidance
+    rows.append(Row("policy, training (forward and backward)", parents, f"{train_words}n x {branches}"))
+    rows.append(Row("reference, training", parents, f"{train_words}n x {branches}"))
     return rows
 
 
@@ -198,42 +208,47 @@ def activation_rows(transformer: nn.Module, latents: int, tokens: int, checkpoin
     dim = config.num_attention_heads * config.attention_head_dim
     class_name = next(name for name in BLOCK_BYTES if name in [base.__name__ for base in type(transformer).__mro__])
     size, per_block = latents * tokens * dim, BLOCK_BYTES[class_name]
+    num_blocks = len(_blocks(transformer))
     words = f"{latents} latents x {tokens:,} tokens x {dim:,} channels"
     if not checkpointing:
         return [
             Row(
                 "activations",
-                config.num_layers * size * per_block,
-                f"{config.num_layers} blocks x {words} x {per_block}",
+                num_blocks * size * per_block,
+                f"{num_blocks} blocks x {words} x {per_block}",
             )
         ]
     return [
         Row(
             "activations: inputs of the blocks",
-            config.num_layers * size * 2,
-            f"{config.num_layers} blocks x {words} x 2",
+            num_blocks * size * 2,
+            f"{num_blocks} blocks x {words} x 2",
         ),
         Row("activations: one block, recomputed", size * per_block, f"{words} x {per_block}"),
     ]
 
 
-def reward_memory(slrm: SLRMModel, layerwise_casting: bool, group_offload: bool) -> Row:
+def _blocks(transformer: nn.Module) -> nn.ModuleList:
+    return next(module for module in transformer.children() if isinstance(module, nn.ModuleList))
+
+
+def reward_memory(model: LatentRewardModel, layerwise_casting: bool, group_offload: bool) -> Row:
     """
-    Memory of the weights of a frozen SLRM on the accelerator.
+    Memory of the weights of a frozen latent reward model on the accelerator.
 
     Args:
-        slrm ([`SLRMModel`]): The reward model on the meta device, in the precision it is loaded in. Changed in place.
+        model ([`LatentRewardModel`]): The reward model on the meta device, in the precision it is loaded in. Changed in place.
         layerwise_casting (`bool`): See `reward_layerwise_casting` of [`TAPOConfig`].
         group_offload (`bool`): See `reward_group_offload` of [`TAPOConfig`].
     """
     words = "all weights"
     if layerwise_casting:
-        store_in_float8(slrm)
+        store_in_float8(model)
         words = "linear layers in float8, the rest as it is"
     if not group_offload:
-        return Row("reward model", count_bytes(slrm), words)
-    blocks = next(module for module in slrm.transformer.children() if isinstance(module, nn.ModuleList))
-    resident = count_bytes(slrm) - count_bytes(blocks) + 2 * max(count_bytes(block) for block in blocks)
+        return Row("reward model", count_bytes(model), words)
+    blocks = _blocks(model.transformer)
+    resident = count_bytes(model) - count_bytes(blocks) + 2 * max(count_bytes(block) for block in blocks)
     return Row("reward model", resident, f"two of {len(blocks)} blocks and what is outside of them; {words}")
 
 
@@ -253,48 +268,36 @@ def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args:
     size, latent_shape, tokens = _sizes(policy, args)
     transformer, latent = policy.transformer, 4 * math.prod(latent_shape)
     sigmas = policy.build_scheduler(args.num_inference_steps, latent_shape).sigmas.tolist()
-    parameters, buffers = {"policy": count_parameters(transformer)}, _count_buffers(transformer)
+    parameters = {"policy": count_parameters(transformer)}
     notes = [_ESTIMATE]
 
     specs = script_args.reward_model or []
     functions = [spec for spec in specs if ":" in spec and not Path(spec).exists()]
-    slrm, velocity_target = None, None
+    reward_model, velocity_target = None, None
     if len(functions) < len(specs):
-        slrm, note = load_meta_slrm(policy, next(spec for spec in specs if spec not in functions))
+        reward_model, note = load_meta_reward_model(policy, next(spec for spec in specs if spec not in functions))
         notes += note
-        velocity_target = args.velocity_target or ROLLOUT_TARGETS[slrm.config.velocity_target]
-        parameters["reward model"] = count_parameters(slrm)
+        velocity_target = reward_model.rollout_target(args.velocity_target)
+        parameters["reward model"] = count_parameters(reward_model)
 
-    if model_args.use_peft:
-        parameters["LoRA"] = add_meta_lora(transformer, model_args, policy)
-        element = model_args.dtype.itemsize
-        memory = [
-            Row("policy", (parameters["policy"] + buffers) * element, f"parameters and buffers x {element} bytes"),
-            Row("LoRA", parameters["LoRA"] * TRAINED_BYTES, f"parameters x {TRAINED_BYTES}: weight, gradient, Adam"),
-        ]
-    else:
-        memory = [
-            Row(
-                "policy", parameters["policy"] * TRAINED_BYTES, f"parameters x {TRAINED_BYTES}: weight, gradient, Adam"
-            ),
-            Row("reference", (parameters["policy"] + buffers) * 4, "parameters and buffers x 4 bytes: a frozen copy"),
-        ]
-    memory.append(_vae_memory(policy, model_args))
-    if slrm is not None:
+    memory = _policy_memory(policy, model_args, parameters)
+    if reward_model is not None:
         dtype = (args.reward_model_init_kwargs or {}).get("torch_dtype", "float32")
-        slrm = nn.Module.to(slrm, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        memory.append(reward_memory(slrm, args.reward_layerwise_casting, args.reward_group_offload))
+        reward_model = nn.Module.to(reward_model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        memory.append(reward_memory(reward_model, args.reward_layerwise_casting, args.reward_group_offload))
     prompts, pairs = args.per_device_train_batch_size, args.transition_batch_size or args.per_device_train_batch_size
+    pairing = PAIRINGS[args.pairing]
+    pairs_per_step = prompts * pairing.pairs_per_prompt
     memory.append(
         Row(
             "candidates of a step",
-            5 * 2 * args.num_candidates * prompts * latent,
-            f"{prompts} prompts x 2 x P x 5 (noise, x', parent's estimate, x_T, target) x one latent",
+            5 * pairing.num_branches * args.num_candidates * prompts * latent,
+            f"{prompts} prompts x {pairing.num_branches} x P x 5 (noise, x', parent's estimate, x_T, target) x one latent",
         )
     )
     guidance = 2 if args.train_cfg and args.guidance_scale > 1 else 1
     memory += activation_rows(
-        transformer, pairs * 2 * guidance, _block_tokens(policy, tokens), args.activation_checkpointing
+        transformer, pairs * pairing.num_parents * guidance, _block_tokens(policy, tokens), args.activation_checkpointing
     )
     memory.append(Row("sum", sum(row.value for row in memory), "on the accelerator"))
     offload = policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
@@ -302,8 +305,8 @@ def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args:
     memory.append(
         Row(
             "transitions of a rollout",
-            args.num_sde_steps * 2 * 2 * prompts * latent,
-            f"{place}: {prompts} prompts x n x 2 trajectories x 2 ends x one latent",
+            args.num_sde_steps * pairs_per_step * (pairing.num_parents + 2) * latent,
+            f"{place}: n x {pairs_per_step} pairs x {pairing.num_parents + 2} ends x one latent",
         )
     )
     return DryRun(
@@ -315,7 +318,13 @@ def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args:
         parameters=parameters,
         unit="prompt",
         per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        forwards=tapo_forwards(args, sigmas, velocity_target, slrm is not None, bool(functions)),
+        forwards=tapo_forwards(
+            args,
+            sigmas,
+            velocity_target,
+            0 if reward_model is None else reward_model.latents_per_score,
+            bool(functions),
+        ),
         memory=memory,
         notes=notes,
     )
@@ -331,17 +340,18 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
     """
     policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
     size, latent_shape, tokens = _sizes(policy, args)
-    slrm = make_meta_slrm(policy, num_task_tokens=args.num_task_tokens, task_projection_rank=args.task_projection_rank)
-    parameters = {"base model": count_parameters(policy.transformer), "reward model": count_parameters(slrm)}
+    model = REWARD_MODELS[args.reward_model_type].without_weights(policy, **args.model_config())
+    is_slrm = model.compares_velocities
+    parameters = {"base model": count_parameters(policy.transformer), "reward model": count_parameters(model)}
     element = model_args.dtype.itemsize
     if model_args.use_peft:
-        score = sum(p.numel() for p in slrm.transformer.score_parameters().values())
-        parameters["LoRA"] = add_meta_lora(slrm.transformer, model_args, policy)
-        trained = score + parameters["LoRA"]
+        in_full = sum(p.numel() for p in model.trained_in_full().values() if isinstance(p, nn.Parameter))
+        parameters["LoRA"] = add_meta_lora(model.transformer, model_args, policy)
+        trained = in_full + parameters["LoRA"]
         memory = [
-            Row("reward model", (parameters["reward model"] - score) * element, f"backbone x {element} bytes"),
+            Row("reward model", (parameters["reward model"] - in_full) * element, f"backbone x {element} bytes"),
             Row(
-                "LoRA and score stream",
+                f"LoRA and {model.trained_part}",
                 trained * TRAINED_BYTES,
                 f"parameters x {TRAINED_BYTES}: weight, gradient, Adam",
             ),
@@ -354,16 +364,18 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
                 f"parameters x {TRAINED_BYTES}: weight, gradient, Adam",
             )
         ]
-    forwards = [Row("reward model (forward and backward)", 2, "both sides of a pair")]
-    if args.velocity_target == "reference":
+    enhancement = f"{model.latents_per_score} x " if model.latents_per_score > 1 else ""
+    latents = 2 * model.latents_per_score
+    forwards = [Row("reward model (forward and backward)", latents, f"{enhancement}both sides of a pair")]
+    if is_slrm and args.velocity_target == "reference":
         forwards.append(Row("base model", 2, "both sides of a pair"))
         memory.append(Row("base model", parameters["base model"] * element, f"parameters x {element} bytes"))
     if not args.cache_latents:
         memory.append(_vae_memory(policy, model_args))
     memory += activation_rows(
-        slrm.transformer,
-        2 * args.per_device_train_batch_size,
-        _block_tokens(policy, tokens) + args.num_task_tokens,
+        model.transformer,
+        latents * args.per_device_train_batch_size,
+        _block_tokens(policy, tokens) + (args.num_task_tokens if is_slrm else 0),
         args.activation_checkpointing,
     )
     memory.append(Row("sum", sum(row.value for row in memory), "on the accelerator"))
@@ -382,6 +394,57 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
     )
 
 
+def dpo_forwards(args: DiffusionDPOConfig) -> list[Row]:
+    """Latents that go through each network for one pair."""
+    rows = [
+        Row("policy, training (forward and backward)", 2, "both sides of a pair"),
+        Row("reference, training", 2, "both sides of a pair"),
+    ]
+    if args.variant == "inversion_dpo":
+        when = "in the first epoch" if args.cache_inversions else "at most, less for later steps"
+        rows.append(Row("reference, inversion", 2 * args.num_inference_steps, f"both sides x T, {when}"))
+    return rows
+
+
+def dry_run_dpo(args: DiffusionDPOConfig, model_args: DiffusionModelConfig) -> DryRun:
+    """
+    What `tapo-trl dpo` would do.
+
+    Args:
+        args ([`DiffusionDPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
+    size, latent_shape, tokens = _sizes(policy, args)
+    parameters = {"policy": count_parameters(policy.transformer)}
+    memory = _policy_memory(policy, model_args, parameters)
+    memory += activation_rows(
+        policy.transformer,
+        2 * args.per_device_train_batch_size,
+        _block_tokens(policy, tokens),
+        args.activation_checkpointing,
+    )
+    memory.append(Row("sum", sum(row.value for row in memory), "on the accelerator"))
+    if args.cache_inversions:
+        latents = 2 * args.num_inference_steps
+        memory.append(
+            Row("inversions of one pair", latents * 4 * math.prod(latent_shape), f"on disk: {latents} latents in float32")
+        )
+    return DryRun(
+        title=f"`dpo` with {model_args.model_name_or_path} ({source})",
+        size=size,
+        latent_shape=latent_shape,
+        sample_tokens=tokens[0],
+        text_tokens=tokens[1],
+        parameters=parameters,
+        unit="pair",
+        per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        forwards=dpo_forwards(args),
+        memory=memory,
+        notes=[_ESTIMATE],
+    )
+
+
 def print_dry_run(report: DryRun) -> None:
     """Prints the report on one process of several."""
     if PartialState().is_main_process:
@@ -395,7 +458,7 @@ _ESTIMATE = (
 
 
 def _sizes(
-    policy: FlowPolicy, args: SLRMConfig | TAPOConfig
+    policy: FlowPolicy, args: SLRMConfig | TAPOConfig | DiffusionDPOConfig
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]:
     """Size of a sample, shape of its latent, and tokens."""
     height, width = args.height or args.resolution, args.width or args.resolution
@@ -408,6 +471,28 @@ def _sizes(
 def _block_tokens(policy: FlowPolicy, tokens: tuple[int, int]) -> int:
     """Tokens of the stream that a block transforms: SD3 joins the text to the image, Wan only looks at it."""
     return sum(tokens) if isinstance(policy, SD3Policy) else tokens[0]
+
+
+def _policy_memory(
+    policy: FlowPolicy, model_args: DiffusionModelConfig, parameters: dict[str, int]
+) -> list[Row]:
+    """Memory of the policy, its reference and the VAE. With LoRA, which is added to the transformer and `parameters`."""
+    transformer, buffers = policy.transformer, _count_buffers(policy.transformer)
+    if model_args.use_peft:
+        parameters["LoRA"] = add_meta_lora(transformer, model_args, policy)
+        element = model_args.dtype.itemsize
+        memory = [
+            Row("policy", (parameters["policy"] + buffers) * element, f"parameters and buffers x {element} bytes"),
+            Row("LoRA", parameters["LoRA"] * TRAINED_BYTES, f"parameters x {TRAINED_BYTES}: weight, gradient, Adam"),
+        ]
+    else:
+        memory = [
+            Row(
+                "policy", parameters["policy"] * TRAINED_BYTES, f"parameters x {TRAINED_BYTES}: weight, gradient, Adam"
+            ),
+            Row("reference", (parameters["policy"] + buffers) * 4, "parameters and buffers x 4 bytes: a frozen copy"),
+        ]
+    return [*memory, _vae_memory(policy, model_args)]
 
 
 def _vae_memory(policy: FlowPolicy, model_args: DiffusionModelConfig) -> Row:

@@ -24,11 +24,11 @@ def make_parser() -> RecipeParser:
 
 def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
     """
-    Accuracy of an SLRM on held-out pairs: share of the pairs whose preferred side has the higher score.
+    Accuracy of a latent reward model on held-out pairs: share of the pairs whose preferred side has the higher score.
 
     Args:
-        args ([`EvaluateArguments`]): The SLRM and the pairs.
-        model_args ([`PipelineConfig`]): The pipeline; by default the one that the SLRM was trained from.
+        args ([`EvaluateArguments`]): The reward model and the pairs.
+        model_args ([`PipelineConfig`]): The pipeline; by default the one that the reward model was trained from.
 
     Returns:
         `dict[str, dict[float, float]]`: `{rule: {sigma: accuracy}}`.
@@ -37,14 +37,14 @@ def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
 
     from ..metrics import evaluate_preference_accuracy
     from ..policies import load_policy
-    from ..rewards import SLRMModel
+    from ..rewards import load_reward_model
     from .builders import load_preference_pairs
 
     pairs = load_preference_pairs(args, args.dataset_test_split)
     if args.max_pairs is not None:
         pairs = pairs.select(range(min(args.max_pairs, len(pairs))))
     device = PartialState().device
-    slrm = SLRMModel.from_pretrained(args.slrm).to(device)
+    slrm = load_reward_model(args.slrm).to(device)
     policy = load_policy(
         model_args.model_name_or_path or slrm.config.base_model_name_or_path,
         torch_dtype=model_args.dtype,

@@ -19,6 +19,7 @@ import sys
 COMMANDS = {
     "slrm": "train a latent reward model on preference pairs",
     "tapo": "align a text-to-image or text-to-video model with a reward model",
+    "dpo": "align a text-to-image or text-to-video model with preference pairs",
     "evaluate": "measure a reward model on held-out pairs, or the reward of a model's samples",
     "sample": "draw images or videos, with or without trained weights",
 }

@@ -25,8 +25,8 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from ..policies import FlowPolicy, load_policy
-from ..rewards import SLRMModel
-from ..rewards.slrm import score_transformer_class
+from ..rewards import LatentRewardModel, SLRMModel
+from ..rewards.loading import saved_class
 from .arguments import DiffusionModelConfig, get_lora_config
 from .known_pipelines import KNOWN_PIPELINES
 
@@ -90,20 +90,6 @@ def _read_configs(name: str, revision: str | None, local_files_only: bool):
     return index["_class_name"], components, tokenizer
 
 
-def make_meta_slrm(policy: FlowPolicy, **config) -> SLRMModel:
-    """
-    An SLRM on the policy's transformer, without weights.
-
-    Args:
-        policy ([`FlowPolicy`]): The policy.
-        config: Fields of [`SLRMModel`], such as `num_task_tokens`.
-    """
-    transformer_class = type(policy.transformer).__name__
-    base_config = score_transformer_class(transformer_class).base_config(policy.transformer)
-    with torch.device("meta"):
-        return SLRMModel(transformer_class=transformer_class, transformer_config=base_config, **config)
-
-
 def add_meta_lora(network: nn.Module, model_args: DiffusionModelConfig, policy: FlowPolicy) -> int:
     """Number of parameters of the LoRA that is added to `network`."""
     with torch.device("meta"):
@@ -111,13 +97,14 @@ def add_meta_lora(network: nn.Module, model_args: DiffusionModelConfig, policy: 
     return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
 
 
-def load_meta_slrm(policy: FlowPolicy, name: str) -> tuple[SLRMModel, list[str]]:
-    """The SLRM of a folder or in the cache, without weights; else one with the default options, and a remark."""
+def load_meta_reward_model(policy: FlowPolicy, name: str) -> tuple[LatentRewardModel, list[str]]:
+    """The reward model of a folder or in the cache, without weights; else an SLRM with default options, and a remark."""
     try:
-        config = SLRMModel.load_config(name, local_files_only=True)
+        model_class = saved_class(name, local_files_only=True)
+        config = model_class.load_config(name, local_files_only=True)
     except OSError:
-        return make_meta_slrm(policy), [
-            f"There is no reward model {name} here (yet): one with the default options stands in."
+        return SLRMModel.without_weights(policy), [
+            f"There is no reward model {name} here (yet): an SLRM with the default options stands in."
         ]
     with torch.device("meta"):
-        return SLRMModel.from_config({**config, "lora": False}), []
+        return model_class.from_config({**config, "lora": False}), []

@@ -39,7 +39,7 @@ def load_sampling_policy(model_args, args):
 
     policy = load_policy(model_args.require_model(), torch_dtype=model_args.dtype, revision=model_args.model_revision)
     if args.lora is not None:
-        policy.pipeline.load_lora_weights(args.lora)
+        policy.pipeline.load_lora_weights(args.lora, use_safetensors=True)
     if args.vae_tiling:
         policy.vae.enable_tiling()
     if args.vae_slicing:

@@ -41,13 +41,9 @@ def main(script_args, training_args, model_args) -> None:
 
     from ..trainer.slrm_trainer import SLRMTrainer
     from .arguments import get_lora_config
-    from .builders import load_policy_from_args, load_preference_pairs, run_training
+    from .builders import load_policy_from_args, load_preference_splits, run_training
 
-    train_dataset = load_preference_pairs(script_args, script_args.dataset_train_split)
-    eval_dataset = None
-    if script_args.dataset_test_split is not None:
-        eval_dataset = load_preference_pairs(script_args, script_args.dataset_test_split)
-
+    train_dataset, eval_dataset = load_preference_splits(script_args)
     policy = load_policy_from_args(model_args, training_args)
     trainer = SLRMTrainer(
         model=policy,

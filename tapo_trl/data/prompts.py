@@ -26,6 +26,7 @@ from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 
 from ..policies import FlowPolicy, PromptEmbeddings
+from ..policies.base import update_with_weights
 
 
 ROW_COLUMN = "tapo_row"
@@ -90,9 +91,7 @@ class PromptCache:
             digest.update(name.encode())
             if encoder is not None:
                 digest.update(f"{encoder.dtype} {sum(1 for _ in encoder.parameters())}".encode())
-                for parameter in encoder.parameters():
-                    # The start of every tensor tells fine-tuned encoders apart at the cost of a few bytes each.
-                    digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+                update_with_weights(digest, encoder)
         return digest.hexdigest()[:16]
 
     def _file(self, prompt: str) -> Path:

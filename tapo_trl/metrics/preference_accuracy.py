@@ -32,7 +32,7 @@ from ..data.preferences import (
 )
 from ..data.prompts import PromptCache
 from ..policies import FlowPolicy, PromptEmbeddings
-from ..rewards.slrm import SLRMModel, SLRMOutput, enhanced_log_score, log_score, score_distance
+from ..rewards import LatentRewardModel
 from ..seeding import seeded_generator
 
 
@@ -117,28 +117,6 @@ def pair_accuracies(margins: torch.Tensor, labels: torch.Tensor | float = 1.0) -
     return ((margins * signs).sign() + 1) / 2
 
 
-def rule_log_scores(
-    output: SLRMOutput, sigma: torch.Tensor, targets: Mapping[AccuracyRule, torch.Tensor | None], config: Mapping
-) -> dict[AccuracyRule, torch.Tensor]:
-    """
-    log S_hat of one forward under several rules.
-
-    Args:
-        output ([`SLRMOutput`]): what the SLRM said.
-        sigma (`torch.Tensor` of shape `(batch_size,)`): noise levels.
-        targets (`dict[str, torch.Tensor | None]`): velocity target of each rule, `None` for the logit alone.
-        config (`dict`): configuration of the [`SLRMModel`], for `rho` and `score_link`.
-    """
-    scores = {}
-    for rule, target in targets.items():
-        if target is None:
-            scores[rule] = log_score(output.logits, config["score_link"])
-        else:
-            distance = score_distance(output.velocity, target)
-            scores[rule] = enhanced_log_score(output.logits, distance, sigma, config["rho"], config["score_link"])
-    return scores
-
-
 def rule_targets(
     rules: Sequence[AccuracyRule],
     policy: FlowPolicy,
@@ -168,11 +146,11 @@ def rule_targets(
 
 @torch.no_grad()
 def evaluate_preference_accuracy(
-    slrm: SLRMModel,
+    slrm: LatentRewardModel,
     policy: FlowPolicy,
     dataset: Dataset,
     sigmas: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
-    rules: Sequence[AccuracyRule] = ("ground_truth", "reference"),
+    rules: Sequence[AccuracyRule] | None = None,
     *,
     resolution: int | None = None,
     height: int | None = None,
@@ -186,18 +164,19 @@ def evaluate_preference_accuracy(
     cache_dir: str | None = None,
 ) -> dict[str, dict[float, float]]:
     """
-    Accuracy of an SLRM on held-out preference pairs, by noise level and by rule. Both sides of a pair get the same
+    Accuracy of a latent reward model on held-out preference pairs, by noise level and by rule. Both sides of a pair get the same
     noise, which depends on `seed` and the row alone.
 
     Args:
-        slrm ([`SLRMModel`]): reward model.
+        slrm ([`LatentRewardModel`]): reward model.
         policy ([`FlowPolicy`]): its base model, which encodes pixels and prompts and is the reference; on the same
             device as `slrm`. Prompts that are in the cache need no text encoders.
         dataset ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, see [`prepare_preference_dataset`].
         sigmas (`Sequence[float]`, *optional*): noise levels.
-        rules (`Sequence[str]`, *optional*, defaults to `("ground_truth", "reference")`):
+        rules (`Sequence[str]`, *optional*):
             velocity targets of the score: `"ground_truth"` (the paper's rule, which leaks the clean latent), and
-            `"reference"` and `"none"`, which a rollout can use. Do not compare the first with the others as equals.
+            `"reference"` and `"none"`, which a rollout can use. Do not compare the first with the others as equals. Defaults
+            to the first two for an SLRM. Other reward models compare no velocities and have `"none"` alone.
         resolution (`int`, *optional*): height and width in pixels, unless those are given.
         height (`int`, *optional*): height in pixels. Defaults to that of the SLRM's training.
         width (`int`, *optional*): width in pixels. Defaults to that of the SLRM's training.
@@ -213,6 +192,12 @@ def evaluate_preference_accuracy(
         `dict[str, dict[float, float]]`: `{rule: {sigma: accuracy}}`.
     """
     slrm.check_compatible(policy)
+    if rules is None:
+        rules = ("ground_truth", "reference") if slrm.compares_velocities else ("none",)
+    if not slrm.compares_velocities and set(rules) != {"none"}:
+        raise ValueError(
+            f"`rules={list(rules)}` names velocity targets, but a {slrm.label} compares no velocities: leave it unset."
+        )
     config, device = slrm.config, next(slrm.parameters()).device
     dataset = prepare_preference_dataset(
         dataset,
@@ -242,8 +227,8 @@ def evaluate_preference_accuracy(
             noisy = (1 - level) * clean + level * noise
             output = slrm(noisy, sigma, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
             targets = rule_targets(rules, policy, policy.transformer, noisy, noise - clean, sigma, embeds)
-            for rule, scores in rule_log_scores(output, sigma, targets, config).items():
-                chosen, rejected = scores.chunk(2)
+            for rule, target in targets.items():
+                chosen, rejected = slrm.score_output(output, sigma, target).chunk(2)
                 margins[rule][level].append((chosen - rejected).cpu())
     slrm.train(was_training)
     labels = torch.cat(labels)

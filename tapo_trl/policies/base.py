@@ -33,6 +33,12 @@ from peft.utils import get_peft_model_state_dict
 from ..schedulers import FlowMatchSDEScheduler
 
 
+def update_with_weights(digest: "hashlib._Hash", model: torch.nn.Module) -> None:
+    """Feed a hash with the start of every parameter, which tells fine-tuned models apart at the cost of a few bytes each."""
+    for parameter in model.parameters():
+        digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+
+
 @dataclass
 class PromptEmbeddings:
     """
@@ -249,6 +255,40 @@ class FlowPolicy(ABC):
             latents = scheduler.ode_step(latents, velocity, index)
         return latents
 
+    @torch.no_grad()
+    def invert(
+        self,
+        model: torch.nn.Module,
+        latents: torch.Tensor,
+        prompt_embeds: PromptEmbeddings,
+        *,
+        num_inference_steps: int,
+        first_index: int = 0,
+    ) -> torch.Tensor:
+        """
+        The way back of [`~FlowPolicy.sample`], from clean latents to the noise that they would come from: Euler steps of
+        the ODE without guidance, each with the velocity at its clean end.
+
+        Args:
+            model (`torch.nn.Module`): the family's transformer, wrapped or not.
+            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): clean latents, float32.
+            prompt_embeds ([`PromptEmbeddings`]): one prompt per latent.
+            num_inference_steps (`int`): number of sampling steps.
+            first_index (`int`, *optional*, defaults to `0`): where to stop. 0 is pure noise.
+
+        Returns:
+            `torch.Tensor` of shape `(num_inference_steps - first_index, batch_size, *latent_shape)`: latents at the noise
+            levels `sigmas[first_index]`, ..., `sigmas[num_inference_steps - 1]` of the scheduler, float32.
+        """
+        scheduler = self.build_scheduler(num_inference_steps, tuple(latents.shape[1:]), latents.device)
+        trajectory = []
+        for index in reversed(range(first_index, num_inference_steps)):
+            sigma = scheduler.sigma(index + 1)
+            velocity = self.velocity(model, latents, sigma, prompt_embeds)
+            latents = latents + (scheduler.sigma(index) - sigma) * velocity
+            trajectory.append(latents)
+        return torch.stack(trajectory[::-1])
+
     def _vae_precision(self) -> AbstractContextManager:
         """The VAE computes in the precision of its weights, even inside of a trainer's autocast."""
         return torch.autocast(self.vae.device.type, enabled=False)
@@ -262,6 +302,13 @@ class FlowPolicy(ABC):
         """Drop the text encoders, so that their memory is free for training."""
         for name in self.text_encoder_names:
             self.pipeline.register_modules(**{name: None})
+
+    def transformer_fingerprint(self) -> str:
+        """Short hash of the transformer: its configuration, its precision and the start of each of its weights."""
+        config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
+        digest = hashlib.sha256(f"{json.dumps(config, sort_keys=True, default=str)} {self.transformer.dtype}".encode())
+        update_with_weights(digest, self.transformer)
+        return digest.hexdigest()[:16]
 
     def vae_fingerprint(self) -> str:
         """Short hash of the VAE: its configuration and the signs of its weights, which no change of dtype moves."""

@@ -20,11 +20,14 @@ from .sd3 import SD3Policy
 from .wan import WanPolicy
 
 
+RUNS_CODE = ("custom_pipeline", "trust_remote_code")
+
+
 def load_policy(
     model: str | DiffusionPipeline | FlowPolicy, torch_dtype: torch.dtype | None = None, **model_init_kwargs
 ) -> FlowPolicy:
     """
-    The policy for a diffusers pipeline.
+    The policy for a diffusers pipeline. Weights are read from safetensors only, and no code of a repository is run.
 
     Args:
         model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
@@ -39,8 +42,12 @@ def load_policy(
         [`FlowPolicy`]
 
     Raises:
-        ValueError: if no policy is written for the pipeline's class.
+        ValueError: if no policy is written for the pipeline's class, or if an argument would run code from a repository.
     """
+    refused = [name for name in RUNS_CODE if model_init_kwargs.get(name)]
+    if refused or not model_init_kwargs.get("use_safetensors", True):
+        name = refused[0] if refused else "use_safetensors=False"
+        raise ValueError(f"`{name}` would run code that comes with the model: load the pipeline yourself and pass it.")
     if isinstance(model, FlowPolicy):
         return model
     pipeline = model

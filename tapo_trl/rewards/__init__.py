@@ -12,7 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from .base import LatentRewardModel, RewardOutput
 from .candidates import Candidates
+from .dina import DiNaModel
+from .loading import REWARD_MODELS, load_reward_model
+from .lrm import LRMModel
 from .scoring import LatentReward, PixelReward, RewardFunction, WeightedReward
 from .slrm import SLRMModel, SLRMOutput
 from .velocity_targets import VELOCITY_TARGETS, VelocityTarget, velocity_target
@@ -20,13 +24,19 @@ from .velocity_targets import VELOCITY_TARGETS, VelocityTarget, velocity_target
 
 __all__ = [
     "Candidates",
+    "DiNaModel",
+    "LRMModel",
     "LatentReward",
+    "LatentRewardModel",
     "PixelReward",
+    "REWARD_MODELS",
     "RewardFunction",
+    "RewardOutput",
     "SLRMModel",
     "SLRMOutput",
     "VELOCITY_TARGETS",
     "VelocityTarget",
     "WeightedReward",
+    "load_reward_model",
     "velocity_target",
 ]

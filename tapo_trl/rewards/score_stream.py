@@ -14,15 +14,15 @@
 
 """What the score streams of all backbones have in common: projections, head, and making one from its backbone."""
 
-import inspect
-import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import nn
+
+from .backbone import RewardBackboneMixin, all_tensors
 
 
 class LowRankUpdate(nn.Module):
@@ -91,7 +91,7 @@ class ScoreHead(nn.Module):
         return (pooled * self.linear.weight.float()).sum(dim=1) + self.linear.bias.float()
 
 
-class ScoreTransformerMixin(ABC):
+class ScoreTransformerMixin(RewardBackboneMixin):
     """
     Mixed into a diffusers transformer, whose forward then returns the velocity and one logit per sample.
 
@@ -102,23 +102,9 @@ class ScoreTransformerMixin(ABC):
         score_head ([`ScoreHead`]): reads the logit out of the score tokens after the last block.
     """
 
-    base_class: type[ModelMixin]
-    interface_fields: tuple[str, ...]
-
-    @property
-    @abstractmethod
-    def backbone_dtype(self) -> torch.dtype:
-        """Precision of the backbone, which LoRA keeps while the score stream is trained in float32."""
-
     @abstractmethod
     def init_score_stream(self) -> None:
         """Set every parameter that the base transformer does not have."""
-
-    @classmethod
-    def base_config(cls, transformer: ModelMixin) -> dict:
-        """The arguments that rebuild `transformer`."""
-        names = inspect.signature(cls.base_class.__init__).parameters
-        return {name: transformer.config[name] for name in names if name in transformer.config}
 
     @classmethod
     def from_base(
@@ -128,15 +114,7 @@ class ScoreTransformerMixin(ABC):
         with torch.device("meta"):
             model = cls(num_task_tokens, task_projection_rank, **cls.base_config(transformer))
         nn.Module.to(model, transformer.dtype).to_empty(device=transformer.device)
-        source, own = dict(_tensors(transformer)), dict(_tensors(model))
-        unexpected = source.keys() - own.keys()
-        if unexpected or own.keys() - source.keys() != model.score_parameters().keys():
-            raise ValueError(
-                "The transformer's weights do not fit its configuration; merge or detach its adapters first. "
-                f"Unexpected: {sorted(unexpected)[:3]}."
-            )
-        for name, tensor in source.items():
-            own[name].data = tensor.detach().clone()
+        model._copy_weights(dict(all_tensors(transformer)), added=set(model.score_parameters()), unused=set())
         with torch.no_grad():
             model.init_score_stream()
         return model
@@ -148,15 +126,3 @@ class ScoreTransformerMixin(ABC):
             for name, parameter in self.named_parameters()
             if any(part in name for part in ("task_tokens", "score_projections", "score_output", "score_head"))
         }
-
-    def cast_weights(self, dtype: torch.dtype) -> None:
-        """Cast all but what the base class keeps in float32, as its `from_pretrained` does."""
-        kept = self._keep_in_fp32_modules or []
-        for name, tensor in _tensors(self):
-            if not any(module in name.split(".") for module in kept):
-                tensor.data = tensor.data.to(dtype)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers, those that are not saved included."""
-    return itertools.chain(module.named_parameters(), module.named_buffers())

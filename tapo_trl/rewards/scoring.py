@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..policies import FlowPolicy
+from .base import LatentRewardModel
 from .candidates import Candidates
-from .slrm import SLRMModel
 from .velocity_targets import VelocityTarget, velocity_target
 
 
@@ -33,19 +33,19 @@ RewardFunction = Callable[..., torch.Tensor | Sequence[float]]
 
 class LatentReward:
     """
-    log S_hat of an SLRM at each candidate's own noise level (Eq. 8 and 12).
+    The score of a latent reward model at each candidate's own noise level (log S_hat of an SLRM, Eq. 8 and 12).
 
     Args:
-        model ([`SLRMModel`]): frozen reward model.
+        model ([`LatentRewardModel`]): frozen reward model.
         velocity_target (`str`): see [`velocity_target`].
         batch_size (`int`, *optional*): candidates per forward. All at once by default.
     """
 
-    def __init__(self, model: SLRMModel, velocity_target: VelocityTarget, batch_size: int | None = None):
+    def __init__(self, model: LatentRewardModel, velocity_target: VelocityTarget, batch_size: int | None = None):
         self.model = model
         self.velocity_target = velocity_target
         self.batch_size = batch_size
-        self.__name__ = "slrm"
+        self.__name__ = model.kind
 
     @torch.no_grad()
     def __call__(self, candidates: Candidates) -> torch.Tensor:
@@ -101,7 +101,9 @@ class PixelReward:
 
 class WeightedReward:
     """
-    Weighted sum of rewards. The rewards of the last call are kept in `last_scores`, by name, for logging.
+    Weighted sum of rewards. The rewards of the last call are kept in `last_scores`, by name, for logging. Values that are
+    not finite are passed on: a rollout goes on with them, so that all processes make the same forwards, and
+    [`TAPOTrainer`] skips its update.
 
     Args:
         rewards (`list`): [`LatentReward`] and [`PixelReward`].
@@ -123,11 +125,4 @@ class WeightedReward:
 
     def __call__(self, candidates: Candidates) -> torch.Tensor:
         self.last_scores = {name: reward(candidates) for name, reward in zip(self.names, self.rewards, strict=True)}
-        for name, scores in self.last_scores.items():
-            if not scores.isfinite().all():
-                row = int((~scores.isfinite()).nonzero()[0])
-                raise ValueError(
-                    f"The reward `{name}` is {scores[row].item()} for the prompt {candidates.prompts[row]!r} at "
-                    f"sigma {candidates.sigma.item():.4f}. Rewards must be finite."
-                )
         return sum(weight * self.last_scores[name] for name, weight in zip(self.names, self.weights, strict=True))

@@ -12,8 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from .tapo import TAPOSampler, select_candidates
+from .pairing import PAIRINGS, Pairing, get_pairing
+from .tapo import TAPOSampler
 from .trajectory import TrajectoryPairs, TransitionPairs
 
 
-__all__ = ["TAPOSampler", "TrajectoryPairs", "TransitionPairs", "select_candidates"]
+__all__ = ["PAIRINGS", "Pairing", "TAPOSampler", "TrajectoryPairs", "TransitionPairs", "get_pairing"]

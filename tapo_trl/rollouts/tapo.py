@@ -12,27 +12,29 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Trajectory advantage sampling, Algorithm 1 and Eq. 10-12 of the paper."""
+"""Rollouts that make preference pairs: trajectory advantage sampling, Algorithm 1 and Eq. 10-12 of the paper, and kin."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ..policies import FlowPolicy, PromptEmbeddings
+from ..profiling import StageTimer
 from ..rewards.candidates import Candidates
 from ..rewards.scoring import WeightedReward
 from ..schedulers import FlowMatchSDEScheduler, draw_candidates
-from .trajectory import LOSE, WIN, TrajectoryPairs
+from .pairing import PAIRINGS, Pairing
+from .trajectory import TrajectoryPairs
 
 
 @dataclass
 class TAPOSampler:
     """
-    Grows a winning and a losing trajectory per prompt.
+    Grows a winning and a losing trajectory per prompt, or what else the pairing asks for.
 
     Both start from the same noise and are one trajectory until the first stochastic step. At each of the n stochastic
     steps every branch draws P candidates from one prediction; the winning branch keeps its best candidate, the losing
@@ -51,6 +53,8 @@ class TAPOSampler:
             Scores candidates.
         latent_shape (`tuple[int, ...]`):
             Shape of one latent.
+        pairing ([`~rollouts.pairing.Pairing`], *optional*):
+            Which candidates make a pair and which are kept. TAPO's by default.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
             Scale of classifier-free guidance, none if at most 1.
         reference (`Callable`, *optional*):
@@ -61,6 +65,8 @@ class TAPOSampler:
             Where the transitions are kept, such as `"cpu"` for videos. Defaults to the device of the rollout.
         show_progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar over the sampling steps of rollouts that take longer than 10 seconds.
+        timer ([`~profiling.StageTimer`], *optional*):
+            Measures where the time goes, if enabled.
     """
 
     policy: FlowPolicy
@@ -69,11 +75,13 @@ class TAPOSampler:
     num_candidates: int
     reward: WeightedReward
     latent_shape: tuple[int, ...]
+    pairing: Pairing = PAIRINGS["tapo"]
     guidance_scale: float = 1.0
     reference: Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]] | None = None
     score_batch_size: int | None = None
     store_on: torch.device | str | None = None
     show_progress: bool = False
+    timer: StageTimer = field(default_factory=StageTimer)
 
     @torch.no_grad()
     def sample(
@@ -103,9 +111,11 @@ class TAPOSampler:
         noise = _randn(generators, self.latent_shape, device)
         latents = noise.unsqueeze(0)  # (branches, B, *latent_shape): one branch until the first stochastic step
         velocity = None
-        steps, rewards, parts = [], [], []
-        shape = (len(self.step_indices), 2, *noise.shape)
-        parents, kept = (torch.empty(shape, device=self.store_on or device) for _ in range(2))
+        pairing, branches = self.pairing, self.pairing.num_branches
+        steps, stds, rewards, pair_rewards, parts = [], [], [], [], []
+        shape = (pairing.pairs_per_prompt * batch_size, *self.latent_shape)
+        parents = torch.empty(len(self.step_indices), pairing.num_parents, *shape, device=self.store_on or device)
+        pairs = torch.empty(len(self.step_indices), 2, *shape, device=self.store_on or device)
 
         progress = tqdm(
             range(self.scheduler.num_inference_steps),
@@ -123,12 +133,15 @@ class TAPOSampler:
                 velocity = None
                 continue
 
-            latents, velocity = latents.expand(2, *noise.shape), velocity.expand(2, *noise.shape)
-            mean, std = self.scheduler.sde_mean_std(latents, velocity, index)
-            step_noise = _randn(generators, (2, self.num_candidates, *self.latent_shape), device).transpose(0, 1)
+            latents, velocity = latents.expand(branches, *noise.shape), velocity.expand(branches, *noise.shape)
+            with self.timer.stage("stochastic steps"):
+                mean, std = self.scheduler.sde_mean_std(latents, velocity, index)
+                noise_shape = (branches, self.num_candidates, *self.latent_shape)
+                step_noise = _randn(generators, noise_shape, device).transpose(0, 1)
+                next_latents = draw_candidates(mean.flatten(0, 1), std, step_noise.flatten(0, 1))
             candidates = self._candidates(
                 model,
-                draw_candidates(mean.flatten(0, 1), std, step_noise.flatten(0, 1)),
+                next_latents,
                 clean_estimate=latents - self.scheduler.sigma(index) * velocity,
                 noise=noise,
                 index=index,
@@ -137,22 +150,31 @@ class TAPOSampler:
                 negative_embeds=negative_prompt_embeds,
                 columns=columns or {},
             )
-            scores = self.reward(candidates).view(2, batch_size, self.num_candidates)
-            choice = select_candidates(scores)
+            with self.timer.stage("reward", latents=len(candidates)):
+                scores = self.reward(candidates).view(branches, batch_size, self.num_candidates)
 
-            parents[len(steps)] = latents
+            with self.timer.stage("selection"):
+                selection = pairing.select(scores, generators)
+                chosen = _take(candidates.latents, selection.chosen)
+                rejected = _take(candidates.latents, selection.rejected)
+                parents[len(steps)] = pairing.parents(latents)
+                pairs[len(steps)] = pairing.pairs(chosen, rejected)
+                latents = _take(candidates.latents, selection.kept)
+                velocity = _take(candidates.velocity, selection.kept) if candidates.has_velocity else None
+            pair_rewards.append(pairing.pairs(scores.amax(-1), scores.amin(-1)))
             rewards.append(scores)
             parts.append({name: part.view_as(scores) for name, part in self.reward.last_scores.items()})
-            latents = _take(candidates.latents, choice)
-            kept[len(steps)] = latents
             steps.append(index)
-            velocity = _take(candidates.velocity, choice) if candidates.has_velocity else None
+            stds.append(std.flatten()[0])
 
+        pair_rewards = torch.stack(pair_rewards)
         return TrajectoryPairs(
-            prompt_embeds=prompt_embeds,
+            prompt_embeds=prompt_embeds.repeat(pairing.pairs_per_prompt),
             step_indices=torch.tensor(steps),
             latents=parents,
-            next_latents=kept,
+            next_latents=pairs,
+            pair_rewards=pair_rewards,
+            weights=pairing.weights(pair_rewards, torch.stack(stds)),
             rewards=torch.stack(rewards),
             final_latents=latents,
             reward_parts={name: torch.stack([part[name] for part in parts]) for name in self.reward.names},
@@ -160,33 +182,36 @@ class TAPOSampler:
 
     def _velocity(self, model, latents, index, embeds, negative_embeds) -> torch.Tensor:
         """Velocity of the branches, `(branches, B, *latent_shape)`, in one forward."""
-        velocity = self.policy.velocity(
-            model,
-            latents.flatten(0, 1),
-            self.scheduler.sigma(index),
-            embeds.repeat(len(latents)),
-            negative_embeds,
-            self.guidance_scale,
-        )
+        with self.timer.stage("policy", latents=latents.shape[:2].numel()):
+            velocity = self.policy.velocity(
+                model,
+                latents.flatten(0, 1),
+                self.scheduler.sigma(index),
+                embeds.repeat(len(latents)),
+                negative_embeds,
+                self.guidance_scale,
+            )
         return velocity.view_as(latents)
 
     def _candidates(
         self, model, latents, clean_estimate, noise, index, prompts, embeds, negative_embeds, columns
     ) -> Candidates:
-        """`latents` of shape `(2 B, P, *latent_shape)` with all that a reward may look at, flattened to `2 B P` rows."""
+        """`latents` of shape `(branches B, P, *latent_shape)` with all that a reward may look at, as `branches B P` rows."""
+        branches = self.pairing.num_branches
         latents = latents.flatten(0, 1)
         sigma = self.scheduler.sigma(index + 1)
-        embeds = embeds.repeat(2).repeat_interleave(self.num_candidates)
+        embeds = embeds.repeat(branches).repeat_interleave(self.num_candidates)
 
         def predict(network: torch.nn.Module) -> torch.Tensor:
             size = self.score_batch_size or len(latents)
             chunks = [slice(start, start + size) for start in range(0, len(latents), size)]
-            velocities = [
-                self.policy.velocity(
-                    network, latents[chunk], sigma, embeds[chunk], negative_embeds, self.guidance_scale
-                )
-                for chunk in chunks
-            ]
+            with self.timer.stage("policy", latents=len(latents)):
+                velocities = [
+                    self.policy.velocity(
+                        network, latents[chunk], sigma, embeds[chunk], negative_embeds, self.guidance_scale
+                    )
+                    for chunk in chunks
+                ]
             return torch.cat(velocities)
 
         def predict_reference() -> torch.Tensor:
@@ -194,13 +219,13 @@ class TAPOSampler:
                 return predict(network)
 
         def per_candidate(values: list) -> list:
-            return [value for value in values * 2 for _ in range(self.num_candidates)]
+            return [value for value in values * branches for _ in range(self.num_candidates)]
 
         return Candidates(
             latents=latents,
             sigma=sigma,
             clean_estimate=clean_estimate.flatten(0, 1).repeat_interleave(self.num_candidates, dim=0),
-            initial_noise=torch.cat([noise, noise]).repeat_interleave(self.num_candidates, dim=0),
+            initial_noise=torch.cat([noise] * branches).repeat_interleave(self.num_candidates, dim=0),
             prompts=per_candidate(prompts),
             prompt_embeds=embeds,
             columns={name: per_candidate(values) for name, values in columns.items()},
@@ -209,21 +234,8 @@ class TAPOSampler:
         )
 
 
-def select_candidates(scores: torch.Tensor) -> torch.Tensor:
-    """
-    Eq. 12, for every prompt on its own: the best of the winning branch, the worst of the losing one.
-
-    Args:
-        scores (`torch.Tensor` of shape `(2, B, P)`): rewards of the candidates.
-
-    Returns:
-        `torch.LongTensor` of shape `(2, B)`: index of the candidate that is kept.
-    """
-    return torch.stack([scores[WIN].argmax(dim=-1), scores[LOSE].argmin(dim=-1)])
-
-
 def _take(values: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
-    """The chosen one of the P rows of each branch and prompt: `(2 B P, ...) -> (2, B, ...)`."""
+    """The chosen one of the P rows of each branch and prompt: `(branches B P, ...) -> (branches, B, ...)`."""
     values = values.view(choice.numel(), -1, *values.shape[1:])
     chosen = values[torch.arange(choice.numel(), device=values.device), choice.flatten()]
     return chosen.view(*choice.shape, *values.shape[2:])

@@ -20,28 +20,29 @@ import torch
 from ..policies import PromptEmbeddings
 
 
-WIN, LOSE = 0, 1
-
-
 @dataclass
 class TrajectoryPairs:
     """
-    Winning and losing trajectories of a batch of prompts, at their n stochastic steps.
+    Preference pairs of a batch of prompts, N at each of the n stochastic steps.
 
     Args:
         prompt_embeds ([`PromptEmbeddings`]):
-            Embeddings of the B prompts.
+            Embeddings of the N prompts.
         step_indices (`torch.LongTensor` of shape `(n,)`):
             Index of each stochastic step, on the CPU.
-        latents (`torch.Tensor` of shape `(n, 2, B, *latent_shape)`):
-            x_t before each step, of the winning (0) and the losing (1) branch, float32. Not always on the device of
-            the rollout, see [`TAPOSampler`].
-        next_latents (`torch.Tensor` of shape `(n, 2, B, *latent_shape)`):
-            The candidate that was kept, x_{t-1} of Eq. 13.
-        rewards (`torch.Tensor` of shape `(n, 2, B, P)`):
+        latents (`torch.Tensor` of shape `(n, 2, N, *latent_shape)` or `(n, 1, N, *latent_shape)`):
+            x_t before each step, of the winning (0) and the losing (1) side, or one that both share, float32. Not always
+            on the device of the rollout, see [`TAPOSampler`].
+        next_latents (`torch.Tensor` of shape `(n, 2, N, *latent_shape)`):
+            The candidates that make the pair, x_{t-1} of Eq. 13.
+        pair_rewards (`torch.Tensor` of shape `(n, 2, N)`):
+            Their rewards.
+        weights (`torch.Tensor` of shape `(n, N)`):
+            Weight of each pair in the loss, 0 for one that does not count.
+        rewards (`torch.Tensor` of shape `(n, branches, B, P)`):
             Rewards of all candidates.
-        final_latents (`torch.Tensor` of shape `(2, B, *latent_shape)`):
-            Clean latents at the end of both branches.
+        final_latents (`torch.Tensor` of shape `(branches, B, *latent_shape)`):
+            Clean latents at the end of each trajectory.
         reward_parts (`dict[str, torch.Tensor]`):
             The same as `rewards` for each reward by name.
     """
@@ -50,18 +51,20 @@ class TrajectoryPairs:
     step_indices: torch.Tensor
     latents: torch.Tensor
     next_latents: torch.Tensor
+    pair_rewards: torch.Tensor
+    weights: torch.Tensor
     rewards: torch.Tensor
     final_latents: torch.Tensor
     reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_pairs(self) -> int:
-        """Number of transition pairs, n x B."""
+        """Number of transition pairs, n x N."""
         return self.latents.shape[0] * self.latents.shape[2]
 
     def transitions(self, chunk_size: int) -> Iterator["TransitionPairs"]:
         """
-        All n x B transition pairs, step by step, in chunks of at most `chunk_size`. Each is made when it is asked for,
+        All n x N transition pairs, step by step, in chunks of at most `chunk_size`. Each is made when it is asked for,
         where the latents are stored.
         """
         num_prompts = self.latents.shape[2]
@@ -72,6 +75,7 @@ class TrajectoryPairs:
                 step_indices=self.step_indices[step],
                 latents=self.latents[step, :, prompt].transpose(0, 1),
                 next_latents=self.next_latents[step, :, prompt].transpose(0, 1),
+                weights=self.weights[step, prompt],
                 share=len(chunk) / self.num_pairs,
             )
 
@@ -79,13 +83,15 @@ class TrajectoryPairs:
 @dataclass
 class TransitionPairs:
     """
-    Pairs of transitions x_t -> x_{t-1}, the examples of Eq. 13. Each branch keeps its own parent x_t.
+    Pairs of transitions x_t -> x_{t-1}, the examples of Eq. 13. Each side keeps its own parent x_t, or both share one.
 
     Args:
         prompt_embeds ([`PromptEmbeddings`]): one prompt per pair.
         step_indices (`torch.LongTensor` of shape `(num_pairs,)`): step of each pair, on the CPU.
-        latents (`torch.Tensor` of shape `(2, num_pairs, *latent_shape)`): x_t of the winning and the losing branch.
+        latents (`torch.Tensor` of shape `(2, num_pairs, *latent_shape)` or `(1, num_pairs, *latent_shape)`): x_t of the
+            winning and the losing side, or of both.
         next_latents (`torch.Tensor` of shape `(2, num_pairs, *latent_shape)`): x_{t-1}.
+        weights (`torch.Tensor` of shape `(num_pairs,)`): weight of each pair in the loss.
         share (`float`): share of the rollout's pairs that are in this chunk.
     """
 
@@ -93,7 +99,17 @@ class TransitionPairs:
     step_indices: torch.Tensor
     latents: torch.Tensor
     next_latents: torch.Tensor
+    weights: torch.Tensor
     share: float
+
+    @property
+    def num_parents(self) -> int:
+        """2 if each side of a pair has its own parent, 1 if they share it."""
+        return self.latents.shape[0]
+
+    def of_both_sides(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the parents, `(num_parents num_pairs, ...)`, as those of [win; lose], `(2 num_pairs, ...)`."""
+        return values if self.num_parents == 2 else values.repeat(2, *[1] * (values.ndim - 1))
 
     def to(self, device: torch.device | str) -> "TransitionPairs":
         """The same on another device, but for `step_indices`."""
@@ -102,4 +118,5 @@ class TransitionPairs:
             prompt_embeds=self.prompt_embeds.to(device),
             latents=self.latents.to(device),
             next_latents=self.next_latents.to(device),
+            weights=self.weights.to(device),
         )

@@ -15,24 +15,28 @@
 """What both trainers share: the paper, the model card, and checks that come before any work."""
 
 import os
-import sys
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..policies import FlowPolicy
 from .checkpoints import SealCallback, SealedCheckpointsMixin
-from .interruption import GracefulStopCallback
-from .model_card import write_model_card
+from .hub import HubPushMixin
+from .interruption import GracefulStopCallback, start_data_worker
+from .model_card import current_command, write_model_card
+from .nonfinite import NonFiniteGuard
 
 
-class DiffusionTrainerMixin(SealedCheckpointsMixin):
+class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
     """
     Put before a TRL trainer, it replaces what only fits language models, the model card and the telemetry, and makes runs
     safe to stop at any time.
@@ -52,6 +56,7 @@ class DiffusionTrainerMixin(SealedCheckpointsMixin):
             "}"
         ),
     }
+    dataset_name: str | None = None  # for every card of the run
     _card_metrics: tuple[str, ...]
     policy: FlowPolicy
 
@@ -75,12 +80,12 @@ class DiffusionTrainerMixin(SealedCheckpointsMixin):
 
         Args:
             model_name (`str`, *optional*): name of the model. Defaults to the Hub id's or the folder's.
-            dataset_name (`str`, *optional*): name of the dataset.
+            dataset_name (`str`, *optional*): name of the dataset. Defaults to `self.dataset_name`.
             tags (`str` or `list[str]`, *optional*): further tags.
         """
         if not self.is_world_process_zero():
             return
-        folder, hub_model_id = Path(self.args.output_dir), self.args.hub_model_id
+        folder, hub_model_id = Path(self.args.output_dir), self.hub_model_id or self.args.hub_model_id
         metrics = {}
         for logs in self.state.log_history:
             metrics |= {name: value for name, value in logs.items() if name.startswith(self._card_metrics)}
@@ -89,7 +94,7 @@ class DiffusionTrainerMixin(SealedCheckpointsMixin):
             trainer_name=self._name,
             base_model=self._base_model_name,
             model_name=model_name or (hub_model_id or folder.resolve().name).split("/")[-1],
-            dataset_name=dataset_name,
+            dataset_name=dataset_name or self.dataset_name,
             pipeline_class=type(self.policy.pipeline).__name__,
             transformer_class=self.policy.pipeline.config["transformer"][1],  # FSDP changes that of the object
             modality=self.policy.modality,
@@ -102,16 +107,65 @@ class DiffusionTrainerMixin(SealedCheckpointsMixin):
             images=sorted(folder.glob("samples/*.png"))[-4:],
             hub_model_id=hub_model_id,
             paper=self._paper,
-            command=" ".join(["python", *(Path(part).name for part in sys.argv[:1]), *sys.argv[1:]]),
+            command=current_command(),
         )
 
     def _add_run_callbacks(self, stop_every_n_steps: int = 1) -> None:
         """The last callbacks of the list: a checkpoint is sealed when all others have written into it."""
+        self.nonfinite_guard = NonFiniteGuard(self, stop_every_n_steps)
+        self.add_callback(self.nonfinite_guard)
         self.add_callback(GracefulStopCallback(stop_every_n_steps))
         self.add_callback(SealCallback(self))
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
+        output = super().train(resume_from_checkpoint, **kwargs)
+        self.nonfinite_guard.raise_if_over()
+        return output
+
+    def _get_dataloader(self, *args, **kwargs) -> DataLoader:
+        dataloader = super()._get_dataloader(*args, **kwargs)
+        start = partial(start_data_worker, dataloader.worker_init_fn)
+        dataloader.worker_init_fn = dataloader.base_dataloader.worker_init_fn = start
+        return dataloader
+
+    def _num_real_rows(self, num_rows: int) -> int:
+        """
+        How many of this process's `num_rows` rows of an evaluation batch are no repetition: with several processes the
+        last batch is filled up with the first rows, so that all make the same forwards. They come last.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder < 1:
+            return num_rows
+        return max(0, min(num_rows, state.remainder - self.accelerator.process_index * num_rows))
+
+    def _mean_of_real_rows(self, losses: torch.Tensor) -> torch.Tensor:
+        """Mean of losses of shape `(num_rows,)` over the rows that are no repetition; `Trainer` drops one of none."""
+        return losses[: self._num_real_rows(len(losses)) or None].mean()
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        self.nonfinite_guard.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.nonfinite_guard.grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["skipped_updates"] = self.nonfinite_guard.pop_skipped()
+        super().log(logs, start_time)
+
     def _send_telemetry(self) -> None:
         """None is sent: TRL's reads fields that only language models have."""
+
+
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """The half precision that a configuration asks for, `None` if it asks for none."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...]:
+    """Put what `args` leaves to `resolution` and to the policy's family into it, and return the shape of one latent."""
+    args.height, args.width = args.height or args.resolution, args.width or args.resolution
+    if args.max_sequence_length is None:
+        args.max_sequence_length = policy.max_sequence_length
+    return policy.latent_shape(args.height, args.width, args.num_frames)
 
 
 def check_writable(folder: str) -> None:

@@ -16,7 +16,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,12 +30,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
+from ..profiling import StageTimer
 from .image_grid import save_overview
 from .policy_trainer import save_policy
 from .tracking import send_to_tensorboard, send_to_tracker
 
 
 if TYPE_CHECKING:
+    from .diffusion_dpo_trainer import DiffusionDPOTrainer
     from .tapo_trainer import TAPOTrainer
 
 
@@ -45,15 +47,15 @@ EMA_FILE = "ema.safetensors"
 HELD_OUT_REWARD = "guard/held_out_reward"
 
 
-class TAPOCallback(TrainerCallback):
+class PolicyCallback(TrainerCallback):
     """
     Base class of the callbacks that need more than the events of [`~transformers.TrainerCallback`]: the trainer itself,
     and prompts of their own.
 
-    [`TAPOTrainer`] encodes the `prompts` of every such callback together with those of the data set, before the text
-    encoders leave the memory, and calls `attach` at the end of its `__init__`. In an event, generate with
-    `self.trainer.generate(self.prompts, seed=...)`, **on every process**: generation is collective when the policy is
-    sharded, and every process draws the same images.
+    The trainer of a policy, [`TAPOTrainer`] or [`DiffusionDPOTrainer`], encodes the `prompts` of every such callback
+    together with those of the data set, before the text encoders leave the memory, and calls `attach` at the end of its
+    `__init__`. In an event, generate with `self.trainer.generate(self.prompts, seed=...)`, **on every process**:
+    generation is collective when the policy is sharded, and every process draws the same images.
 
     Args:
         prompts (`list[str]`, *optional*): The prompts that the callback will generate from.
@@ -64,21 +66,48 @@ class TAPOCallback(TrainerCallback):
         self._trainer = None
 
     @property
-    def trainer(self) -> "TAPOTrainer":
+    def trainer(self) -> "TAPOTrainer | DiffusionDPOTrainer":
         """The trainer that the callback is attached to."""
         if self._trainer is None:
             raise RuntimeError(
-                f"`{type(self).__name__}` is not attached to a trainer. Pass it to `TAPOTrainer(callbacks=[...])`; "
-                "`trainer.add_callback` comes too late, because the prompts are already encoded."
+                f"`{type(self).__name__}` is not attached to a trainer. Pass it to `TAPOTrainer(callbacks=[...])` or "
+                "`DiffusionDPOTrainer(callbacks=[...])`; `trainer.add_callback` comes too late, because the prompts are "
+                "already encoded."
             )
         return self._trainer
 
-    def attach(self, trainer: "TAPOTrainer") -> None:
-        """Called once by [`TAPOTrainer`], at the end of its `__init__`."""
+    def attach(self, trainer: "TAPOTrainer | DiffusionDPOTrainer") -> None:
+        """Called once by the trainer, at the end of its `__init__`."""
         self._trainer = trainer
 
 
-class EMACallback(TAPOCallback):
+TAPOCallback = PolicyCallback
+
+
+class ProfileCallback(TrainerCallback):
+    """
+    Times the optimizer, and prints the table of a [`~profiling.StageTimer`] when the training ends.
+
+    Args:
+        timer ([`~profiling.StageTimer`]): the trainer's.
+    """
+
+    def __init__(self, timer: StageTimer):
+        self.timer = timer
+        self._optimizer = ExitStack()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._optimizer.enter_context(self.timer.stage("optimizer"))
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._optimizer.close()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if state.is_world_process_zero:
+            print(self.timer.table())
+
+
+class EMACallback(PolicyCallback):
     r"""
     Keeps an exponential moving average of the trainable parameters (LoRA matrices, or the transformer).
 
@@ -146,8 +175,11 @@ class EMACallback(TAPOCallback):
             folder = self.resume_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             self._load(Path(folder) / EMA_FILE)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.ema.step(self._parameters())
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+    ):
+        if not optimizer.step_was_skipped:
+            self.ema.step(self._parameters())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if state.is_world_process_zero:
@@ -188,7 +220,7 @@ class EMACallback(TAPOCallback):
         self.ema.optimization_step = optimization_step
 
 
-class SampleGridCallback(TAPOCallback):
+class SampleGridCallback(PolicyCallback):
     """
     Draws the same prompts with the same seeds again and again, so that the run can be watched.
 
@@ -315,7 +347,7 @@ def detect_reward_hacking(log_history: list[dict], patience: int, min_drop: floa
     return bad_in_a_row >= patience
 
 
-class RewardHackingGuardCallback(TAPOCallback):
+class RewardHackingGuardCallback(PolicyCallback):
     """
     Watches a held-out reward that the policy is not trained on, and acts when it falls while the training reward rises.
 

@@ -133,6 +133,8 @@ class SealCallback(TrainerCallback):
 class SealedCheckpointsMixin:
     """Put before a `Trainer`, it seals every checkpoint and resumes from whole ones only."""
 
+    _resumed_from: str | None = None
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and folder.exists():
@@ -141,6 +143,7 @@ class SealedCheckpointsMixin:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # `SealCallback` rotates
         try:
             super()._save_checkpoint(model, trial)
+            self._save_training_state(folder)
         except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError, by who writes
             shutil.rmtree(folder, ignore_errors=True)
             raise RuntimeError(
@@ -150,6 +153,12 @@ class SealedCheckpointsMixin:
             ) from error
         finally:
             self.args.save_total_limit = limit
+
+    def _save_training_state(self, folder: Path) -> None:
+        """Write what else it takes to go on exactly, on every process."""
+
+    def _load_training_state(self, folder: Path) -> None:
+        """Read what `_save_training_state` wrote."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
         """
@@ -175,5 +184,7 @@ class SealedCheckpointsMixin:
                     f"The checkpoint {resume_from_checkpoint} cannot be used: {damage}. Pass another one, or `True` for "
                     "the last one that is whole."
                 )
-        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._resumed_from is not None:
+            self._load_training_state(Path(self._resumed_from))
+        return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)

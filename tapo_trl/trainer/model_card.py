@@ -12,9 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import json
 import os
 import re
 import shlex
+import sys
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +43,7 @@ BASE_LICENSES = {
 
 # Options of the training that the card of a policy shows.
 TAPO_OPTIONS = (
+    "pairing",
     "beta",
     "loss_type",
     "num_inference_steps",
@@ -58,12 +61,107 @@ TAPO_OPTIONS = (
     "max_steps",
 )
 
+DIFFUSION_DPO_OPTIONS = (
+    "variant",
+    "beta",
+    "label_smoothing",
+    "timestep_sampling",
+    "gamma",
+    "num_inference_steps",
+    "dimension_weights",
+    "height",
+    "width",
+    "num_frames",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+)
+
+# By `DiffusionDPOConfig.variant`
+DIFFUSION_DPO_PAPERS = {
+    "diffusion_dpo": {
+        "title": "Diffusion Model Alignment Using Direct Preference Optimization",
+        "citation": """@inproceedings{wallace2024diffusion,
+    title     = {{Diffusion Model Alignment Using Direct Preference Optimization}},
+    author    = {Wallace, Bram and Dang, Meihua and Rafailov, Rafael and Zhou, Linqi and Lou, Aaron and Purushwalkam, Senthil and Ermon, Stefano and Xiong, Caiming and Joty, Shafiq and Naik, Nikhil},
+    booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+    year      = {2024},
+}""",
+    },
+    "inversion_dpo": {
+        "title": "Inversion-DPO: Precise and Efficient Post-Training for Diffusion Models",
+        "citation": """@article{li2025inversion,
+    title   = {{Inversion-DPO: Precise and Efficient Post-Training for Diffusion Models}},
+    author  = {Li, Zejian and Li, Yize and Meng, Chenye and Liu, Zhongni and Yang, Ling and Zhang, Shengyuan and Yang, Guang and Yang, Changyuan and Yang, Zhiyuan and Sun, Lingyun},
+    journal = {arXiv preprint arXiv:2507.11554},
+    year    = {2025},
+}""",
+    },
+    "dense_reward": {
+        "title": "A Dense Reward View on Aligning Text-to-Image Diffusion with Preference",
+        "citation": """@article{yang2024dense,
+    title   = {{A Dense Reward View on Aligning Text-to-Image Diffusion with Preference}},
+    author  = {Yang, Shentao and Chen, Tianqi and Zhou, Mingyuan},
+    journal = {arXiv preprint arXiv:2402.08265},
+    year    = {2024},
+}""",
+    },
+}
+
+# By the kind of a reward model; that of SLRM is the trainer's own.
+REWARD_MODEL_PAPERS = {
+    "lrm": {
+        "title": "Diffusion Model as a Noise-Aware Latent Reward Model for Step-Level Preference Optimization",
+        "citation": """@article{zhang2025diffusion,
+    title   = {{Diffusion Model as a Noise-Aware Latent Reward Model for Step-Level Preference Optimization}},
+    author  = {Zhang, Tao and Da, Cheng and Ding, Kun and Yang, Huan and Jin, Kun and Li, Yan and Gao, Tingting and Zhang, Di and Xiang, Shiming and Pan, Chunhong},
+    journal = {arXiv preprint arXiv:2502.01051},
+    year    = {2025},
+}""",
+    },
+    "dina": {
+        "title": "Beyond VLM-Based Rewards: Diffusion-Native Latent Reward Modeling",
+        "citation": """@misc{liu2026beyond,
+    title  = {{Beyond VLM-Based Rewards: Diffusion-Native Latent Reward Modeling}},
+    author = {Liu, Gongye and Yang, Bo and Zhi, Yida and Zhong, Zhizhou and Ke, Lei and Deng, Didan and Gao, Han and Huang, Yongxiang and Zhang, Kaihao and Fu, Hongbo and Luo, Wenhan},
+    url    = {https://github.com/HKUST-C4G/diffusion-rm},
+    year   = {2026},
+}""",
+    },
+}
+
+# Tags and template of each trainer's card
+_KINDS = {
+    "TAPO": (["tapo"], "tapo_model_card.md"),
+    "Diffusion-DPO": (["diffusion-dpo"], "tapo_model_card.md"),
+    "SLRM": (["slrm", "reward-model"], "slrm_model_card.md"),
+    "LRM": (["lrm", "reward-model"], "slrm_model_card.md"),
+    "DiNa-LRM": (["dina", "reward-model"], "slrm_model_card.md"),
+}
+
+# Class of a reward model, for the code example
+_REWARD_CLASSES = {"SLRM": "SLRMModel", "LRM": "LRMModel", "DiNa-LRM": "DiNaModel"}
+
+# Access tokens, and absolute paths inside of a longer argument, of which the name of the file is kept.
+TOKEN = re.compile(r"\bhf_\w{8,}")
+LOCAL_PATH = re.compile(r"(?<![\w.:/~])~?/(?:[^\s/'\"]+/)*([^\s/'\"]*)")
+
 SECRET_FLAGS = ("--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-token")
 
 
 def is_hub_id(name: str | None) -> bool:
     """Whether `name` can be a repository on the Hub (`user/name`), and is not a folder or file on this machine."""
     return name is not None and re.fullmatch(r"[\w-]+/[\w.-]+", name) is not None and not os.path.exists(name)
+
+
+def current_command() -> str:
+    """What was typed to start this process, after any launcher."""
+    spec, script = sys.modules["__main__"].__spec__, Path(sys.argv[0])
+    if spec is not None:
+        program = ["python", "-m", spec.name.removesuffix(".__main__")]
+    else:
+        program = ["python", script.name] if script.suffix == ".py" else [script.name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def public_command(command: str) -> str:
@@ -77,13 +175,39 @@ def public_command(command: str) -> str:
         elif not word.startswith(tuple(f"{flag}=" for flag in SECRET_FLAGS)):
             flag, separator, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
             words.append(flag + separator + (Path(value).name if os.path.isabs(value) else value))
-    return shlex.join(words)
+    return shlex.join(LOCAL_PATH.sub(r"\1", TOKEN.sub("hf_***", word)) for word in words)
+
+
+def _gallery(images: list[Path], folder: Path) -> list[dict[str, Any]]:
+    """What the Hub shows of the images: each with its step and the prompts that are listed beside it."""
+    gallery = []
+    for image in images:
+        prompts, text = image.with_name("prompts.txt"), image.stem.replace("_", " ")
+        if prompts.is_file():
+            text += ": " + "; ".join(prompts.read_text(encoding="utf-8").splitlines())
+        gallery.append({"text": _one_line(text), "output": {"url": image.relative_to(folder).as_posix()}})
+    return gallery
+
+
+def _in_code(text: str) -> str:
+    """`text` between the quotes of a Python string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _in_table(value: Any) -> str:
+    """`value` in a cell of a table."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return _one_line(text).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def write_model_card(
     path: str | Path,
     *,
-    trainer_name: Literal["TAPO", "SLRM"],
+    trainer_name: Literal["TAPO", "Diffusion-DPO", "SLRM", "LRM", "DiNa-LRM"],
     base_model: str | None,
     model_name: str,
     dataset_name: str | None,
@@ -107,7 +231,7 @@ def write_model_card(
 
     Args:
         path (`str` or `Path`): Where the card goes, `<output folder>/README.md`.
-        trainer_name (`"TAPO"` or `"SLRM"`): Which card.
+        trainer_name (`str`): Which card: `"TAPO"`, `"Diffusion-DPO"`, or that of a reward model.
         base_model (`str`, *optional*): Hub id or folder of the pipeline that was trained.
         model_name (`str`): Title of the card.
         dataset_name (`str`, *optional*): Hub id or path of the training data.
@@ -137,9 +261,10 @@ def write_model_card(
         if known:
             license, license_name = known[0]
 
-    kind = ["tapo"] if trainer_name == "TAPO" else ["slrm", "reward-model"]
-    if trainer_name == "TAPO" and is_lora:
-        kind += ["lora", "template:sd-lora"]
+    kind, template = _KINDS[trainer_name]
+    is_policy = "reward-model" not in kind
+    if is_policy and is_lora:
+        kind = [*kind, "lora", "template:sd-lora"]
     task = f"text-to-{modality}"
     card_data = ModelCardData(
         base_model=base_model if base_on_hub else None,
@@ -148,10 +273,11 @@ def write_model_card(
         license=license,
         license_name=license_name,
         license_link=f"https://huggingface.co/{base_model}/blob/main/LICENSE.md" if license_name else None,
-        metrics=sorted(metrics) or None,
-        model_name=model_name,
-        pipeline_tag=task if trainer_name == "TAPO" else None,
-        tags=list(dict.fromkeys(["trl", *kind, task, "diffusers", "diffusers-training", *tags])),
+        metrics=sorted(map(_one_line, metrics)) or None,
+        model_name=_one_line(model_name),
+        pipeline_tag=task if is_policy else None,
+        tags=list(dict.fromkeys(["trl", *kind, task, "diffusers", "diffusers-training", *map(_one_line, tags)])),
+        widget=_gallery(images, path.parent) or None,
     )
     if base_on_hub:
         base_link = f"[{base_model}](https://huggingface.co/{base_model})"
@@ -165,11 +291,14 @@ def write_model_card(
 
     card = ModelCard.from_template(
         card_data,
-        template_path=str(resources.files("tapo_trl").joinpath("templates", f"{trainer_name.lower()}_model_card.md")),
-        model_name=model_name,
+        template_path=str(resources.files("tapo_trl").joinpath("templates", template)),
+        trainer_name=trainer_name,
+        reward_class=_REWARD_CLASSES.get(trainer_name),
+        reward_kind=kind[0],
+        model_name=_one_line(model_name),
         base_model_link=base_link,
-        base_model_argument=base_model if base_on_hub else f"path/to/{base_name}",
-        model_argument=hub_model_id or f"path/to/{model_name}",
+        base_model_argument=_in_code(base_model if base_on_hub else f"path/to/{base_name}"),
+        model_argument=_in_code(hub_model_id or f"path/to/{model_name}"),
         dataset_name=dataset_name,
         dataset_link=data_link,
         is_lora=is_lora,
@@ -177,12 +306,9 @@ def write_model_card(
         fps=fps,
         pipeline_class=pipeline_class,
         transformer_class=transformer_class,
-        images=[
-            {"url": image.relative_to(path.parent).as_posix(), "caption": image.stem.replace("_", " ")}
-            for image in images
-        ],
-        method_table=method_table,
-        metrics={name: f"{value:.4g}" if isinstance(value, float) else value for name, value in metrics.items()},
+        has_gallery=len(images) > 0,
+        method_table={name: _in_table(str(value)) for name, value in method_table.items()},
+        metrics={_in_table(name): _in_table(value) for name, value in metrics.items()},
         command=public_command(command) if command else None,
         versions={"tapo_trl": __version__, **{package: version(package) for package in packages}},
         paper_citation=paper["citation"],

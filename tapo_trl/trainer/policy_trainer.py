@@ -12,9 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a trainer of a policy does beside its algorithm: draw samples, save, resume."""
+"""What a trainer of a policy does beside its algorithm: hold a reference, log, draw samples, save, resume."""
 
-import shutil
+import copy
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +24,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from diffusers import ModelMixin
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import TrainingArguments, set_seed
+from trl.trainer.utils import disable_dropout_in_model
 
 from ..data.prompts import PromptCache
 from ..policies import FlowPolicy
+from .base import autocast_dtype
 from .generation import generate_samples
+from .tracking import make_config_trackable
 
 
 TRANSFORMER_FOLDER = "transformer"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def save_policy(
@@ -58,6 +65,54 @@ def save_policy(
     model.save_pretrained(Path(folder) / TRANSFORMER_FOLDER)
 
 
+def policy_init_kwargs(args: TrainingArguments, peft_config: PeftConfig | None) -> dict[str, Any]:
+    """Loading arguments. A base that LoRA keeps frozen is loaded in the precision it is used in."""
+    kwargs = dict(args.model_init_kwargs or {})
+    dtype: str | torch.dtype | None = kwargs.pop("torch_dtype", None)
+    if dtype is None and peft_config is not None:
+        dtype = autocast_dtype(args)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return kwargs | {"torch_dtype": dtype}
+
+
+def make_trainable(
+    policy: FlowPolicy, args: TrainingArguments, peft_config: PeftConfig | None
+) -> tuple[ModelMixin | PeftModel, ModelMixin | None]:
+    """
+    Make a policy's network ready for training.
+
+    Args:
+        policy ([`FlowPolicy`]): the policy. Its transformer is changed in place.
+        args ([`TAPOConfig`] or [`DiffusionDPOConfig`]): the configuration.
+        peft_config ([`~peft.PeftConfig`], *optional*): LoRA configuration. Without it all weights are trained.
+
+    Returns:
+        `tuple`: the network to train, and the frozen copy that is its reference, or `None` if the reference is the
+        network without its adapter.
+    """
+    transformer, ref_model = policy.transformer.requires_grad_(peft_config is None), None
+    make_config_trackable(transformer)
+    if peft_config is not None:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = policy.lora_target_modules
+        set_seed(args.seed)  # LoRA starts at random
+        transformer = get_peft_model(transformer, peft_config)
+    else:
+        if args.fp16 and transformer.dtype == torch.float16:
+            raise ValueError(
+                "`fp16=True` with full fine-tuning needs float32 weights: load `model` without `torch_dtype`, or pass a "
+                "`peft_config`."
+            )
+        ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
+    if args.disable_dropout:
+        disable_dropout_in_model(transformer)
+    if args.activation_checkpointing:
+        policy.transformer.enable_gradient_checkpointing()
+        args.activation_checkpointing = False  # done: diffusers models lack the method that Trainer would call
+    return transformer, ref_model
+
+
 class PolicyTrainerMixin:
     """
     Put before a Trainer whose model is a policy's network, wrapped in PEFT or trained in full.
@@ -66,8 +121,71 @@ class PolicyTrainerMixin:
     """
 
     policy: FlowPolicy
+    ref_model: torch.nn.Module | None
     latent_shape: tuple[int, ...]
     prompt_cache: PromptCache
+    _metrics: dict[str, defaultdict[str, list[torch.Tensor]]]
+    _card_options: tuple[str, ...]
+
+    # Reference
+
+    def _place_frozen_models(self) -> None:
+        """Bring the VAE and a frozen copy to the accelerator."""
+        self.policy.vae.to(self.accelerator.device).requires_grad_(False)
+        if self.args.vae_tiling:
+            self.policy.vae.enable_tiling()
+        if self.args.vae_slicing:
+            self.policy.vae.enable_slicing()
+        if self.ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+
+    @contextmanager
+    def reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """The reference network: `model` with its adapter disabled, or the frozen copy."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with self.accelerator.unwrap_model(model).disable_adapter():
+                yield model
+
+    def _check_start(self, losses: torch.Tensor) -> None:
+        """Policy and reference are the same at the start, so every loss is ln 2: anything else is a bug upstream."""
+        if not self.args.self_check or not self.model.training or self.state.global_step > 0:
+            return
+        if (losses.detach() - math.log(2)).abs().max() > 1e-6:
+            raise RuntimeError(
+                f"The loss at the start is {losses.detach().tolist()}, not ln 2 = {math.log(2):.6f}: the policy and the "
+                "reference differ before the first update. Does the adapter start from trained weights, or is some "
+                "layer (dropout, batch norm) random? Set `self_check=False` if the difference is meant."
+            )
+
+    # Logs
+
+    def _record(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Keep `metrics` for the next call of `log`, which logs their means."""
+        for name, values in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        names = sorted(self._metrics[mode])
+        if names:
+            values = [torch.cat([v.flatten() for v in self._metrics[mode][name]]) for name in names]
+            totals = torch.stack([torch.stack([v.sum(), torch.full_like(v.sum(), len(v))]) for v in values])
+            sums, counts = self.accelerator.reduce(totals, reduction="sum").T.tolist()
+            prefix = "eval_" if mode == "eval" else ""
+            rows = zip(names, sums, counts, strict=True)
+            logs.update({f"{prefix}{name}": total / count for name, total, count in rows if count})
+        super().log(logs, start_time)
+        self._metrics[mode].clear()
+
+    @property
+    def _base_model_name(self) -> str:
+        return self.policy.name_or_path
+
+    def _method_table(self) -> dict[str, Any]:
+        options = {name: getattr(self.args, name) for name in self._card_options}
+        return {name: value for name, value in options.items() if value is not None}
 
     # Samples
 
@@ -127,11 +245,8 @@ class PolicyTrainerMixin:
             return
         output_dir = Path(output_dir if output_dir is not None else self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(model):
-            super()._save(str(output_dir), state_dict)
-        else:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            torch.save(self.args, output_dir / "training_args.bin")
+        if is_peft_model(model):  # without what else `Trainer` saves: its arguments, as a pickle
+            model.save_pretrained(str(output_dir), state_dict=state_dict)
         save_policy(output_dir, self.policy, model, state_dict)
         self.create_model_card()
 
@@ -152,10 +267,3 @@ class PolicyTrainerMixin:
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.create_model_card()
         super()._save_checkpoint(model, trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # `Trainer` copies the files it knows into the folder that is pushed; the diffusers LoRA is not among them.
-        lora = Path(checkpoint_folder) / LORA_FILE
-        if self.is_world_process_zero() and lora.is_file():
-            shutil.copy(lora, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)

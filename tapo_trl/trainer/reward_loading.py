@@ -20,13 +20,12 @@ import torch
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 
 from ..policies import FlowPolicy
-from ..rewards import SLRMModel
+from ..rewards import LatentRewardModel, load_reward_model
 from ..rewards.scoring import LatentReward, PixelReward, RewardFunction
-from ..rewards.velocity_targets import ROLLOUT_TARGETS
 from .tapo_config import TAPOConfig
 
 
-RewardModel = str | SLRMModel | RewardFunction
+RewardModel = str | LatentRewardModel | RewardFunction
 
 # Beside norms and embeddings, which diffusers leaves alone: the score stream and LoRA matrices keep their precision.
 SCORE_LAYERS = ("score_projections", "score_output", "score_head", "lora_")
@@ -37,52 +36,56 @@ def check_rewards(rewards: Sequence[RewardModel], args: TAPOConfig) -> None:
     Refuse what cannot work, before anything is loaded.
 
     Raises:
-        ValueError: if a reward is neither a name, an SLRM nor a callable, or if an option for SLRMs has nothing to act on.
+        ValueError: if a reward is neither a name, a latent reward model nor a callable, or if an option for latent reward
+            models has nothing to act on.
     """
     for reward in rewards:
-        if not isinstance(reward, (str, SLRMModel)) and not callable(reward):
+        if not isinstance(reward, (str, LatentRewardModel)) and not callable(reward):
             raise ValueError(
-                "`reward_model` must be a folder or Hub id, an `SLRMModel`, or a callable, got "
+                "`reward_model` must be a folder or Hub id, a `LatentRewardModel`, or a callable, got "
                 f"`{type(reward).__name__}`."
             )
-    has_slrm = any(isinstance(reward, (str, SLRMModel)) for reward in rewards)
+    has_latent = any(isinstance(reward, (str, LatentRewardModel)) for reward in rewards)
     for option in ("reward_layerwise_casting", "reward_group_offload"):
-        if getattr(args, option) and not has_slrm:
-            raise ValueError(f"`{option}=True` is for SLRMs, but every `reward_model` is a function: leave it unset.")
+        if getattr(args, option) and not has_latent:
+            raise ValueError(
+                f"`{option}=True` is for SLRMs and other latent reward models, but every `reward_model` is a function: leave it "
+                "unset."
+            )
     if args.reward_model_init_kwargs and not any(isinstance(reward, str) for reward in rewards):
         raise ValueError("`reward_model_init_kwargs` is for reward models that are loaded by name, but none is.")
     if args.reward_group_offload and args.device.type == "cpu":
         raise ValueError(
-            "`reward_group_offload=True` keeps the SLRM on the CPU and lends its blocks to an accelerator, but this run is "
+            "`reward_group_offload=True` keeps the reward model on the CPU and lends its blocks to an accelerator, but this run is "
             "on the CPU: leave it unset."
         )
 
 
 def load_reward(reward: RewardModel, policy: FlowPolicy, args: TAPOConfig) -> LatentReward | PixelReward:
     """
-    A reward as the sampler calls it. An SLRM is frozen, and stays on the CPU until [`place_reward`].
+    A reward as the sampler calls it. A latent reward model, of whichever kind a folder holds, is frozen, and stays on the
+    CPU until [`place_reward`].
 
     Args:
-        reward (`str`, [`SLRMModel`] or `Callable`): see [`TAPOTrainer`].
+        reward (`str`, [`LatentRewardModel`] or `Callable`): see [`TAPOTrainer`].
         policy ([`FlowPolicy`]): the policy whose latents will be rated.
         args ([`TAPOConfig`]): the configuration.
     """
-    if not isinstance(reward, (str, SLRMModel)):
+    if not isinstance(reward, (str, LatentRewardModel)):
         return PixelReward(reward, policy, args.score_batch_size)
-    slrm = reward
+    model = reward
     if isinstance(reward, str):
         kwargs = dict(args.reward_model_init_kwargs or {})
         if isinstance(kwargs.get("torch_dtype"), str):
             kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
-        slrm = SLRMModel.from_pretrained(reward, **kwargs)
-    slrm.check_compatible(policy, max_sequence_length=args.max_sequence_length)
-    slrm.requires_grad_(False).eval()
-    velocity_target = args.velocity_target or ROLLOUT_TARGETS[slrm.config.velocity_target]
-    return LatentReward(slrm, velocity_target, args.score_batch_size)
+        model = load_reward_model(reward, **kwargs)
+    model.check_compatible(policy, max_sequence_length=args.max_sequence_length)
+    model.requires_grad_(False).eval()
+    return LatentReward(model, model.rollout_target(args.velocity_target), args.score_batch_size)
 
 
 def place_reward(reward: LatentReward | PixelReward, args: TAPOConfig) -> None:
-    """Put an SLRM where it computes, in the way that the configuration asks for. Pixel rewards have nothing to place."""
+    """Put a latent reward model where it computes, in the way that the configuration asks for. Pixel rewards have nothing to place."""
     if isinstance(reward, PixelReward):
         return
     if args.reward_layerwise_casting:
@@ -93,12 +96,12 @@ def place_reward(reward: LatentReward | PixelReward, args: TAPOConfig) -> None:
         reward.model.to(args.device)
 
 
-def store_in_float8(slrm: SLRMModel) -> None:
+def store_in_float8(model: LatentRewardModel) -> None:
     """
-    Keep the linear layers of a frozen SLRM's backbone in float8, one byte per weight; each is cast to the backbone's
-    precision for its own forward. The score stream, norms and embeddings, and LoRA matrices stay as they are.
+    Keep the linear layers of a frozen reward model's backbone in float8, one byte per weight; each is cast to the backbone's
+    precision for its own forward. The score stream or head, norms and embeddings, and LoRA matrices stay as they are.
     """
-    transformer = slrm.transformer
+    transformer = model.transformer
     transformer.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn,
         compute_dtype=transformer.backbone_dtype,
@@ -106,9 +109,14 @@ def store_in_float8(slrm: SLRMModel) -> None:
     )
 
 
-def offload_blocks(slrm: SLRMModel, device: torch.device) -> None:
-    """Keep a frozen SLRM on the CPU; each block comes to `device` for its own forward, the next one on its way already."""
-    slrm.transformer.enable_group_offload(
+def offload_blocks(model: LatentRewardModel, device: torch.device) -> None:
+    """Keep a frozen backbone on the CPU; each block comes to `device` for its own forward, the next one on its way already."""
+    for name, child in model.named_children():
+        if name != "transformer":
+            child.to(device)
+    for name, buffer in model.named_buffers(recurse=False):
+        model.register_buffer(name, buffer.to(device))
+    model.transformer.enable_group_offload(
         onload_device=device,
         offload_type="block_level",
         num_blocks_per_group=1,

@@ -17,33 +17,45 @@ from typing import Any, get_args
 
 from trl import RewardConfig
 
-from ..data.dimensions import check_dimension_weights
-from ..data.preferences import DEFAULT_FPS
 from ..metrics.preference_accuracy import ACCURACY_RULES
+from ..rewards import REWARD_MODELS
+from ..rewards.dina import DEFAULT_NUM_QUERIES
+from ..rewards.lrm import DEFAULT_GUIDANCE_SCALE
 from ..rewards.slrm import (
     DEFAULT_NUM_TASK_TOKENS,
-    DEFAULT_RESOLUTION,
     DEFAULT_RHO,
     DEFAULT_SCORE_LINK,
     DEFAULT_VELOCITY_TARGET,
     ScoreLink,
     TrainingVelocityTarget,
 )
+from .noise_levels import TIMESTEP_SAMPLINGS
+from .preference_config import PreferenceDataConfig
 
 
 # Fields of `RewardConfig` that mean something to a language model only.
 _TEXT_FIELDS = ("chat_template_path", "eos_token", "max_length", "pad_token", "pad_to_multiple_of")
 
+# Fields that mean something to one kind of reward model only: those of the model itself, and others.
+MODEL_FIELDS = {
+    "slrm": {"num_task_tokens": "num_task_tokens", "task_projection_rank": "task_projection_rank"},
+    "lrm": {"lrm_layer": "layer", "lrm_guidance_scale": "guidance_scale"},
+    "dina": {"dina_layers": "layers", "dina_num_queries": "num_queries"},
+}
+SLRM_FIELDS = ("score_link", "rho", "velocity_target", "detach_score", "score_preservation_coef")
+
+LOSS_TYPES = ("bradley_terry", "thurstone")
+
 
 @dataclass
-class SLRMConfig(RewardConfig):
+class SLRMConfig(PreferenceDataConfig, RewardConfig):
     r"""
-    Configuration class for the [`SLRMTrainer`].
+    Configuration class for the [`SLRMTrainer`], of SLRMs and of the other reward models of noisy latents.
 
     This class includes only the parameters that are specific to SLRM training. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
     differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5),
-    where it gives them.
+    where it gives them. The parameters that control the data are those of [`PreferenceDataConfig`].
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
@@ -55,6 +67,16 @@ class SLRMConfig(RewardConfig):
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
             the [`SLRMTrainer`] is a string, for example `{"torch_dtype": "bfloat16", "revision": "main"}`.
+        reward_model_type (`str`, *optional*, defaults to `"slrm"`):
+            Which reward model to train: `"slrm"`, the paper's; `"lrm"`, LPO's; or `"dina"`, DiNa-LRM. Must be the kind of
+            `model`, if that is a reward model already.
+        freeze_backbone (`bool`, *optional*, defaults to `False`):
+            Whether to train only what is beside the transformer: SLRM's score stream, or the head of the others.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to disable dropout in the model (LoRA dropout included).
+
+        > Parameters that control the model, if `reward_model_type="slrm"`
+
         num_task_tokens (`int`, *optional*, defaults to `8`):
             Number of score tokens n_s (Eq. 5). Ignored if `model` is an SLRM already.
         task_projection_rank (`int`, *optional*):
@@ -62,47 +84,32 @@ class SLRMConfig(RewardConfig):
             matrices. Ignored if `model` is an SLRM already.
         score_link (`str`, *optional*, defaults to `"exp"`):
             How the logit becomes a positive score S: `"exp"` or `"softplus"`.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether to disable dropout in the model (LoRA dropout included).
 
-        > Parameters that control the data preprocessing
+        > Parameters that control the model, if `reward_model_type="lrm"`
 
-        resolution (`int`, *optional*, defaults to `512`):
-            Height and width in pixels to which images and videos are cropped and resized. `height` and `width` take
-            precedence.
-        height (`int`, *optional*):
-            Height in pixels.
-        width (`int`, *optional*):
-            Width in pixels.
-        num_frames (`int`, *optional*):
-            Number of frames, for policies that make videos: one more than a multiple of 4 for Wan2.1. They are taken
-            from the start of each video.
-        fps (`int`, *optional*, defaults to `16`):
-            Frames per second at which videos are sampled.
-        dimension_weights (`dict[str, float]`, *optional*):
-            Weights of the columns `label_<dimension>`, such as `{"visual_quality": 1.0, "motion_consistency": 1.0,
-            "text_alignment": 1.0}`, whose weighted sum then says which side is preferred. Without it, that is `chosen`.
-        skip_bad_files (`bool`, *optional*, defaults to `False`):
-            Whether to leave out pairs with a file that is unreadable, damaged or too short, and log which. Otherwise
-            that is an error, which lists them.
-        max_sequence_length (`int`, *optional*):
-            Number of tokens of the T5 (or UMT5) text encoder. Defaults to the model family's: 256 for SD3.5 and 512 for
-            Wan2.1.
-        cache_latents (`bool`, *optional*, defaults to `True`):
-            Whether to encode all images or videos before training, into a file that later runs re-use. Otherwise they
-            are read and encoded batch by batch.
-        vae_tiling (`bool`, *optional*, defaults to `False`):
-            Whether to encode large images or videos in overlapping tiles, which needs less memory and changes them a
-            little.
-        vae_slicing (`bool`, *optional*, defaults to `False`):
-            Whether to encode the images or videos of a batch one at a time. Videos are, when their latents are cached.
-        cache_dir (`str`, *optional*):
-            Where latents and prompt embeddings are kept. Defaults to `tapo_trl` in the Hugging Face home.
+        lrm_layer (`int`, *optional*):
+            The joint block whose image tokens are read, counted from 1; those behind it are left out. Defaults to that at
+            three quarters of the depth, 18 of SD3's 24. Ignored if `model` is an LRM already.
+        lrm_guidance_scale (`float`, *optional*, defaults to `7.5`):
+            Scale of the visual feature enhancement, classifier-free guidance of the image's feature. 1 turns it off, which
+            halves the cost. Ignored if `model` is an LRM already.
+
+        > Parameters that control the model, if `reward_model_type="dina"`
+
+        dina_layers (`list[int]`, *optional*):
+            The blocks that the head reads, counted from 1; those behind the last are left out. Defaults to those at a sixth,
+            a third and a half of the depth, 4, 8 and 12 of SD3's 24. Ignored if `model` is a DiNa-LRM already.
+        dina_num_queries (`int`, *optional*, defaults to `4`):
+            Number of learned queries of the head. Ignored if `model` is a DiNa-LRM already.
 
         > Parameters that control the training
 
+        loss_type (`str`, *optional*):
+            Loss of a pair: `"bradley_terry"` (Eq. 9) or `"thurstone"`, DiNa-LRM's, which asks for less certainty the noisier
+            the latents are. Defaults to `"thurstone"` for DiNa-LRM and to `"bradley_terry"` for the others.
         rho (`float`, *optional*, defaults to `ln 4`):
-            Weight of the distance between the model's velocity and its target in the score (Eq. 7).
+            Weight of the distance between the model's velocity and its target in the score (Eq. 7). SLRM only, as are
+            `velocity_target`, `detach_score` and `score_preservation_coef`.
         eta (`float`, *optional*, defaults to `1.0`):
             Exponent of the scores in the Bradley-Terry loss (Eq. 9).
         velocity_target (`str`, *optional*, defaults to `"reference"`):
@@ -124,6 +131,9 @@ class SLRMConfig(RewardConfig):
         timestep_sampling (`str`, *optional*, defaults to `"uniform"`):
             Distribution of the noise level in (0, 1): `"uniform"`, as in the paper, or `"logit_normal"`, as in the
             training of SD3.
+        max_skipped_updates (`int`, *optional*, defaults to `3`):
+            Number of updates in a row that may be skipped because a loss or a gradient is not finite. After one more
+            the run saves a checkpoint and stops with an error. 0 stops at the first.
 
         > Parameters that control the evaluation
 
@@ -132,7 +142,7 @@ class SLRMConfig(RewardConfig):
         eval_rules (`list[str]`, *optional*):
             Velocity targets under which the accuracy is measured, side by side: `"ground_truth"`, `"reference"`,
             `"none"`. Defaults to `"ground_truth"`, the paper's rule, and one that a rollout can use: `"none"` if
-            `velocity_target="none"`, else `"reference"`.
+            `velocity_target="none"`, else `"reference"`. Reward models other than SLRM have `"none"` alone.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -163,6 +173,14 @@ class SLRMConfig(RewardConfig):
         default=None,
         metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, if `model` is a string."},
     )
+    reward_model_type: str = field(
+        default="slrm",
+        metadata={"help": "Which reward model to train.", "choices": list(REWARD_MODELS)},
+    )
+    freeze_backbone: bool = field(
+        default=False,
+        metadata={"help": "Whether to train only what is beside the transformer: SLRM's score stream, or the head."},
+    )
     num_task_tokens: int = field(
         default=DEFAULT_NUM_TASK_TOKENS, metadata={"help": "Number of score tokens n_s (Eq. 5)."}
     )
@@ -173,45 +191,32 @@ class SLRMConfig(RewardConfig):
         default=DEFAULT_SCORE_LINK,
         metadata={"help": "How the logit becomes a positive score.", "choices": list(get_args(ScoreLink))},
     )
-
-    # Parameters that control the data preprocessing
-    resolution: int = field(
-        default=DEFAULT_RESOLUTION,
-        metadata={"help": "Height and width in pixels to which images and videos are cropped and resized."},
-    )
-    height: int | None = field(default=None, metadata={"help": "Height in pixels. Overrides `resolution`."})
-    width: int | None = field(default=None, metadata={"help": "Width in pixels. Overrides `resolution`."})
-    num_frames: int | None = field(
-        default=None, metadata={"help": "Number of frames from the start of each video, for video policies."}
-    )
-    fps: int = field(default=DEFAULT_FPS, metadata={"help": "Frames per second at which videos are sampled."})
-    dimension_weights: dict[str, float] | str | None = field(
+    lrm_layer: int | None = field(
         default=None,
-        metadata={"help": "Weights of the columns `label_<dimension>`, which then say which side is preferred."},
+        metadata={"help": "LRM: the block that is read, counted from 1. By default 18 of 24, or in proportion."},
     )
-    skip_bad_files: bool = field(
-        default=False,
-        metadata={"help": "Whether to leave out pairs with a file that is unreadable, damaged or too short."},
+    lrm_guidance_scale: float = field(
+        default=DEFAULT_GUIDANCE_SCALE,
+        metadata={"help": "LRM: scale of the visual feature enhancement. 1 turns it off, which halves the cost."},
     )
-    max_sequence_length: int | None = field(
+    dina_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Number of tokens of the T5 (or UMT5) text encoder. By default the model family's: 256 for SD3.5, 512 "
-            "for Wan2.1."
+            "help": "DiNa-LRM: the blocks that are read, counted from 1. By default 4, 8 and 12 of 24, or in proportion."
         },
     )
-    cache_latents: bool = field(
-        default=True, metadata={"help": "Whether to encode all images or videos before training, into a file."}
+    dina_num_queries: int = field(
+        default=DEFAULT_NUM_QUERIES, metadata={"help": "DiNa-LRM: number of learned queries of the head."}
     )
-    vae_tiling: bool = field(
-        default=False, metadata={"help": "Whether to encode large images or videos in overlapping tiles."}
-    )
-    vae_slicing: bool = field(
-        default=False, metadata={"help": "Whether to encode the images or videos of a batch one at a time."}
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where latents and prompt embeddings are kept."})
 
     # Parameters that control the training
+    loss_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Loss of a pair. By default `thurstone` for DiNa-LRM, else `bradley_terry`.",
+            "choices": list(LOSS_TYPES),
+        },
+    )
     rho: float = field(default=DEFAULT_RHO, metadata={"help": "Weight of the distance in the score (Eq. 7)."})
     eta: float = field(default=1.0, metadata={"help": "Exponent of the scores in the Bradley-Terry loss (Eq. 9)."})
     velocity_target: str = field(
@@ -231,7 +236,14 @@ class SLRMConfig(RewardConfig):
     shared_noise: bool = field(default=True, metadata={"help": "Whether the two sides of a pair get the same noise."})
     timestep_sampling: str = field(
         default="uniform",
-        metadata={"help": "Distribution of the noise level in (0, 1).", "choices": ["uniform", "logit_normal"]},
+        metadata={"help": "Distribution of the noise level in (0, 1).", "choices": list(TIMESTEP_SAMPLINGS)},
+    )
+    max_skipped_updates: int = field(
+        default=3,
+        metadata={
+            "help": "Updates in a row that may be skipped because a loss or a gradient is not finite. After one more the "
+            "run saves a checkpoint and stops."
+        },
     )
 
     # Parameters that control the evaluation
@@ -259,32 +271,62 @@ class SLRMConfig(RewardConfig):
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
 
+        if self.loss_type is None:
+            self.loss_type = "thurstone" if self.reward_model_type == "dina" else "bradley_terry"
         choices = {
+            "reward_model_type": tuple(REWARD_MODELS),
+            "loss_type": LOSS_TYPES,
             "score_link": get_args(ScoreLink),
             "velocity_target": get_args(TrainingVelocityTarget),
-            "timestep_sampling": ("uniform", "logit_normal"),
+            "timestep_sampling": TIMESTEP_SAMPLINGS,
         }
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
-        positive = ("num_task_tokens", "task_projection_rank", "max_sequence_length")
-        for name in (*positive, "resolution", "height", "width", "num_frames", "fps"):
+        self._check_fields_of_kind()
+        for name in ("num_task_tokens", "task_projection_rank", "lrm_layer", "dina_num_queries"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.dimension_weights is not None:
-            check_dimension_weights(self.dimension_weights)
-        for name in ("rho", "score_preservation_coef"):
+        if self.dina_layers is not None and (not self.dina_layers or self.dina_layers != sorted(set(self.dina_layers))):
+            raise ValueError(f"`dina_layers` must be numbers of blocks in ascending order, got {self.dina_layers}.")
+        self.check_preference_data()
+        for name in ("rho", "score_preservation_coef", "max_skipped_updates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.eta <= 0:
             raise ValueError(f"`eta` must be positive, got {self.eta}.")
+        if self.eta != 1 and self.loss_type == "thurstone":
+            raise ValueError('`eta` is for `loss_type="bradley_terry"`: leave it at 1 with `"thurstone"`.')
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
         if not self.eval_sigmas or not all(0 <= sigma <= 1 for sigma in self.eval_sigmas):
             raise ValueError(f"`eval_sigmas` must be noise levels in [0, 1], at least one, got {self.eval_sigmas}.")
         if self.eval_rules is None:
             self.eval_rules = ["ground_truth", "none" if self.velocity_target == "none" else "reference"]
+            if self.reward_model_type != "slrm":
+                self.eval_rules = ["none"]
         unknown = [rule for rule in self.eval_rules if rule not in ACCURACY_RULES]
         if unknown:
             raise ValueError(f"`eval_rules` must be among {ACCURACY_RULES}, got {unknown}.")
+        if self.reward_model_type != "slrm" and set(self.eval_rules) != {"none"}:
+            raise ValueError(
+                f"`eval_rules={self.eval_rules}` names velocity targets, but only SLRM has a velocity: leave it unset with "
+                f"`reward_model_type={self.reward_model_type!r}`."
+            )
+
+    def _check_fields_of_kind(self) -> None:
+        only = {name: kind for kind, names in MODEL_FIELDS.items() for name in names} | dict.fromkeys(
+            SLRM_FIELDS, "slrm"
+        )
+        defaults = {own.name: own.default for own in fields(self)}
+        for name, kind in only.items():
+            if kind != self.reward_model_type and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"`{name}` is for `reward_model_type={kind!r}`, but `reward_model_type={self.reward_model_type!r}`: leave "
+                    "it unset, or change the type."
+                )
+
+    def model_config(self) -> dict[str, Any]:
+        """Fields of the reward model's own configuration, by the names that they have there."""
+        return {name: getattr(self, own) for own, name in MODEL_FIELDS[self.reward_model_type].items()}

@@ -14,16 +14,15 @@
 
 import contextlib
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import compute_density_for_timestep_sampling
 from peft import LoraConfig
 from transformers import EvalPrediction, TrainerCallback, set_seed
 from trl import RewardTrainer
@@ -31,33 +30,30 @@ from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from ..data.preferences import (
-    LATENT_COLUMNS,
-    ROW_COLUMN,
-    TIE,
-    PreferencePairCollator,
-    check_preference_dataset,
-    is_prepared,
-    prepare_preference_dataset,
-)
-from ..data.prompts import PromptCache
-from ..losses import slrm_loss
-from ..metrics.preference_accuracy import evaluation_noise, pair_accuracies, rule_log_scores, rule_targets
+from ..data.preferences import TIE, PreferencePairCollator
+from ..losses import slrm_loss, thurstone_loss
+from ..metrics.preference_accuracy import evaluation_noise, pair_accuracies, rule_targets
 from ..policies import FlowPolicy, load_policy
-from ..rewards.slrm import SLRMModel, enhanced_log_score, log_score, score_distance
+from ..rewards import REWARD_MODELS, LatentRewardModel, load_reward_model
+from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
 from ..seeding import seeded_generator
-from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable
+from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable, fill_in_sizes
+from .hub import check_hub_strategy
 from .launch_checks import check_launch, uses_fsdp
-from .slrm_config import SLRMConfig
+from .model_card import REWARD_MODEL_PAPERS
+from .noise_levels import draw_uniform_or_logit_normal
+from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
+from .slrm_config import MODEL_FIELDS, SLRM_FIELDS, SLRMConfig
 from .tracking import make_config_trackable
 
 
-class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
+class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
     r"""
-    Trainer for the Score-based Latent Reward Model (SLRM), which rates noisy latents.
+    Trainer for the Score-based Latent Reward Model (SLRM), which rates noisy latents, and for other reward models of them
+    (`args.reward_model_type`).
 
     Both sides of a preference pair are noised to one level, x_t = (1 - t) x_0 + t x_1, and rated in one forward; the
-    loss is Bradley-Terry on the enhanced scores (Eq. 9).
+    loss is Bradley-Terry on the scores, those of SLRM enhanced (Eq. 9), or `args.loss_type`.
 
     Example:
 
@@ -74,10 +70,10 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
     ```
 
     Args:
-        model (`str`, [`~diffusers.DiffusionPipeline`], [`FlowPolicy`] or [`SLRMModel`]):
-            - `str`: Hub id or folder of a diffusers pipeline, or of an SLRM, whose training goes on.
+        model (`str`, [`~diffusers.DiffusionPipeline`], [`FlowPolicy`] or [`LatentRewardModel`]):
+            - `str`: Hub id or folder of a diffusers pipeline, or of a reward model, whose training goes on.
             - [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]: its transformer is copied; it is not trained itself.
-            - [`SLRMModel`]: its base model is loaded by the name in its configuration.
+            - [`LatentRewardModel`]: its base model is loaded by the name in its configuration.
         args ([`SLRMConfig`], *optional*):
             Configuration. Defaults to the paper's, with a folder named after the model.
         train_dataset ([`~datasets.Dataset`]):
@@ -93,8 +89,8 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning rate scheduler.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            LoRA of the backbone, beside which the score stream is trained in full. `target_modules` defaults to the
-            policy's. Without it the whole model is trained.
+            LoRA of the backbone, beside which the score stream or the head is trained in full. `target_modules` defaults to
+            the policy's. Without it the whole model is trained.
     """
 
     _tag_names = ["trl", "slrm"]
@@ -103,7 +99,7 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
 
     def __init__(
         self,
-        model: str | DiffusionPipeline | FlowPolicy | SLRMModel,
+        model: str | DiffusionPipeline | FlowPolicy | LatentRewardModel,
         args: SLRMConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -118,51 +114,36 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         # Everything that can be wrong and is cheap to find out
         check_writable(args.output_dir)
         check_no_data_parallel(args, "SLRMTrainer")
+        check_hub_strategy(args)
         _check_sharding(args)
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is missing: give preference pairs.")
-        check_preference_dataset(train_dataset, "train_dataset", args.dimension_weights)
+        if args.freeze_backbone and peft_config is not None:
+            raise ValueError("`freeze_backbone=True` and `peft_config` exclude each other: set one of them.")
+        check_preference_splits(train_dataset, eval_dataset, args)
         check_launch(args, len(train_dataset))
-        for name, split in _named_splits(eval_dataset).items():
-            check_preference_dataset(split, name, args.dimension_weights)
 
         # Model
-        set_seed(args.seed)  # the score stream starts at random
+        set_seed(args.seed)  # the score stream or the head starts at random
         self.policy, model = _load_model(model, args, peft_config)
-        args.height, args.width = args.height or args.resolution, args.width or args.resolution
-        if args.max_sequence_length is None:
-            args.max_sequence_length = self.policy.max_sequence_length
-        self.latent_shape = self.policy.latent_shape(args.height, args.width, args.num_frames)
-        recorded = ("rho", "score_link", "velocity_target", "max_sequence_length")
-        for name in (*recorded, "resolution", "height", "width", "num_frames"):
+        self.latent_shape = fill_in_sizes(args, self.policy)
+        recorded = ("rho", "score_link", "velocity_target") if model.compares_velocities else ()
+        for name in (*recorded, "max_sequence_length", "resolution", "height", "width", "num_frames"):
             model.register_to_config(**{name: getattr(args, name)})
-        make_config_trackable(model)
+        self._name, self._tag_names = model.label, ["trl", model.kind]
+        self._paper = REWARD_MODEL_PAPERS.get(model.kind, self._paper)
         if peft_config is not None:
             if peft_config.target_modules is None:
                 peft_config.target_modules = self.policy.lora_target_modules
             model.add_lora(peft_config)
         elif not model.config.lora:
             model.float().requires_grad_(True)
+            if args.freeze_backbone:
+                model.freeze_backbone()
+        make_config_trackable(model)
         if args.disable_dropout:
             disable_dropout_in_model(model)
 
         # Data: prompts and pixels are encoded once, then the encoders leave the accelerator
-        autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, autocast_dtype)
-        self.policy.move_text_encoders(args.device)
-        self.policy.vae.to(args.device)
-        if args.vae_tiling:
-            self.policy.vae.enable_tiling()
-        if args.vae_slicing:
-            self.policy.vae.enable_slicing()
-        train_dataset = self._prepare_dataset(train_dataset, None, args, "train_dataset")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepare_dataset(split, None, args, f"eval_dataset[{name!r}]")
-                for name, split in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, None, args, "eval_dataset")
+        train_dataset, eval_dataset = self._prepare_splits(train_dataset, eval_dataset, args)
         self.policy.move_text_encoders("cpu")
         if args.cache_latents:
             self.policy.vae.to("cpu")
@@ -189,43 +170,9 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
             self.maybe_activation_offload_context = contextlib.nullcontext()
 
         self.reference = self.policy.transformer
-        if "reference" in (args.velocity_target, *args.eval_rules):
+        if model.compares_velocities and "reference" in (args.velocity_target, *args.eval_rules):
             self.reference.to(self.accelerator.device).eval()
         self._add_run_callbacks()
-
-    # Data
-
-    def _prepare_dataset(
-        self, dataset: Dataset, processing_class: None, args: SLRMConfig, dataset_name: str
-    ) -> Dataset:
-        if is_prepared(dataset):
-            return dataset
-        with args.main_process_first(desc=f"encoding {dataset_name}"):
-            self.prompt_cache.encode(dataset["prompt"])
-            return prepare_preference_dataset(
-                dataset,
-                self.policy,
-                args.height,
-                args.width,
-                args.num_frames,
-                args.fps,
-                dimension_weights=args.dimension_weights,
-                skip_bad_files=args.skip_bad_files,
-                cache_latents=args.cache_latents,
-                cache_dir=args.cache_dir,
-                name=dataset_name,
-            )
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt", ROW_COLUMN, "label", "margin", "chosen", "rejected", *LATENT_COLUMNS]
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        if "chosen_latents" not in inputs:
-            for column, side in zip(LATENT_COLUMNS, ("chosen", "rejected"), strict=True):
-                inputs[column] = self.policy.encode(inputs.pop(side))
-        inputs["prompt_embeds"] = self.prompt_cache.load(inputs.pop("prompt")).to(self.accelerator.device)
-        return inputs
 
     # Loss
 
@@ -239,6 +186,7 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         if self.model.training:
             sigma, noise = self._draw_noise(inputs["row"].tolist())
             losses, scores = self._pair_loss(model, inputs, sigma, noise)
+            self.nonfinite_guard.watch(losses, partial(describe_loss, inputs, sigma), inputs["prompt"])
         else:
             # The same noise in every evaluation, at each of `eval_sigmas`
             noise = evaluation_noise(inputs["row"].tolist(), self.latent_shape, self.args.seed)
@@ -246,7 +194,7 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
             levels = [torch.full_like(inputs["label"], sigma) for sigma in self.args.eval_sigmas]
             results = [self._pair_loss(model, inputs, sigma, noise) for sigma in levels]
             losses, scores = (torch.stack(parts).mean(dim=0) for parts in zip(*results, strict=True))
-        loss = losses.mean()
+        loss = self.nonfinite_guard.mark(losses.mean()) if self.model.training else self._mean_of_real_rows(losses)
         return (loss, {"rewards": scores}) if return_outputs else loss
 
     def _draw_noise(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,13 +206,7 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         sigmas, chosen_noise, rejected_noise = [], [], []
         for row in rows:
             generator = seeded_generator("slrm", self.args.seed, self.state.global_step, row)
-            if self.args.timestep_sampling == "uniform":
-                sigma = torch.rand(1, generator=generator)
-            else:
-                sigma = compute_density_for_timestep_sampling(
-                    "logit_normal", batch_size=1, logit_mean=0.0, logit_std=1.0, generator=generator
-                )
-            sigmas.append(sigma)
+            sigmas.append(draw_uniform_or_logit_normal(self.args.timestep_sampling, generator))
             noise = torch.randn(self.latent_shape, generator=generator)
             chosen_noise.append(noise)
             other = noise if self.args.shared_noise else torch.randn(self.latent_shape, generator=generator)
@@ -293,11 +235,43 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
             pooled_prompt_embeds=embeds.pooled_prompt_embeds,
         )
 
-        # Eq. 7 and 8
-        rules = {args.velocity_target} if mode == "train" else {args.velocity_target, *args.eval_rules}
+        own_rule = args.velocity_target if self.model.compares_velocities else "none"
+        rules = {own_rule} if mode == "train" else {own_rule, *args.eval_rules}
         with self.accelerator.autocast():  # as the model's own forward
             targets = rule_targets(sorted(rules), self.policy, self.reference, noisy, velocity, sigmas, embeds)
-        target = targets[args.velocity_target]
+        if self.model.compares_velocities:
+            scores, penalty, velocity_metrics = self._enhanced_scores(output, targets[own_rule], velocity, sigmas)
+        else:
+            scores, penalty, velocity_metrics = output.logits, 0.0, {}
+        chosen, rejected = scores.chunk(2)
+
+        smoothing = torch.where(labels == TIE, TIE, args.label_smoothing)
+        if args.loss_type == "thurstone":
+            losses, metrics = thurstone_loss(chosen, rejected, sigma, inputs.get("margin"), smoothing)
+        else:  # Eq. 9
+            losses, metrics = slrm_loss(chosen, rejected, args.eta, inputs.get("margin"), smoothing)
+        losses = losses + penalty
+        if args.center_rewards_coefficient is not None:
+            losses = losses + args.center_rewards_coefficient * (chosen + rejected).square()
+
+        metrics = {
+            "accuracy": pair_accuracies(chosen - rejected, labels),
+            "margin": metrics["margin"],
+            **velocity_metrics,
+        }
+        if mode == "eval":
+            for rule in args.eval_rules:
+                values = self.model.score_output(output, sigmas, targets[rule])
+                margins = torch.sub(*values.chunk(2))
+                metrics[f"accuracy_{rule}/sigma_{sigma[0].item():.3g}"] = pair_accuracies(margins, labels)
+        self._record(mode, metrics, labels, chosen, rejected)
+        return losses, torch.stack([chosen, rejected], dim=1)
+
+    def _enhanced_scores(
+        self, output: SLRMOutput, target: torch.Tensor | None, velocity: torch.Tensor, sigmas: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Of an SLRM: scores by Eq. 7 and 8, the term that is added to the loss of each pair, and metrics of each pair."""
+        args = self.args
         if target is None:
             distance = torch.zeros_like(output.logits)
             scores = log_score(output.logits, args.score_link)
@@ -305,33 +279,14 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
             distance = score_distance(output.velocity, target)
             enhancing = distance.detach() if args.detach_score else distance
             scores = enhanced_log_score(output.logits, enhancing, sigmas, args.rho, args.score_link)
-        chosen, rejected = scores.chunk(2)
-
-        # Eq. 9
-        smoothing = torch.where(labels == TIE, TIE, args.label_smoothing)
-        losses, metrics = slrm_loss(chosen, rejected, args.eta, inputs.get("margin"), smoothing)
         preservation, _ = score_distance(output.velocity, velocity).chunk(2)  # flow matching on the chosen ones
-        losses = losses + args.score_preservation_coef * preservation
-        if args.center_rewards_coefficient is not None:
-            losses = losses + args.center_rewards_coefficient * (chosen + rejected).square()
-
         chosen_distance, rejected_distance = distance.chunk(2)
         metrics = {
-            "accuracy": pair_accuracies(chosen - rejected, labels),
-            "margin": metrics["margin"],
             "score_distance/chosen": chosen_distance,
             "score_distance/rejected": rejected_distance,
             "score_preservation_loss": preservation,
         }
-        if mode == "eval":
-            rule_scores = rule_log_scores(
-                output, sigmas, {rule: targets[rule] for rule in args.eval_rules}, self.model.config
-            )
-            for rule, values in rule_scores.items():
-                margins = torch.sub(*values.chunk(2))
-                metrics[f"accuracy_{rule}/sigma_{sigma[0].item():.3g}"] = pair_accuracies(margins, labels)
-        self._record(mode, metrics, labels, chosen, rejected)
-        return losses, torch.stack([chosen, rejected], dim=1)
+        return scores, args.score_preservation_coef * preservation, metrics
 
     @torch.no_grad()
     def _record(
@@ -373,27 +328,19 @@ class SLRMTrainer(DiffusionTrainerMixin, RewardTrainer):
         else:
             self.model.load_trained_weights(self.state.best_model_checkpoint)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # `Trainer` copies the files it knows into the folder that is pushed; these are not among them.
-        if self.is_world_process_zero():
-            for file in Path(checkpoint_folder).glob("*.safetensors*"):
-                shutil.copy(file, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
     @property
     def _base_model_name(self) -> str:
         return self.model.config.base_model_name_or_path
 
     def _method_table(self) -> dict[str, Any]:
         args, config = self.args, self.model.config
-        table = {name: config[name] for name in ("num_task_tokens", "task_projection_rank", "lora")}
+        table = {name: config[name] for name in (*args.model_config(), "lora")}
         names = (
-            "score_link",
-            "rho",
+            "reward_model_type",
+            "loss_type",
+            *(SLRM_FIELDS if self.model.compares_velocities else ()),
             "eta",
-            "velocity_target",
-            "detach_score",
-            "score_preservation_coef",
+            "freeze_backbone",
             "timestep_sampling",
             "dimension_weights",
             "height",
@@ -415,16 +362,10 @@ def _check_sharding(args: SLRMConfig) -> None:
         )
 
 
-def _named_splits(eval_dataset: Dataset | dict[str, Dataset] | None) -> dict[str, Dataset]:
-    if isinstance(eval_dataset, dict):
-        return {f"eval_dataset[{name!r}]": split for name, split in eval_dataset.items()}
-    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
-
-
 def _load_model(
-    model: str | DiffusionPipeline | FlowPolicy | SLRMModel, args: SLRMConfig, peft_config: LoraConfig | None
-) -> tuple[FlowPolicy, SLRMModel]:
-    """The base policy and the SLRM to train."""
+    model: str | DiffusionPipeline | FlowPolicy | LatentRewardModel, args: SLRMConfig, peft_config: LoraConfig | None
+) -> tuple[FlowPolicy, LatentRewardModel]:
+    """The base policy and the reward model to train."""
     init_kwargs = dict(args.model_init_kwargs or {})
     dtype = init_kwargs.pop("torch_dtype", None)
     if isinstance(dtype, str):
@@ -433,27 +374,32 @@ def _load_model(
         # A base that LoRA keeps frozen is loaded in the precision it is used in
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
-    if isinstance(model, str) and _is_slrm(model):
-        model = SLRMModel.from_pretrained(model, torch_dtype=dtype)
-    if isinstance(model, SLRMModel):
+    if isinstance(model, str) and _is_reward_model(model):
+        model = load_reward_model(model, torch_dtype=dtype)
+    if isinstance(model, LatentRewardModel):
+        if model.kind != args.reward_model_type:
+            raise ValueError(
+                f"`model` is a {model.label}, but `reward_model_type={args.reward_model_type!r}`: set "
+                f"`reward_model_type={model.kind!r}`."
+            )
         if not model.config.base_model_name_or_path:
             raise ValueError(
-                "The SLRM was made from a pipeline in memory, so its base model cannot be loaded: pass the pipeline or "
-                "the policy as `model`, with `num_task_tokens` and `task_projection_rank` in `args`."
+                f"The {model.label} was made from a pipeline in memory, so its base model cannot be loaded: pass the pipeline "
+                f"or the policy as `model`, with {', '.join(f'`{name}`' for name in MODEL_FIELDS[model.kind])} in `args`."
             )
         policy = load_policy(model.config.base_model_name_or_path, torch_dtype=dtype, **init_kwargs)
         model.check_compatible(policy)
         return policy, model
 
     policy = load_policy(model, torch_dtype=dtype, **init_kwargs)
-    slrm = SLRMModel.from_policy(
-        policy, num_task_tokens=args.num_task_tokens, task_projection_rank=args.task_projection_rank
+    reward_model = REWARD_MODELS[args.reward_model_type].from_policy(
+        policy, max_sequence_length=args.max_sequence_length or policy.max_sequence_length, **args.model_config()
     )
-    return policy, slrm
+    return policy, reward_model
 
 
-def _is_slrm(name_or_path: str) -> bool:
-    """Whether a folder or a repository on the Hub holds an SLRM rather than a pipeline."""
+def _is_reward_model(name_or_path: str) -> bool:
+    """Whether a folder or a repository on the Hub holds a reward model rather than a pipeline."""
     if os.path.isdir(name_or_path):
         return not os.path.exists(os.path.join(name_or_path, DiffusionPipeline.config_name))
     try:

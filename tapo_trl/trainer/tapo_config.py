@@ -18,6 +18,7 @@ from typing import Any
 from trl.trainer.base_config import _BaseConfig
 
 from ..rewards.velocity_targets import VELOCITY_TARGETS
+from ..rollouts import PAIRINGS, get_pairing
 from ..schedulers import sde_step_indices
 
 
@@ -66,6 +67,17 @@ class TAPOConfig(_BaseConfig):
 
         > Parameters that control the rollout
 
+        pairing (`str`, *optional*, defaults to `"tapo"`):
+            How preference pairs are made of the candidates, see [`~rollouts.pairing.get_pairing`]: `"tapo"`, the best of
+            a winning and the worst of a losing trajectory (Eq. 12); `"spo"`, the best and the worst of one trajectory
+            that goes on at random; `"lpo"`, the same with a threshold that grows with the noise; `"tapo_within"`, TAPO's
+            two trajectories with the best and the worst inside each.
+        continue_with (`str`, *optional*):
+            Candidate with which the trajectory of `"spo"` and `"lpo"` goes on: `"random"`, their default, or `"best"`.
+        pair_threshold (`list[float]`, *optional*):
+            By how much the probabilities of the two sides, a softmax of their rewards, must differ for a pair to count:
+            one number, or two for the least and the most noise. Defaults to 0.3 for `"spo"`, 0.35 and 0.5 for `"lpo"`,
+            and none otherwise.
         num_inference_steps (`int`, *optional*, defaults to `20`):
             Number of sampling steps T.
         num_sde_steps (`int`, *optional*, defaults to `8`):
@@ -95,7 +107,7 @@ class TAPOConfig(_BaseConfig):
         > Parameters that control the reward
 
         reward_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for [`SLRMModel.from_pretrained`], used for reward models that are given by name, for
+            Keyword arguments for [`load_reward_model`], used for reward models that are given by name, for
             example `{"torch_dtype": "bfloat16"}`, which halves their memory.
         reward_weights (`list[float]`, *optional*):
             Weights of several reward models. All 1 by default.
@@ -117,6 +129,9 @@ class TAPOConfig(_BaseConfig):
         beta (`float`, *optional*, defaults to `1000.0`):
             Strength of the regularisation towards the reference, Eq. 13. It fits log-probabilities that are averaged
             over the latent's dimensions (`logprob_reduction="mean"`).
+        kl_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the KL divergence of each step from the reference, which is added to the loss. Eq. 13 contrasts the
+            two sides of a pair and is blind to what changes both alike; this is not. Costs no forward.
         loss_type (`str`, *optional*, defaults to `"sigmoid"`):
             `"sigmoid"` (Eq. 13), `"hinge"` or `"ipo"`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
@@ -145,8 +160,13 @@ class TAPOConfig(_BaseConfig):
             Share of the policy in the reference at a synchronisation.
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
             Steps between synchronisations.
+        profile (`bool`, *optional*, defaults to `False`):
+            Whether to print at the end where the time went, see [`~profiling.StageTimer`].
         self_check (`bool`, *optional*, defaults to `True`):
             Whether a run that starts from the reference first checks that its loss is ln 2 on every transition.
+        max_skipped_updates (`int`, *optional*, defaults to `3`):
+            Number of updates in a row that may be skipped because a reward, a loss or a gradient is not finite. After
+            one more the run saves a checkpoint and stops with an error. 0 stops at the first.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -200,6 +220,24 @@ class TAPOConfig(_BaseConfig):
     cache_dir: str | None = field(default=None, metadata={"help": "Where prompt embeddings are kept."})
 
     # Parameters that control the rollout
+    pairing: str = field(
+        default="tapo",
+        metadata={"help": "How preference pairs are made of the candidates.", "choices": list(PAIRINGS)},
+    )
+    continue_with: str | None = field(
+        default=None,
+        metadata={
+            "help": "Candidate with which the trajectory of `spo` and `lpo` goes on. At random by default.",
+            "choices": ["random", "best"],
+        },
+    )
+    pair_threshold: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "By how much the probabilities of the two sides must differ for a pair to count: one number, or two for "
+            "the least and the most noise. By default what `pairing` brings along."
+        },
+    )
     num_inference_steps: int = field(default=20, metadata={"help": "Number of sampling steps T."})
     num_sde_steps: int = field(default=8, metadata={"help": "Number of stochastic steps n, Eq. 10."})
     num_candidates: int = field(
@@ -222,7 +260,7 @@ class TAPOConfig(_BaseConfig):
     # Parameters that control the reward
     reward_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Keyword arguments for `SLRMModel.from_pretrained`, if a reward model is a string."},
+        metadata={"help": "Keyword arguments for `load_reward_model`, if a reward model is a string."},
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of several reward models. All 1 by default."}
@@ -248,6 +286,9 @@ class TAPOConfig(_BaseConfig):
 
     # Parameters that control the training
     beta: float = field(default=1000.0, metadata={"help": "Strength of the regularisation to the reference."})
+    kl_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the KL divergence from the reference, added to the loss."}
+    )
     loss_type: str = field(
         default="sigmoid", metadata={"help": "Loss of a pair.", "choices": ["sigmoid", "hinge", "ipo"]}
     )
@@ -285,8 +326,16 @@ class TAPOConfig(_BaseConfig):
         default=0.6, metadata={"help": "Share of the policy in the reference at a synchronisation."}
     )
     ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between synchronisations."})
+    profile: bool = field(default=False, metadata={"help": "Whether to print at the end where the time went."})
     self_check: bool = field(
         default=True, metadata={"help": "Whether to check at the start that the loss is ln 2 on every transition."}
+    )
+    max_skipped_updates: int = field(
+        default=3,
+        metadata={
+            "help": "Updates in a row that may be skipped because a reward, a loss or a gradient is not finite. After one "
+            "more the run saves a checkpoint and stops."
+        },
     )
 
     def __post_init__(self):
@@ -295,14 +344,19 @@ class TAPOConfig(_BaseConfig):
         super().__post_init__()
 
         sde_step_indices(self.num_inference_steps, self.num_sde_steps, self.t_init)
+        get_pairing(self.pairing, self.continue_with, self.pair_threshold)
         if self.num_candidates < 2:
             raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
         if self.noise_level <= 0:
             raise ValueError(f"`noise_level` must be positive: candidates must differ. Got {self.noise_level}.")
         if self.beta <= 0:
             raise ValueError(f"`beta` must be positive, got {self.beta}.")
+        if self.kl_coef < 0:
+            raise ValueError(f"`kl_coef` must not be negative, got {self.kl_coef}.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
+        if self.max_skipped_updates < 0:
+            raise ValueError(f"`max_skipped_updates` must not be negative, got {self.max_skipped_updates}.")
         if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:
             raise ValueError(f"`ratio_clip` must be in (0, 1), got {self.ratio_clip}.")
         positive = ["resolution", "height", "width", "num_frames", "fps", "max_sequence_length"]

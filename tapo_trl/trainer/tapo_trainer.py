@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,45 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, load_dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
+from transformers.utils import logging
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, identity
+from trl.trainer.utils import identity
 
 from ..data.prompts import ROW_COLUMN, PromptCache, default_prompts, prepare_prompts
 from ..losses import tapo_loss
 from ..policies import FlowPolicy, load_policy
+from ..profiling import StageTimer
 from ..rewards.scoring import WeightedReward
-from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs
+from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
 from ..schedulers import gaussian_kl, sde_step_indices
 from ..seeding import seeded_generator
-from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable, whole_weights
-from .callbacks import TAPOCallback
+from .base import (
+    DiffusionTrainerMixin,
+    autocast_dtype,
+    check_no_data_parallel,
+    check_writable,
+    fill_in_sizes,
+    whole_weights,
+)
+from .callbacks import PolicyCallback, ProfileCallback
+from .hub import check_hub_strategy
 from .launch_checks import check_launch
 from .model_card import TAPO_OPTIONS
-from .policy_trainer import PolicyTrainerMixin
+from .nonfinite import Watched
+from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
 from .reward_loading import RewardModel, check_rewards, load_reward, place_reward
+from .rollout_reuse import EpochRepeatSampler, load_rollouts, save_rollouts
 from .tapo_config import TAPOConfig
-from .tapo_metrics import rollout_metrics, transition_metrics
-from .tracking import make_config_trackable
+from .tapo_metrics import describe_loss, describe_reward, rollout_metrics, transition_metrics
+
+
+logger = logging.get_logger(__name__)
+
+REFERENCE_FOLDER = "reference"
 
 
 class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
@@ -72,9 +88,9 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     Args:
         model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
             Hub id or folder of a pipeline, a pipeline, or a policy.
-        reward_model (`str`, [`SLRMModel`], `Callable` or a `list` of those):
-            - `str`: Hub id or folder of an [`SLRMModel`].
-            - [`SLRMModel`]: scores the noisy latents.
+        reward_model (`str`, [`LatentRewardModel`], `Callable` or a `list` of those):
+            - `str`: Hub id or folder of a [`LatentRewardModel`], such as an [`SLRMModel`].
+            - [`LatentRewardModel`]: scores the noisy latents.
             - `Callable`: `f(images, prompts, **columns) -> scores`, with images as a float tensor in [0, 1] of shape
               `(N, 3, height, width)`, or `(N, 3, num_frames, height, width)` for video. It is applied to the decoded
               one-step estimate of the clean sample.
@@ -87,7 +103,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         eval_dataset ([`~datasets.Dataset`] or `dict` of those, *optional*):
             Held-out prompts.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
-            Callbacks. Those that are a [`TAPOCallback`] get the trainer and have their prompts encoded.
+            Callbacks. Those that are a [`PolicyCallback`] get the trainer and have their prompts encoded.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning rate scheduler.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -99,6 +115,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     _tag_names = ["trl", "tapo"]
     _name = "TAPO"
     _card_metrics = ("reward", "eval_", "kl")
+    _card_options = TAPO_OPTIONS
 
     def __init__(
         self,
@@ -115,6 +132,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             args = TAPOConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-TAPO")
         check_writable(args.output_dir)
         check_no_data_parallel(args, "TAPOTrainer")
+        check_hub_strategy(args)
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
         check_rewards(reward_models, args)
 
@@ -142,55 +160,35 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
 
         # Policy
         with whole_weights(args):
-            self.policy = load_policy(model, **_model_init_kwargs(args, peft_config))
-        args.height, args.width = args.height or args.resolution, args.width or args.resolution
-        self.latent_shape = self.policy.latent_shape(args.height, args.width, args.num_frames)
-        if args.max_sequence_length is None:
-            args.max_sequence_length = self.policy.max_sequence_length
+            self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
+        self.latent_shape = fill_in_sizes(args, self.policy)
         offload = self.policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
         with whole_weights(args):
             rewards = [load_reward(reward, self.policy, args) for reward in reward_models]
         self.reward = WeightedReward(rewards, args.reward_weights)
 
-        transformer = self.policy.transformer.requires_grad_(peft_config is None)
-        make_config_trackable(transformer)
-        if peft_config is not None:
-            if args.sync_ref_model:
-                raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
-            if peft_config.target_modules is None:
-                peft_config.target_modules = self.policy.lora_target_modules
-            set_seed(args.seed)  # LoRA starts at random
-            transformer = get_peft_model(transformer, peft_config)
-            self.ref_model = None
-        else:
-            if args.fp16 and transformer.dtype == torch.float16:
-                raise ValueError(
-                    "`fp16=True` with full fine-tuning needs float32 weights: load `model` without `torch_dtype`, or "
-                    "pass a `peft_config`."
-                )
-            self.ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
-        if args.disable_dropout:
-            disable_dropout_in_model(transformer)
-        if args.activation_checkpointing:
-            self.policy.transformer.enable_gradient_checkpointing()
-            args.activation_checkpointing = False  # done: diffusers models lack the method that Trainer would call
+        if args.sync_ref_model and peft_config is not None:
+            raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
+        transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
 
         # Prompts are encoded once, then the text encoders leave the memory
         callbacks = list(callbacks or [])
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, dtype)
-        with args.main_process_first(desc="encoding prompts"):
+        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, autocast_dtype(args))
+        self.timer = StageTimer(args.profile, args.device)
+        with self.timer.stage("encode prompts"), args.main_process_first(desc="encoding prompts"):
             self.policy.move_text_encoders(args.device)
             splits = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
             prompts = [args.negative_prompt, *train_dataset["prompt"]]
             prompts += [prompt for split in splits if split is not None for prompt in split["prompt"]]
-            prompts += [prompt for cb in callbacks if isinstance(cb, TAPOCallback) for prompt in cb.prompts]
+            prompts += [prompt for cb in callbacks if isinstance(cb, PolicyCallback) for prompt in cb.prompts]
             self.prompt_cache.encode(prompts)
         self.policy.unload_text_encoders()
 
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._buffer: list[tuple[list[int], TrajectoryPairs]] = []
         self._buffer_step, self._slot = -1, 0
+        self._chunk_prompts: list[str] = []
+        self._chunk_counts: torch.Tensor | None = None  # all of its pairs do
 
         super().__init__(
             model=transformer,
@@ -202,17 +200,12 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             optimizers=optimizers,
         )
         self.can_return_loss = True
+        self.dataset_name = args.dataset_name
 
         device = self.accelerator.device
-        self.policy.vae.to(device).requires_grad_(False)
-        if args.vae_tiling:
-            self.policy.vae.enable_tiling()
-        if args.vae_slicing:
-            self.policy.vae.enable_slicing()
+        self._place_frozen_models()
         for reward in self.reward.rewards:
             place_reward(reward, args)
-        if self.ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
@@ -233,16 +226,20 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             num_candidates=args.num_candidates,
             reward=self.reward,
             latent_shape=self.latent_shape,
+            pairing=get_pairing(args.pairing, args.continue_with, args.pair_threshold),
             guidance_scale=args.guidance_scale,
             reference=self.reference,
             score_batch_size=args.score_batch_size,
             store_on="cpu" if offload else None,
             show_progress=self.is_world_process_zero() and not args.disable_tqdm,
+            timer=self.timer,
         )
         self.negative_prompt_embeds = self.prompt_cache.load([args.negative_prompt]).to(device)
         for callback in callbacks:
-            if isinstance(callback, TAPOCallback):
+            if isinstance(callback, PolicyCallback):
                 callback.attach(self)
+        if args.profile:
+            self.add_callback(ProfileCallback(self.timer))
         self._add_run_callbacks(stop_every_n_steps=args.num_iterations)
 
     def _step_weights(self) -> torch.Tensor:
@@ -265,20 +262,32 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     ) -> torch.Tensor:
         model.train()  # from here on metrics are those of the training
         pairs = self._pairs_of_step(inputs)
+        prompts = [example["prompt"] for example in inputs]
+        self.nonfinite_guard.watch(pairs.rewards, partial(describe_reward, pairs, prompts), prompts)
         chunk_size = self.args.transition_batch_size or self.args.per_device_train_batch_size
         num_chunks = math.ceil(pairs.num_pairs / chunk_size)
         loss = torch.zeros((), device=self.accelerator.device)
         ends_accumulation = self.accelerator.sync_gradients
-        for index, chunk in enumerate(pairs.transitions(chunk_size)):
+        for index, chunk in enumerate(self._chunks(pairs, prompts, chunk_size)):
             # Only the last backward of an optimiser step shares gradients, and makes DeepSpeed update: it does so in the
             # backward itself, after every one that it takes for the last.
             is_last = ends_accumulation and index == num_chunks - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             shares = is_last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
-            with nullcontext() if shares else self.accelerator.no_sync(model):
+            synchronisation = nullcontext() if shares else self.accelerator.no_sync(model)
+            with self.timer.stage("loss and backward"), synchronisation:
                 loss += super().training_step(model, chunk, num_items_in_batch)
         self.accelerator.gradient_state._set_sync_gradients(ends_accumulation)
         return loss
+
+    def _chunks(self, pairs: TrajectoryPairs, prompts: list[str], chunk_size: int) -> Iterator[TransitionPairs]:
+        """Transition pairs in chunks; `_chunk_prompts` and `_chunk_counts` are those of the current one's pairs."""
+        num_real = len(prompts) if self.model.training else self._num_real_rows(len(prompts))
+        rows = (torch.arange(pairs.num_pairs) % len(prompts)).split(chunk_size)
+        for chunk, in_chunk in zip(pairs.transitions(chunk_size), rows, strict=True):
+            self._chunk_prompts, self._chunk_counts = [prompts[row] for row in in_chunk], in_chunk < num_real
+            yield chunk
+        self._chunk_prompts, self._chunk_counts = [], None
 
     def _pairs_of_step(self, batch: list[dict[str, Any]]) -> TrajectoryPairs:
         """A new rollout, or the stored one of this batch when `num_iterations` uses it again."""
@@ -287,6 +296,9 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             self._buffer_step, self._slot = step, 0
             if step % self.args.num_iterations == 0:
                 self._buffer = []
+            elif not self._buffer:
+                process, device = self.args.process_index, self.accelerator.device
+                self._buffer = load_rollouts(self._resumed_from, process, device)
         slot, self._slot = self._slot, self._slot + 1
 
         rows = [example[ROW_COLUMN] for example in batch]
@@ -305,7 +317,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             name: [example[name] for example in batch] for name in batch[0] if name not in ("prompt", ROW_COLUMN)
         }
         generators = [seeded_generator("tapo", self.args.seed, seed_step, example[ROW_COLUMN]) for example in batch]
-        with self._eval_mode(), self.accelerator.autocast():
+        with self.timer.stage("rollout"), self._eval_mode(), self.accelerator.autocast():
             pairs = self.sampler.sample(
                 self.model,
                 prompts,
@@ -314,17 +326,10 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
                 generators,
                 columns,
             )
-        self._record(rollout_metrics(pairs))
+        num_real = len(prompts) if self.model.training else self._num_real_rows(len(prompts))
+        metrics = rollout_metrics(pairs, self.sampler.pairing)
+        self._record({name: values[:num_real] for name, values in metrics.items()})
         return pairs
-
-    @contextmanager
-    def reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        """The reference network: `model` with its adapter disabled, or the frozen copy."""
-        if self.ref_model is not None:
-            yield self.ref_model
-        else:
-            with self.accelerator.unwrap_model(model).disable_adapter():
-                yield model
 
     # Loss: Eq. 13
 
@@ -336,21 +341,26 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         num_items_in_batch: Any = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         inputs = inputs.to(self.accelerator.device)
-        latents, next_latents = inputs.latents.flatten(0, 1), inputs.next_latents.flatten(0, 1)
-        indices = inputs.step_indices.repeat(2)
-        embeds = inputs.prompt_embeds.repeat(2)
+        latents = inputs.latents.flatten(0, 1)
+        indices = inputs.step_indices.repeat(inputs.num_parents)
+        embeds = inputs.prompt_embeds.repeat(inputs.num_parents)
         sigma = self.scheduler.sigma(indices.to(self.scheduler.sigmas.device))
         guidance_scale = self.args.guidance_scale if self.args.train_cfg else 1.0
         arguments = (latents, sigma, embeds, self.negative_prompt_embeds, guidance_scale)
 
-        # [win; lose] in one forward each
-        velocity = self.policy.velocity(model, *arguments)
-        with torch.no_grad(), self.reference(self.model) as reference:
-            ref_velocity = self.policy.velocity(reference, *arguments)
+        # One forward each for the parents of both sides, [win; lose]
+        with self.timer.stage("policy, training", latents=len(latents)):
+            velocity = self.policy.velocity(model, *arguments)
+        with self.timer.stage("reference, training", latents=len(latents)):
+            with torch.no_grad(), self.reference(self.model) as reference:
+                ref_velocity = self.policy.velocity(reference, *arguments)
 
         mean, std = self.scheduler.sde_mean_std(latents, velocity, indices)
         ref_mean, _ = self.scheduler.sde_mean_std(latents, ref_velocity, indices)
-        chosen_log_ratios, rejected_log_ratios = self.scheduler.log_ratio(next_latents, mean, ref_mean, std).chunk(2)
+        kl = gaussian_kl(mean, ref_mean, std, self.args.logprob_reduction).view(inputs.num_parents, -1).mean(0)
+        mean, ref_mean, std = map(inputs.of_both_sides, (mean, ref_mean, std))
+        log_ratios = self.scheduler.log_ratio(inputs.next_latents.flatten(0, 1), mean, ref_mean, std)
+        chosen_log_ratios, rejected_log_ratios = log_ratios.chunk(2)
         losses, metrics = tapo_loss(
             chosen_log_ratios,
             rejected_log_ratios,
@@ -359,26 +369,33 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             label_smoothing=self.args.label_smoothing,
             ratio_clip=self.args.ratio_clip,
         )
-        self._check_start(losses)
-        kl = gaussian_kl(mean.detach(), ref_mean, std, self.args.logprob_reduction).view(2, -1).mean(0)
-        self._record(transition_metrics(inputs.step_indices, losses, metrics | {"kl": kl}))
+        if self.args.loss_type == "sigmoid":
+            self._check_start(losses)
+        steps, counts = inputs.step_indices, self._chunk_counts
+        counts = torch.ones_like(steps, dtype=torch.bool) if counts is None else counts
+        self._record(transition_metrics(steps, losses, metrics | {"kl": kl.detach()}, counts))
 
-        weights = self.step_weights[inputs.step_indices].to(losses.device)
-        loss = (weights * losses).mean() * inputs.share
+        weights = self.step_weights[steps].to(losses.device) * inputs.weights
+        loss = (weights * (losses + self.args.kl_coef * kl)).mean() * inputs.share
+        if self.model.training:
+            self.nonfinite_guard.watch(losses, partial(describe_loss, inputs.step_indices, self._chunk_prompts))
+            loss = self.nonfinite_guard.mark(loss)
         return (loss, metrics) if return_outputs else loss
 
-    def _check_start(self, losses: torch.Tensor) -> None:
-        """Policy and reference are the same at the start, so every loss is ln 2: anything else is a bug upstream."""
-        if not self.args.self_check or not self.model.training or self.state.global_step > 0:
-            return
-        if self.args.loss_type == "sigmoid" and (losses.detach() - math.log(2)).abs().max() > 1e-6:
-            raise RuntimeError(
-                f"The loss at the start is {losses.detach().tolist()}, not ln 2 = {math.log(2):.6f}: the policy and the "
-                "reference differ before the first update. Does the adapter start from trained weights, or is some "
-                "layer (dropout, batch norm) random? Set `self_check=False` if the difference is meant."
-            )
-
     # Trainer hooks
+
+    def _save_training_state(self, folder: Path) -> None:
+        if self.state.global_step % self.args.num_iterations:
+            save_rollouts(folder, self.args.process_index, self._buffer)
+        if self.args.sync_ref_model and self.args.should_save:
+            self.accelerator.unwrap_model(self.ref_model).save_pretrained(folder / REFERENCE_FOLDER)
+
+    def _load_training_state(self, folder: Path) -> None:
+        self._buffer, self._buffer_step = [], -1
+        if self.args.sync_ref_model:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            saved = type(reference).from_pretrained(folder / REFERENCE_FOLDER, torch_dtype=reference.dtype)
+            reference.load_state_dict(saved.state_dict())
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs
@@ -390,7 +407,8 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         if self.args.num_iterations == 1:
             return super()._get_train_sampler(dataset)
-        return RepeatSampler(
+        return EpochRepeatSampler(
+            lambda: int(self.state.epoch or 0),
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=1,
             batch_size=self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
@@ -407,42 +425,15 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Loss and rewards on held-out prompts, from the same noise at every evaluation."""
         pairs = self._generate_and_score_trajectories(inputs, seed_step=-1)
+        prompts = [example["prompt"] for example in inputs]
+        problem = Watched(pairs.rewards, partial(describe_reward, pairs, prompts)).problem()
+        if problem is not None:
+            logger.warning(f"Evaluation: {problem}.")
+        num_real = self._num_real_rows(len(prompts))
+        if 0 < num_real < len(prompts):  # the mean over these alone
+            is_real = torch.arange(pairs.weights.shape[1], device=pairs.weights.device) % len(prompts) < num_real
+            pairs.weights = pairs.weights * is_real * (len(prompts) / num_real)
         chunk_size = self.args.transition_batch_size or self.args.per_device_eval_batch_size
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [self.compute_loss(model, chunk) for chunk in pairs.transitions(chunk_size)]
+            losses = [self.compute_loss(model, chunk) for chunk in self._chunks(pairs, prompts, chunk_size)]
         return torch.stack(losses).sum(), None, None
-
-    def _record(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Keep `metrics` for the next call of `log`, which logs their means."""
-        for name, values in metrics.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(values)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        names = sorted(self._metrics[mode])
-        if names:
-            means = torch.stack([torch.cat([v.flatten() for v in self._metrics[mode][n]]).mean() for n in names])
-            means = self.accelerator.reduce(means, reduction="mean").tolist()
-            prefix = "eval_" if mode == "eval" else ""
-            logs.update({f"{prefix}{name}": mean for name, mean in zip(names, means, strict=True)})
-        super().log(logs, start_time)
-        self._metrics[mode].clear()
-
-    @property
-    def _base_model_name(self) -> str:
-        return self.policy.name_or_path
-
-    def _method_table(self) -> dict[str, Any]:
-        options = {name: getattr(self.args, name) for name in TAPO_OPTIONS}
-        return {name: value for name, value in options.items() if value is not None}
-
-
-def _model_init_kwargs(args: TAPOConfig, peft_config: PeftConfig | None) -> dict[str, Any]:
-    """Loading arguments. A base that LoRA keeps frozen is loaded in the precision it is used in."""
-    kwargs = dict(args.model_init_kwargs or {})
-    dtype: str | torch.dtype | None = kwargs.pop("torch_dtype", None)
-    if dtype is None and peft_config is not None:
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    return kwargs | {"torch_dtype": dtype}

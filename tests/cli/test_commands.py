@@ -85,6 +85,14 @@ def folder(tmp_path_factory):
     )
     flags = ["--dataset_name", str(folder / "prompts.txt"), "--reward_model", str(folder / "slrm")]
     main(["tapo", "--config", str(recipe), *base, *flags, "--guard_reward", f"{__name__}:held_out_reward"])
+
+    recipe = folder / "dpo.yaml"
+    recipe.write_text(
+        COMMON.format(output=folder / "dpo", cache=folder / "cache")
+        + "variant: dense_reward\nnum_inference_steps: 4\nuse_peft: true\nlora_r: 2\nsample_every_steps: 2\nema_decay: 0.9\n"
+        + "dataset_train_split: 'train[:6]'\ndataset_test_split: 'train[6:]'\neval_strategy: steps\neval_steps: 2\n"
+    )
+    main(["dpo", "--config", str(recipe), *base, "--dataset_name", str(folder / "pairs.parquet"), "--beta", "300"])
     return folder
 
 
@@ -130,6 +138,22 @@ class TestTAPO:
         card = (folder / "tapo" / "README.md").read_text()
         assert "load_lora_weights" in card
         assert str(folder) not in card
+
+
+class TestDPO:
+    def test_writes_lora_weights_that_diffusers_loads(self, folder):
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "base", text_encoder_3=None, tokenizer_3=None)
+        pipeline.load_lora_weights(folder / "dpo")
+        assert any((p != 0).any() for name, p in pipeline.transformer.named_parameters() if ".lora_B" in name)
+        assert (folder / "dpo" / "ema" / "pytorch_lora_weights.safetensors").is_file()
+
+    def test_flags_override_the_recipe_and_samples_are_of_held_out_prompts(self, folder):
+        card = (folder / "dpo" / "README.md").read_text()
+        assert "| `beta` | 300" in card and "| `variant` | dense_reward |" in card and "pairs.parquet" in card
+        assert str(folder) not in card
+        assert (folder / "dpo" / "samples" / "prompts.txt").read_text().split() == "prompt g prompt h".split()
+        logs = json.loads((folder / "dpo" / "trainer_state.json").read_text())["log_history"]
+        assert any("eval_rewards/accuracies" in log for log in logs)
 
 
 class TestSample:

@@ -29,11 +29,11 @@ from tapo_trl.cli.dry_run import (
     tapo_forwards,
 )
 from tapo_trl.cli.main import main
-from tapo_trl.cli.meta_models import load_meta_policy, make_meta_slrm
+from tapo_trl.cli.meta_models import load_meta_policy
 from tapo_trl.policies import SD3Policy, WanPolicy
 from tapo_trl.rewards import SLRMModel
 from tapo_trl.rewards.scoring import LatentReward, WeightedReward
-from tapo_trl.rollouts import TAPOSampler
+from tapo_trl.rollouts import PAIRINGS, TAPOSampler
 from tapo_trl.schedulers import sde_step_indices
 
 from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
@@ -80,7 +80,7 @@ class TestFolders:
         assert count_parameters(policy.transformer) == count_parameters(pipeline.transformer)
         assert count_bytes(policy.transformer) == count_bytes(pipeline.transformer)
         slrm = SLRMModel.from_policy(family(pipeline), num_task_tokens=3)
-        assert count_parameters(make_meta_slrm(policy, num_task_tokens=3)) == count_parameters(slrm)
+        assert count_parameters(SLRMModel.without_weights(policy, num_task_tokens=3)) == count_parameters(slrm)
         if family is SD3Policy:
             assert count_tokens(policy, (4, 8, 8), 5) == (16, 8 + 5)
             assert family(pipeline).encode_prompts(["cat"], 5).prompt_embeds.shape[1] == 8 + 5
@@ -96,8 +96,11 @@ class CountingPolicy(SD3Policy):
 
 class TestForwards:
     @pytest.mark.parametrize("velocity_target", ["parent", "policy", "reference"])
-    @pytest.mark.parametrize(("steps", "sde_steps", "guidance_scale"), [(6, 3, 2.0), (5, 2, 1.0), (9, 3, 2.0)])
-    def test_are_those_of_a_rollout(self, tmp_path, velocity_target, steps, sde_steps, guidance_scale):
+    @pytest.mark.parametrize(
+        ("steps", "sde_steps", "guidance_scale", "pairing"),
+        [(6, 3, 2.0, "tapo"), (5, 2, 1.0, "tapo"), (9, 3, 2.0, "tapo"), (6, 3, 2.0, "tapo_within"), (6, 3, 2.0, "spo")],
+    )
+    def test_are_those_of_a_rollout(self, tmp_path, velocity_target, steps, sde_steps, guidance_scale, pairing):
         policy = CountingPolicy(tiny_sd3_pipeline())
         policy.latents = []
         slrm = SLRMModel.from_policy(policy)
@@ -111,6 +114,7 @@ class TestForwards:
             num_candidates=2,
             reward=WeightedReward([LatentReward(slrm, velocity_target)]),
             latent_shape=(4, 8, 8),
+            pairing=PAIRINGS[pairing],
             guidance_scale=guidance_scale,
             reference=nullcontext,  # `with nullcontext(model) as reference`
         )
@@ -121,13 +125,14 @@ class TestForwards:
             num_inference_steps=steps,
             num_sde_steps=sde_steps,
             num_candidates=2,
+            pairing=pairing,
             guidance_scale=guidance_scale,
             use_cpu=True,
             bf16=False,
         )
-        rows = {row.name: row.value for row in tapo_forwards(args, scheduler.sigmas, velocity_target, has_slrm=True)}
+        rows = {row.name: row.value for row in tapo_forwards(args, scheduler.sigmas, velocity_target, latents_per_score=1)}
         assert sum(scored) == rows.pop("reward model")
-        training = 2 * sde_steps * (2 if guidance_scale > 1 else 1)
+        training = PAIRINGS[pairing].num_branches * sde_steps * (2 if guidance_scale > 1 else 1)
         assert rows.pop("policy, training (forward and backward)") == rows.pop("reference, training") == training
         assert sum(policy.latents) == sum(rows.values())
 
@@ -142,10 +147,10 @@ class TestMemory:
 
     def test_reward_model_in_float8_and_block_by_block(self):
         policy, _ = load_meta_policy(WAN)
-        whole = reward_memory(make_meta_slrm(policy), False, False).value
-        rounded = reward_memory(make_meta_slrm(policy), True, False).value
-        offloaded = reward_memory(make_meta_slrm(policy), False, True).value
-        assert whole == count_bytes(make_meta_slrm(policy))
+        whole = reward_memory(SLRMModel.without_weights(policy), False, False).value
+        rounded = reward_memory(SLRMModel.without_weights(policy), True, False).value
+        offloaded = reward_memory(SLRMModel.without_weights(policy), False, True).value
+        assert whole == count_bytes(SLRMModel.without_weights(policy))
         assert 0.25 * whole < rounded < 0.45 * whole
         assert offloaded < 0.2 * whole
 
@@ -164,6 +169,10 @@ class TestCommand:
                 ["16 x 64 x 64", "2,243,171,520 base model", "for one pair, of which an optimizer step has 4"],
             ),
             (
+                "sd35/dpo",
+                ["16 x 64 x 64", "47,775,744 LoRA", "2 reference, training", "an optimizer step has 16"],
+            ),
+            (
                 "wan21/tapo",
                 ["81 frames of 480 x 832", "16 x 21 x 60 x 104", "32,760 of a sample + 512", "1,418,996,800"],
             ),
@@ -179,6 +188,12 @@ class TestCommand:
         assert all(part in text for part in expected), text
         assert "is an estimate" in text
         assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+    def test_inversions(self, capsys):
+        flags = ["--dry_run", "true", "--variant", "inversion_dpo", "--cache_inversions", "true"]
+        text = self.run(capsys, "dpo", "--config", str(RECIPES / "sd35" / "dpo.yaml"), *flags)
+        assert "56 reference, inversion" in text  # both sides, 28 steps
+        assert "0.01 inversions of one pair" in text and "on disk: 56 latents" in text
 
     @pytest.mark.parametrize("flags", [["--dry_run", "true"], ["--dry_run=true"]])
     def test_other_spellings(self, capsys, flags):

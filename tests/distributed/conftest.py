@@ -59,8 +59,17 @@ PARITY = {
     },
 }
 SLRM_PARITY = {
-    "slrm": {"trainer": "slrm", "global_batch": 4, "args": {"max_steps": 4, "learning_rate": 0.1}},
+    "slrm": {
+        "trainer": "slrm",
+        "global_batch": 4,
+        "evaluate": True,
+        "args": {"max_steps": 4, "learning_rate": 0.1},
+    },
 }
+# The second update of four is skipped, by whichever process saw that a reward is not finite
+SKIPPED = {"skipped": {"trainer": "tapo", "global_batch": 4, "args": PARITY["tapo"]["args"]}}
+SKIPPED_ALONE = {"skipped": SKIPPED["skipped"] | {"bad": {"process": 0, "steps": [2]}}}
+SKIPPED_BY_ONE = {"skipped": SKIPPED["skipped"] | {"bad": {"process": 1, "steps": [2]}}}
 # 12 rows are 3 steps of 4: the checkpoint of step 4 lies inside of the second epoch
 ADAM = {
     "optim": "adamw_torch",
@@ -70,6 +79,15 @@ ADAM = {
     "max_steps": 5,
     "save_strategy": "steps",
     "save_steps": 4,
+}
+GAVE_UP = {
+    "gave_up": {
+        "trainer": "tapo",
+        "global_batch": 4,
+        "fails": True,
+        "bad": {"process": 1, "steps": [2, 3]},
+        "args": ADAM | {"max_skipped_updates": 1, "save_steps": 1},
+    }
 }
 RESUME = {
     "adam": {"trainer": "tapo", "global_batch": 4, "args": ADAM},
@@ -83,10 +101,14 @@ SLRM_RESUME = {
     "slrm_adam": {"trainer": "slrm", "global_batch": 4, "args": ADAM},
     "slrm_resumed": {"trainer": "slrm", "global_batch": 4, "args": ADAM, "resume": "slrm_adam"},
 }
-EMA_RESUME = {
-    "ema": {"trainer": "tapo", "global_batch": 4, "args": ADAM, "ema": True},
-    "ema_resumed": {"trainer": "tapo", "global_batch": 4, "args": ADAM, "ema": True, "resume": "ema"},
+# An average of the weights, and a checkpoint between two updates from the same rollouts
+REUSED = {
+    "trainer": "tapo",
+    "global_batch": 4,
+    "args": ADAM | {"num_iterations": 2, "save_steps": 100},
+    "ema": True,
 }
+EMA_RESUME = {"ema": REUSED | {"save_at": 3}, "ema_resumed": REUSED | {"resume": "ema"}}
 UNEVEN = {
     "uneven": {
         "trainer": "tapo",
@@ -102,12 +124,12 @@ NOT_SHARDED = {
 }
 
 RUNS = {
-    "single": PARITY | SLRM_PARITY,
-    "ddp": PARITY | SLRM_PARITY | RESUME | BF16_RESUME | SLRM_RESUME | EMA_RESUME | UNEVEN,
-    "zero1": PARITY,
-    "zero2": PARITY | SLRM_PARITY | RESUME | BF16_RESUME | SLRM_RESUME | ALONE,
-    "zero3": PARITY | RESUME | UNEVEN | REFUSED_SLRM,
-    "fsdp2": PARITY | RESUME | UNEVEN | REFUSED_SLRM | NOT_SHARDED,
+    "single": PARITY | SLRM_PARITY | SKIPPED_ALONE,
+    "ddp": PARITY | SLRM_PARITY | SKIPPED_BY_ONE | GAVE_UP | EMA_RESUME | BF16_RESUME | SLRM_RESUME | UNEVEN,
+    "zero1": {"tapo": PARITY["tapo"]},
+    "zero2": PARITY | SLRM_PARITY | SKIPPED_BY_ONE | GAVE_UP | RESUME | BF16_RESUME | SLRM_RESUME | ALONE,
+    "zero3": PARITY | SKIPPED_BY_ONE | RESUME | REFUSED_SLRM,
+    "fsdp2": PARITY | SKIPPED_BY_ONE | RESUME | REFUSED_SLRM | NOT_SHARDED,
 }
 
 

@@ -25,9 +25,12 @@ A job is `{"pipeline": folder, "reward": folder, "pairs": folder, "output_dir": 
 - `num_rows`: rows of the train dataset, 12 by default,
 - `lora`: whether to train LoRA, `true` by default,
 - `ema`: whether to keep an average of the weights,
-- `resume`: name of an earlier run whose last but one checkpoint is where this one begins,
+- `resume`: name of an earlier run whose last but one checkpoint is where this one begins, or `true` to go on from its own,
+- `save_at`: a step after which to save a checkpoint,
+- `signal`: name of a signal that the launcher gets after the second step, which the run does not survive,
+- `bad`: process and steps in which a reward is not finite,
 - `evaluate`, `generate`: whether to do so after the training,
-- `refused`: whether the trainer must refuse the run,
+- `refused`: whether the trainer must refuse the run, `fails`: whether the training must fail,
 - `pretend_gpus`: whether FSDP may shard over CPUs, `true` by default.
 
 Each leaves a folder `output_dir/name` with its checkpoints, the final model in `final` and `facts.json`.
@@ -36,7 +39,9 @@ Each leaves a folder `output_dir/name` with its checkpoints, the final model in 
 import json
 import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -45,7 +50,7 @@ from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from tapo_trl import EMACallback, SLRMConfig, SLRMTrainer, TAPOConfig, TAPOTrainer
 
@@ -74,10 +79,43 @@ TAPO = {
     "ddp_find_unused_parameters": False,
 }
 LORA = {"r": 4, "lora_alpha": 8}
+EVAL_ROWS = 5  # two batches of 4, the last of which is filled up on several processes
 
 
 def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     return images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2))
+
+
+class BadRedness(TrainerCallback):
+    """The same reward, but not finite on one process in some steps."""
+
+    def __init__(self, process: int, steps: list[int]):
+        self.process, self.steps, self.step = process, steps, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step + 1
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        is_bad = self.step in self.steps and self.process == int(os.environ.get("RANK", 0))
+        return redness(images, prompts) * (torch.nan if is_bad else 1)
+
+
+class SaveAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= state.global_step == self.step
+
+
+class SignalLauncher(TrainerCallback):
+    def __init__(self, name: str):
+        self.number = signal.Signals[name]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and args.process_index == 0:
+            os.kill(os.getppid(), self.number)
+            time.sleep(2)  # until it has been passed on
 
 
 def prompts(number: int) -> Dataset:
@@ -109,16 +147,27 @@ def make_trainer(job: dict, run: dict, output_dir: Path) -> TAPOTrainer | SLRMTr
     let_zero3_shard_tiny_weights(args)
     peft_config = LoraConfig(**LORA) if run.get("lora", True) else None
     num_rows = run.get("num_rows", 12)
+    callbacks = [SaveAt(run["save_at"])] if "save_at" in run else []
+    callbacks += [SignalLauncher(run["signal"])] if "signal" in run else []
     if run["trainer"] == "slrm":
         pairs = load_from_disk(job["pairs"]).select(range(num_rows))
-        return SLRMTrainer(job["pipeline"], args, pairs, eval_dataset=pairs.select(range(4)), peft_config=peft_config)
+        return SLRMTrainer(
+            job["pipeline"],
+            args,
+            pairs,
+            eval_dataset=pairs.select(range(EVAL_ROWS)),
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
+    reward = BadRedness(**run["bad"]) if "bad" in run else redness
+    callbacks += [reward] if "bad" in run else []
     return TAPOTrainer(
         job["pipeline"],
-        [job["reward"], redness],
+        [job["reward"], reward],
         args,
         prompts(num_rows),
-        eval_dataset=prompts(4),
-        callbacks=[EMACallback(decay=0.5)] if run.get("ema") else None,
+        eval_dataset=prompts(EVAL_ROWS),
+        callbacks=[*callbacks, EMACallback(decay=0.5)] if run.get("ema") else callbacks,
         peft_config=peft_config,
     )
 
@@ -157,17 +206,22 @@ def refuse(job: dict, name: str) -> None:
 
 
 def execute(job: dict, name: str) -> None:
-    run, output_dir = job["runs"][name], Path(job["output_dir"]) / name
+    run, output_dir, start = job["runs"][name], Path(job["output_dir"]) / name, time.monotonic()
     trainer = make_trainer(job, run, output_dir)
-    checkpoint = None
-    if "resume" in run:
+    checkpoint = run.get("resume")
+    if isinstance(checkpoint, str):
         checkpoint = last_but_one_checkpoint(output_dir.parent / run["resume"])
         if trainer.is_world_process_zero():
             shutil.copytree(checkpoint, output_dir / checkpoint.name)
         trainer.accelerator.wait_for_everyone()
         checkpoint = str(output_dir / checkpoint.name)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    engine = facts(trainer)
+    error = ""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except FloatingPointError as failure:
+        assert run.get("fails"), failure
+        error = str(failure)
+    engine = facts(trainer) | {"failure": error}
     if run.get("evaluate"):
         trainer.evaluate()
     samples = trainer.generate([prompts(1)["prompt"][0]]) if run.get("generate") else torch.zeros(0)
@@ -175,6 +229,7 @@ def execute(job: dict, name: str) -> None:
     everyone = gather_object([engine | {"samples": samples.flatten().tolist()}])
     if trainer.is_world_process_zero():
         record = {"processes": everyone, "log_history": trainer.state.log_history}
+        record["seconds"] = time.monotonic() - start
         (output_dir / "facts.json").write_text(json.dumps(record))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()

@@ -30,6 +30,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from tapo_trl.trainer.callbacks import (
     HELD_OUT_REWARD,
     EMACallback,
+    PolicyCallback,
     RewardHackingGuardCallback,
     SampleGridCallback,
     TAPOCallback,
@@ -131,8 +132,11 @@ class RecordWeights(TrainerCallback):
 
 class TestTAPOCallback:
     def test_unattached_names_the_fix(self):
-        with pytest.raises(RuntimeError, match=r"TAPOTrainer\(callbacks="):
+        with pytest.raises(RuntimeError, match=r"TAPOTrainer\(callbacks=.* `DiffusionDPOTrainer\(callbacks="):
             _ = SampleGridCallback(PROMPTS, every_n_steps=1).trainer
+
+    def test_is_the_callback_of_every_policy_trainer(self):
+        assert TAPOCallback is PolicyCallback
 
 
 @pytest.fixture

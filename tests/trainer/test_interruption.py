@@ -21,16 +21,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from tapo_trl.trainer.checkpoints import checkpoint_damage, last_good_checkpoint
+from tapo_trl import SLRMConfig, SLRMTrainer
+from tapo_trl.trainer.checkpoints import SEAL_NAME, checkpoint_damage, last_good_checkpoint
 
-from .test_tapo_trainer import make_trainer, trainable
+from ..data.preference_pairs import latent_pairs
+from .test_tapo_trainer import make_pipeline, make_trainer, trainable
 
 
 STEPS = 4
@@ -155,44 +158,154 @@ class TestDamage:
         assert_same(resumed, trainable(unbroken))
 
 
-RUN = """
-import sys
-from pathlib import Path
-from tests.trainer.test_interruption import SAVING
-from tests.trainer.test_tapo_trainer import make_trainer
+def make_slrm_trainer(folder, callbacks=None, **kwargs):
+    args = SLRMConfig(
+        str(folder / "out"),
+        cache_dir=str(folder / "cache"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        resolution=32,
+        max_sequence_length=4,
+        num_task_tokens=2,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        dataloader_num_workers=1,
+        **kwargs,
+    )
+    return SLRMTrainer(make_pipeline(), args, train_dataset=latent_pairs(16), callbacks=callbacks)
 
-trainer = make_trainer(Path(sys.argv[1]), **SAVING)
-print("training", flush=True)
-trainer.train(resume_from_checkpoint=True)
-trainer.save_model()
+
+MAKE = {"tapo": make_trainer, "slrm": make_slrm_trainer}
+MANY_STEPS = SAVING | {"max_steps": 12}
+
+
+class Announce(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        sys.stdout.write(f"start {state.global_step}\n")
+        sys.stdout.flush()
+
+
+def train_to_the_end(method, folder):
+    trainer = MAKE[method](folder, callbacks=[Announce()], **MANY_STEPS)
+    trainer.train(resume_from_checkpoint=True)
+    torch.save(trainable(trainer), folder / "final.pt")
+
+
+# Importing takes longer than training: it is done once, and every training is a process forked from there.
+SERVER = """
+import os, sys, traceback
+from pathlib import Path
+from tests.trainer.test_interruption import train_to_the_end
+
+for line in sys.stdin:
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        sys.stdin.close()
+        code = 1
+        try:
+            train_to_the_end(*(kind(word) for kind, word in zip((str, Path), line.split())))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+    print("process", process, flush=True)
+    print("end", os.waitpid(process, 0)[1], flush=True)
 """
 
 
-def test_kill_at_random_moments(tmp_path, unbroken):
-    """Each attempt is killed up to 1.5 seconds after its training started, until one comes to its end."""
-    rng, kills = random.Random(0), 0
-    for attempt in range(12):
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUN, str(tmp_path)],
+class Trainings:
+    """Starts trainings, one after the other, and reads what they say."""
+
+    def __enter__(self):
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
             cwd=Path(__file__).parents[2],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
-        assert any(line == "training\n" for line in process.stdout)
-        if attempt < 4:
-            time.sleep(rng.uniform(0, 1.5))
-            process.kill()
-        if process.wait() == -signal.SIGKILL:
-            kills += 1
-        else:
-            assert process.returncode == 0
-            break
-    assert kills > 0
-    trained = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert len(trained) == len(unbroken)
-    for name, value in trained.items():
-        wrapped = name.replace("lora_A.weight", "lora_A.default.weight").replace(
-            "lora_B.weight", "lora_B.default.weight"
-        )
-        assert torch.equal(value, unbroken[wrapped]), name
+        self.sessions = []
+        return self
+
+    def start(self, method, folder):
+        """Process id and the step from which it goes on."""
+        self.server.stdin.write(f"{method} {folder}\n")
+        self.server.stdin.flush()
+        self.sessions.append(self.read("process"))
+        return self.sessions[-1], self.read("start")
+
+    def read(self, word):
+        for line in self.server.stdout:
+            if line.startswith(f"{word} "):
+                return int(line.split()[1])
+        raise AssertionError(f"The training ended before its {word!r}.")
+
+    def left(self):
+        """Processes of trainings that have ended."""
+        return [process.pid for process in psutil.process_iter() if _session(process.pid) in self.sessions]
+
+    def __exit__(self, *error):
+        self.server.stdin.close()
+        for process in self.left():
+            os.kill(process, signal.SIGKILL)
+        self.server.wait(30)
+        self.server.stdout.close()
+
+
+def _session(process):
+    try:
+        return os.getsid(process)
+    except ProcessLookupError:
+        return None
+
+
+def unfinished(folder):
+    return [path for path in (folder / "out").glob("checkpoint-*") if not (path / SEAL_NAME).exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "kills"), [("tapo", 14), ("slrm", 6)])
+def test_killed_at_random_moments_and_while_saving(tmp_path, method, kills):
+    expected_trainer = MAKE[method](tmp_path / "unbroken", **MANY_STEPS)
+    expected_trainer.train()
+    expected = trainable(expected_trainer)
+    rng, killed, saves_cut, runs = random.Random(0), 0, 0, 0
+    folder = tmp_path / "run-0"
+    folder.mkdir()
+
+    with Trainings() as trainings:
+        while True:
+            whole = last_good_checkpoint(folder / "out")
+            process, step = trainings.start(method, folder)
+            assert step == (0 if whole is None else int(whole.name.removeprefix("checkpoint-")))
+            if killed < kills:
+                time.sleep(rng.uniform(0, 1.2))
+                earlier, deadline = unfinished(folder), time.monotonic() + 5
+                while killed % 2 and unfinished(folder) == earlier and time.monotonic() < deadline:
+                    time.sleep(0.001)  # every other time, until a checkpoint is being written
+                with suppress(ProcessLookupError):  # it may have come to its end
+                    os.kill(process, signal.SIGKILL)
+            status = trainings.read("end")
+            if os.WIFSIGNALED(status):
+                killed += 1
+                saves_cut += bool(unfinished(folder))
+                continue
+            assert status == 0
+            final = torch.load(folder / "final.pt")
+            assert final.keys() == expected.keys()
+            assert max((final[name] - expected[name]).abs().max() for name in final) == 0
+            if killed == kills:
+                break
+            runs += 1
+            folder = tmp_path / f"run-{runs}"
+            folder.mkdir()
+        assert saves_cut > 0
+
+        deadline = time.monotonic() + 30  # data loaders look for their training process every 5 seconds
+        while trainings.left() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert trainings.left() == []

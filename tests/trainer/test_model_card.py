@@ -12,13 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from tapo_trl.trainer.model_card import is_hub_id, public_command, write_model_card
+from tapo_trl.trainer.model_card import current_command, is_hub_id, public_command, write_model_card
 
 
 BASE = "stabilityai/stable-diffusion-3.5-medium"
@@ -162,12 +164,17 @@ class TestText:
         for block in blocks:
             compile(block.split("```")[0], "card", "exec")
 
-    def test_tables_images_and_citations(self, tmp_path):
-        images = [tmp_path / "samples" / "step_000100.png"]
-        text = write(tmp_path, images=images).text
+    def test_gallery(self, tmp_path):
+        image = tmp_path / "samples" / "step_000100.png"
+        card = write(tmp_path, images=[image])
+        assert card.data.widget == [{"text": "step 000100", "output": {"url": "samples/step_000100.png"}}]
+        assert "<Gallery />" in card.text
+        assert "Gallery" not in write(tmp_path).content
+
+    def test_tables_and_citations(self, tmp_path):
+        text = write(tmp_path).text
         assert "| `num_sde_steps` | 8 |" in text
         assert "| `reward` | 0.1235 |" in text
-        assert "![step 000100](samples/step_000100.png)" in text
         assert PAPER["citation"] in text
         assert "vonwerra2020trl" in text
         assert "- diffusers: " in text
@@ -218,7 +225,28 @@ class TestHelpers:
             ("python /x/y/a.py --prompts 'a cat' --dir=/x/y", "python a.py --prompts 'a cat' --dir=y"),
             ("a --hub_token hf_1 --beta 3", "a --beta 3"),
             ("a --hub-token=hf_1 --num_task_tokens 4", "a --num_task_tokens 4"),
+            (
+                """a --kwargs '{"token": "hf_0123456789", "dir": "/x/y/z"}'""",
+                """a --kwargs '{"token": "hf_***", "dir": "z"}'""",
+            ),
+            ("a --config ~/recipes/b.yaml --pairs x=~/y/z", "a --config b.yaml --pairs x=z"),
+            ("a --url https://example.com/x/y --ratio 1/2 --model user/name", None),
         ],
     )
     def test_public_command(self, command, expected):
-        assert public_command(command) == expected
+        assert public_command(command) == (expected or command)
+
+    @pytest.mark.parametrize(
+        ("argv", "module", "expected"),
+        [
+            (["/x/run.py", "--prompt", "it's a cat"], None, """python run.py --prompt 'it'"'"'s a cat'"""),
+            (["/x/bin/tapo-trl", "tapo", "--beta", "3"], None, "tapo-trl tapo --beta 3"),
+            (["/x/cli/__main__.py", "tapo"], "tapo_trl.cli.__main__", "python -m tapo_trl.cli tapo"),
+        ],
+    )
+    def test_current_command(self, monkeypatch, argv, module, expected):
+        spec = None if module is None else SimpleNamespace(name=module)
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+        assert current_command() == expected
+        assert public_command(current_command()) == expected

@@ -48,6 +48,8 @@ def test_every_field_has_help_and_is_documented():
         ("score_link", "relu"),
         ("velocity_target", "parent"),
         ("timestep_sampling", "beta"),
+        ("reward_model_type", "clip"),
+        ("loss_type", "hinge"),
         ("num_task_tokens", 0),
         ("task_projection_rank", 0),
         ("resolution", -8),
@@ -85,6 +87,57 @@ def test_accuracy_is_measured_under_the_papers_rule_and_a_deployable_one(target,
     assert config(tmp_path, velocity_target=target).eval_rules == ["ground_truth", rule]
 
 
+@pytest.mark.parametrize(
+    ("kind", "loss_type", "rules", "model_config"),
+    [
+        ("slrm", "bradley_terry", ["ground_truth", "reference"], {"num_task_tokens": 8, "task_projection_rank": None}),
+        ("lrm", "bradley_terry", ["none"], {"layer": None, "guidance_scale": 7.5}),
+        ("dina", "thurstone", ["none"], {"layers": None, "num_queries": 4}),
+    ],
+)
+def test_kinds_of_reward_models(kind, loss_type, rules, model_config, tmp_path):
+    args = config(tmp_path, reward_model_type=kind)
+    assert (args.loss_type, args.eval_rules, args.model_config()) == (loss_type, rules, model_config)
+    other = {"bradley_terry": "thurstone", "thurstone": "bradley_terry"}[loss_type]
+    assert config(tmp_path, reward_model_type=kind, loss_type=other).loss_type == other
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("lrm", "num_task_tokens", 4),
+        ("dina", "task_projection_rank", 2),
+        ("lrm", "score_link", "softplus"),
+        ("dina", "rho", 1.0),
+        ("lrm", "velocity_target", "none"),
+        ("dina", "detach_score", True),
+        ("lrm", "score_preservation_coef", 0.0),
+        ("slrm", "lrm_layer", 18),
+        ("dina", "lrm_guidance_scale", 1.0),
+        ("slrm", "dina_layers", [4, 8, 12]),
+        ("lrm", "dina_num_queries", 2),
+    ],
+)
+def test_fields_of_another_kind(kind, field, value, tmp_path):
+    with pytest.raises(ValueError, match=f"^`{field}` is for .*`reward_model_type='{kind}'`: leave it unset, or change"):
+        config(tmp_path, reward_model_type=kind, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"reward_model_type": "lrm", "lrm_layer": 0}, "^`lrm_layer` must be at least 1"),
+        ({"reward_model_type": "dina", "dina_num_queries": 0}, "^`dina_num_queries` must be at least 1"),
+        ({"reward_model_type": "dina", "dina_layers": [4, 4]}, "^`dina_layers` must be .* in ascending order"),
+        ({"reward_model_type": "dina", "eval_rules": ["reference"]}, "^`eval_rules=.* only SLRM has a velocity"),
+        ({"loss_type": "thurstone", "eta": 2.0}, "^`eta` is for `loss_type=\"bradley_terry\"`"),
+    ],
+)
+def test_values_that_do_not_go_together(kwargs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **kwargs)
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_gradient_checkpointing_is_an_alias(value, tmp_path):
     assert config(tmp_path, gradient_checkpointing=value).activation_checkpointing is value
@@ -101,5 +154,8 @@ def test_command_line_and_yaml(tmp_path):
     assert args.learning_rate == 1e-4 and args.eval_sigmas == [0.2, 0.4] and args.rho == 0.5
     assert args.velocity_target == "reference" and args.model_init_kwargs == {"revision": "main"}
     assert args.dimension_weights == {"visual_quality": 1, "motion_consistency": 0.5}
+    kind = ["--reward_model_type", "dina", "--dina_layers", "1", "2", "--velocity_target", "reference", "--rho"]
+    (args,) = TrlParser((SLRMConfig,)).parse_args_and_config(["--config", str(recipe), *kind, str(math.log(4))])
+    assert (args.reward_model_type, args.dina_layers, args.loss_type) == ("dina", [1, 2], "thurstone")
     (args,) = TrlParser((SLRMConfig,)).parse_args_and_config([*arguments, "--dimension_weights", '{"text": 2}'])
     assert args.dimension_weights == {"text": 2}

@@ -20,7 +20,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -30,6 +29,12 @@ from tapo_trl.policies import SD3Policy
 from tapo_trl.trainer.callbacks import TAPOCallback
 
 from ..testing_utils import tiny_sd3_pipeline as make_pipeline
+from .policy_checks import (
+    check_full_fine_tuning_is_saved_as_a_transformer,
+    check_lora_loads_into_diffusers_exactly,
+    check_resume_is_exact,
+    trainable,
+)
 
 
 PROMPTS = ["cat", "dog", "fox", "owl"]
@@ -83,10 +88,6 @@ def make_slrm():
     return SLRMModel.from_policy(SD3Policy(make_pipeline()), max_sequence_length=3, resolution=32)
 
 
-def trainable(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
 def randomize_adapter(trainer, std=0.05):
     generator = torch.Generator().manual_seed(5)
     for name, parameter in trainer.model.named_parameters():
@@ -113,7 +114,7 @@ class RolloutRecorder:
 
 
 def reference_loss(trainer, pairs):
-    """Eq. 11 and 13 written down once more, in float64, one transition at a time."""
+    """Eq. 11 and 13 written down once more, in float64, one transition at a time, with the KL divergence of its sides."""
     model = copy.deepcopy(trainer.model).double()
     model.forward = type(model).forward.__get__(model)
     args, sigmas = trainer.args, trainer.scheduler.sigmas.double()
@@ -139,20 +140,21 @@ def reference_loss(trainer, pairs):
         t, t_next = sigmas[index], sigmas[index + 1]
         s = args.noise_level * (t / (1 - t)).sqrt()
         for prompt in range(len(embeds)):
-            log_ratios = []
-            for branch in range(2):
-                x, x_next = (
-                    pairs.latents[step, branch, prompt].double(),
-                    pairs.next_latents[step, branch, prompt].double(),
-                )
-                log_probs = []
+            log_ratios, divergences = [], []
+            for side in range(2):
+                x = pairs.latents[step, side % pairs.latents.shape[1], prompt].double()
+                x_next = pairs.next_latents[step, side, prompt].double()
+                log_probs, means = [], []
                 for context in (nullcontext(), model.disable_adapter()):
                     with context:
                         v = velocity(x, t, prompt)
                     mean = x - (v + s**2 / (2 * t) * (x + (1 - t) * v)) * (t - t_next)
+                    means.append(mean)
                     log_probs.append((-((x_next - mean) ** 2) / (2 * s**2 * (t - t_next))).mean())
                 log_ratios.append(log_probs[0] - log_probs[1])
-            losses.append(-torch.nn.functional.logsigmoid(args.beta * (log_ratios[0] - log_ratios[1])))
+                divergences.append(((means[0] - means[1]) ** 2 / (2 * s**2 * (t - t_next))).mean())
+            loss = -torch.nn.functional.logsigmoid(args.beta * (log_ratios[0] - log_ratios[1]))
+            losses.append(pairs.weights[step, prompt] * (loss + args.kl_coef * sum(divergences) / 2))
     return torch.stack(losses).mean(), model
 
 
@@ -281,8 +283,19 @@ class TestGradient:
         trainer.model.load_state_dict(initial)
         return trainer, rollouts.pairs, recorder.gradients
 
-    def test_equals_an_independent_float64_reference_and_finite_differences(self, tmp_path):
-        trainer, (pairs,), gradients = self.run(tmp_path, beta=30.0)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"kl_coef": 20.0},
+            {"pairing": "tapo_within"},
+            {"pairing": "spo", "pair_threshold": [0.0015]},
+        ],
+        ids=lambda options: "-".join(map(str, options.values())) or "defaults",
+    )
+    def test_equals_an_independent_float64_reference_and_finite_differences(self, tmp_path, options):
+        trainer, (pairs,), gradients = self.run(tmp_path, beta=30.0, **options)
+        assert 0 < pairs.weights.mean() < 1 or "pair_threshold" not in options
         loss, model = reference_loss(trainer, pairs)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -420,37 +433,40 @@ class TestRollouts:
             trainer.generate(["zebra"])
 
 
+class TestProfile:
+    def test_counts_every_forward(self, tmp_path, capsys):
+        trainer = make_trainer(tmp_path, profile=True, max_steps=2, gradient_accumulation_steps=1)
+        trainer.train()
+        rows = {line[:28].strip(): line[28:].split() for line in capsys.readouterr().out.splitlines()}
+        prompts, candidates = trainer.args.per_device_train_batch_size, trainer.args.num_candidates
+        sde_steps = len(trainer.step_indices)
+        # Steps 0 and 1 of one trajectory, 3 and 5 of two; a pixel reward has asked for the velocity of 2 and 4 before.
+        assert trainer.step_indices == [1, 3, 5] and trainer.args.num_inference_steps == 6
+        own = 1 + 1 + 2 + 2
+        expected = {
+            "policy": 2 * prompts * (own + 2 * sde_steps * candidates),
+            "reward": 2 * prompts * 2 * sde_steps * candidates,
+            "policy, training": 2 * prompts * 2 * sde_steps,
+            "reference, training": 2 * prompts * 2 * sde_steps,
+        }
+        assert {name: int(rows[name][2]) for name in expected} == expected
+        assert int(rows["optimizer"][1]) == 2 and float(rows["everything else"][0]) >= 0
+
+
 class TestSaving:
     def test_lora_loads_into_diffusers_exactly(self, tmp_path):
-        make_pipeline().save_pretrained(tmp_path / "base")
         trainer = make_trainer(tmp_path)
         trainer.train()
-        trainer.save_model()
-        loaded = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base", text_encoder_3=None, tokenizer_3=None)
-        loaded.load_lora_weights(trainer.args.output_dir)
-        inputs = (torch.randn(1, 4, 8, 8), 0.6, trainer.prompt_cache.load(["cat"]))
-        expected = trainer.policy.velocity(trainer.model.eval(), *inputs)
-        base = SD3Policy(make_pipeline())
-        assert torch.equal(SD3Policy(loaded).velocity(loaded.transformer, *inputs), expected)
-        assert not torch.equal(base.velocity(base.transformer, *inputs), expected)
+        check_lora_loads_into_diffusers_exactly(trainer, "cat", tmp_path / "base")
 
     def test_full_fine_tuning_is_saved_as_a_transformer(self, tmp_path):
         trainer = make_trainer(tmp_path, peft=False)
         trainer.train()
-        trainer.save_model()
-        loaded = type(trainer.model).from_pretrained(f"{trainer.args.output_dir}/transformer")
-        for name, value in loaded.state_dict().items():
-            assert torch.equal(value, trainer.model.state_dict()[name])
+        check_full_fine_tuning_is_saved_as_a_transformer(trainer)
 
     @pytest.mark.parametrize("peft", [True, False])
     def test_resume_is_exact(self, tmp_path, peft):
-        kwargs = {"peft": peft, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-        unbroken = make_trainer(tmp_path / "a", **kwargs)
-        unbroken.train()
-        resumed = make_trainer(tmp_path / "b", **kwargs)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "out" / "checkpoint-2"))
-        for name, value in trainable(resumed).items():
-            assert torch.equal(value, trainable(unbroken)[name]), name
+        check_resume_is_exact(make_trainer, tmp_path, peft=peft)
 
     def test_model_card(self, tmp_path):
         trainer = make_trainer(tmp_path)
@@ -494,6 +510,12 @@ class TestBadInput:
             ({"num_candidates": 1}, "num_candidates"),
             ({"noise_level": 0.0}, "noise_level"),
             ({"beta": 0.0}, "beta"),
+            ({"kl_coef": -1.0}, "kl_coef"),
+            ({"pairing": "dpo"}, "pairing"),
+            ({"continue_with": "best"}, "continue_with"),
+            ({"pairing": "spo", "continue_with": "worst"}, "continue_with"),
+            ({"pair_threshold": [1.0]}, "pair_threshold"),
+            ({"pair_threshold": [0.1, 0.2, 0.3]}, "pair_threshold"),
             ({"ratio_clip": 1.0}, "ratio_clip"),
             ({"label_smoothing": 0.5}, "label_smoothing"),
             ({"sde_type": "ddim"}, "sde_type"),
@@ -531,14 +553,6 @@ class TestBadInput:
             make_trainer(tmp_path, reward=other)
         with pytest.raises(ValueError, match="max_sequence_length"):
             make_trainer(tmp_path, reward=make_slrm(), max_sequence_length=4)
-
-    def test_nan_reward_stops_with_its_prompt(self, tmp_path):
-        with pytest.raises(ValueError, match="`broken` is nan for the prompt"):
-
-            def broken(images, prompts):
-                return [float("nan")] * len(prompts)
-
-            make_trainer(tmp_path, reward=broken).train()
 
     def test_output_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")

@@ -26,7 +26,8 @@ from tapo_trl import SampleGridCallback, SLRMModel, TAPOTrainer
 from tapo_trl.policies import SD3Policy, WanPolicy
 
 from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
-from .test_tapo_trainer import GradientRecorder, make_args, make_lora, randomize_adapter, trainable
+from .policy_checks import check_resume_is_exact
+from .test_tapo_trainer import GradientRecorder, make_args, make_lora, randomize_adapter
 
 
 PROMPTS = ["cat", "dog"]
@@ -149,13 +150,7 @@ class TestSaving:
 
     @pytest.mark.parametrize("peft", [True, False])
     def test_resume_is_exact(self, tmp_path, peft):
-        kwargs = {"peft": peft, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-        unbroken = make_trainer(tmp_path / "a", **kwargs)
-        unbroken.train()
-        resumed = make_trainer(tmp_path / "b", **kwargs)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "out" / "checkpoint-2"))
-        for name, value in trainable(resumed).items():
-            assert torch.equal(value, trainable(unbroken)[name]), name
+        check_resume_is_exact(make_trainer, tmp_path, peft=peft)
 
     def test_samples_are_videos_and_strips_and_are_in_the_card(self, tmp_path):
         pytest.importorskip("av")

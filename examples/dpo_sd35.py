@@ -1,0 +1,49 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+# /// script
+# dependencies = [
+#     "tapo-trl",
+# ]
+# ///
+
+"""
+Align a text-to-image model with preference pairs that were collected beforehand, by Diffusion-DPO.
+
+The emoji world, on a CPU (pairs: `python examples/emoji/make_pairs.py`):
+
+```bash
+accelerate launch --config_file recipes/accelerate/cpu.yaml examples/dpo_sd35.py --config recipes/emoji/dpo.yaml
+```
+
+Stable Diffusion 3.5 medium on eight GPUs, on Pick-a-Pic:
+
+```bash
+accelerate launch --config_file recipes/accelerate/multi_gpu.yaml examples/dpo_sd35.py --config recipes/sd35/dpo.yaml
+```
+
+Any field of `DiffusionDPOConfig`, `DPOScriptArguments` or `DiffusionModelConfig` can be given as a flag, too. Inversion-DPO on
+pairs of your own:
+
+```bash
+accelerate launch examples/dpo_sd35.py --config recipes/sd35/dpo.yaml \
+    --variant inversion_dpo --dataset_name path/to/pairs.parquet --output_dir my-model
+```
+"""
+
+from tapo_trl.cli.dpo import main, make_parser
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

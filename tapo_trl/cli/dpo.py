@@ -1,0 +1,56 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from .parser import RecipeParser
+
+
+def make_parser() -> RecipeParser:
+    """Parser of `tapo-trl dpo`."""
+    from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
+    from .arguments import DiffusionModelConfig, DPOScriptArguments
+
+    return RecipeParser((DPOScriptArguments, DiffusionDPOConfig, DiffusionModelConfig), prog="tapo-trl dpo")
+
+
+def main(script_args, training_args, model_args) -> None:
+    """
+    Aligns a policy with preference pairs, saves it to `output_dir` and, with `push_to_hub`, uploads it.
+    With `dry_run`, prints what it would do instead.
+
+    Args:
+        script_args ([`DPOScriptArguments`]): The preference pairs and the callbacks.
+        training_args ([`DiffusionDPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    if script_args.dry_run:
+        from .dry_run import dry_run_dpo, print_dry_run
+
+        print_dry_run(dry_run_dpo(training_args, model_args))
+        return
+
+    from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
+    from .arguments import get_lora_config
+    from .builders import build_sample_callbacks, load_policy_from_args, load_preference_splits, run_training
+
+    train_dataset, eval_dataset = load_preference_splits(script_args)
+    policy = load_policy_from_args(model_args, training_args)
+    trainer = DiffusionDPOTrainer(
+        model=policy,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=build_sample_callbacks(script_args, training_args, train_dataset, eval_dataset),
+        peft_config=get_lora_config(model_args, policy),
+    )
+    run_training(trainer, training_args, script_args.dataset_name)

@@ -1,0 +1,74 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Inverted trajectories of clean latents, kept on disk so that each is computed once."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from safetensors.torch import load_file, save_file
+
+from ..policies import FlowPolicy
+
+
+class InversionCache:
+    """
+    What [`FlowPolicy.invert`] returns, one safetensors file per clean latent and prompt, in a folder for all that it depends
+    on beside those.
+
+    Args:
+        policy ([`FlowPolicy`]): the policy, before an adapter is added.
+        cache_dir (`str` or `Path`, *optional*): root of the cache. Defaults to `tapo_trl` in the Hugging Face home.
+        num_inference_steps (`int`): number of sampling steps.
+        details (`tuple`): what else the trajectories depend on, such as the precision.
+    """
+
+    def __init__(
+        self, policy: FlowPolicy, cache_dir: str | Path | None, num_inference_steps: int, details: tuple = ()
+    ):
+        root = Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl"
+        key = (policy.transformer_fingerprint(), dict(policy.pipeline.scheduler.config), num_inference_steps, details)
+        self.folder = root / "inversions" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+    def _file(self, prompt: str, latent: torch.Tensor) -> Path:
+        digest = hashlib.sha256(prompt.encode())
+        digest.update(latent.float().cpu().contiguous().numpy().tobytes())
+        return self.folder / f"{digest.hexdigest()[:32]}.safetensors"
+
+    def load(self, prompts: list[str], latents: torch.Tensor) -> torch.Tensor | None:
+        """
+        Args:
+            prompts (`list[str]`): one per latent.
+            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): clean latents.
+
+        Returns:
+            `torch.Tensor` of shape `(num_inference_steps, batch_size, *latent_shape)` on the device of `latents`, or `None`
+            if one of the trajectories is not on disk.
+        """
+        files = [self._file(prompt, latent) for prompt, latent in zip(prompts, latents, strict=True)]
+        if not all(file.exists() for file in files):
+            return None
+        return torch.stack([load_file(file)["trajectory"] for file in files], dim=1).to(latents.device)
+
+    def save(self, prompts: list[str], latents: torch.Tensor, trajectories: torch.Tensor) -> None:
+        """Keep trajectories, of the shape that [`~InversionCache.load`] returns. Safe in several processes at once."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for prompt, latent, trajectory in zip(prompts, latents, trajectories.unbind(1), strict=True):
+            file = self._file(prompt, latent)
+            aside = file.with_suffix(f".{os.getpid()}.tmp")
+            save_file({"trajectory": trajectory.cpu().contiguous()}, aside)
+            aside.replace(file)

@@ -1,0 +1,79 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What all latent reward models ask of the diffusion transformer that they read latents with."""
+
+import inspect
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+
+class RewardBackboneMixin(ABC):
+    """
+    Mixed into a diffusers transformer that is part of a reward model.
+
+    Attributes:
+        base_class (`type`): the transformer as diffusers has it.
+        interface_fields (`tuple[str, ...]`): fields of its configuration that latents and prompts depend on.
+    """
+
+    base_class: type[ModelMixin]
+    interface_fields: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def backbone_dtype(self) -> torch.dtype:
+        """Precision of the backbone, which LoRA keeps while what is trained is float32."""
+
+    @classmethod
+    def base_config(cls, transformer: ModelMixin) -> dict:
+        """The arguments that rebuild `transformer`."""
+        names = inspect.signature(cls.base_class.__init__).parameters
+        return {name: transformer.config[name] for name in names if name in transformer.config}
+
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        """Cast all but what the base class keeps in float32, as its `from_pretrained` does."""
+        kept = self._keep_in_fp32_modules or []
+        for name, tensor in all_tensors(self):
+            if not any(module in name.split(".") for module in kept):
+                tensor.data = tensor.data.to(dtype)
+
+    def _copy_weights(self, source: Mapping[str, torch.Tensor], added: set[str], unused: set[str]) -> None:
+        """
+        Copy a transformer's tensors, each in its precision.
+
+        Args:
+            source (`dict[str, torch.Tensor]`): [`all_tensors`] of the transformer.
+            added (`set[str]`): names of those that it does not have.
+            unused (`set[str]`): names of those that this one does not have.
+        """
+        own = dict(all_tensors(self))
+        unexpected = source.keys() - own.keys() - unused
+        if unexpected or own.keys() - source.keys() != added:
+            raise ValueError(
+                "The transformer's weights do not fit its configuration; merge or detach its adapters first. "
+                f"Unexpected: {sorted(unexpected)[:3]}."
+            )
+        for name in source.keys() - unused:
+            own[name].data = source[name].detach().clone()
+
+
+def all_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, those that are not saved included."""
+    return itertools.chain(module.named_parameters(), module.named_buffers())

@@ -1,0 +1,147 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The head of DiNa-LRM: learned queries read the score out of features of several blocks."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .features import Features
+
+
+MAX_HEADS = 8
+
+
+class FiLMAdapter(nn.Module):
+    """
+    Brings the tokens of one block to the width of the head's input: scaled and shifted by the noise level, an embedding of
+    the block added, then projected. At the start the noise level has no influence.
+
+    Args:
+        dim (`int`): width of the tokens and of the embedding of the noise level.
+        out_dim (`int`): width of the result.
+    """
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.modulation = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, 2 * dim))
+        self.layer_embedding = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.projection = nn.Linear(dim, out_dim)
+        nn.init.zeros_(self.modulation[-1].weight)
+        nn.init.zeros_(self.modulation[-1].bias)
+
+    def forward(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.modulation(time).unsqueeze(1).chunk(2, dim=2)
+        return self.projection(tokens * (1 + scale) + shift + self.layer_embedding)
+
+
+class MultiLayerAdapter(nn.Module):
+    """One [`FiLMAdapter`] for each tapped block, to a quarter of the width, then a linear layer over all of them."""
+
+    def __init__(self, dim: int, num_layers: int):
+        super().__init__()
+        self.adapters = nn.ModuleList(FiLMAdapter(dim, dim // 4) for _ in range(num_layers))
+        self.merge = nn.Linear(num_layers * (dim // 4), dim)
+
+    def forward(self, tokens: Sequence[torch.Tensor], time: torch.Tensor) -> torch.Tensor:
+        adapted = [adapter(layer, time) for adapter, layer in zip(self.adapters, tokens, strict=True)]
+        return self.merge(torch.cat(adapted, dim=2))
+
+
+class ContextProjections(nn.Module):
+    """
+    Keys and values of the tokens that queries look at. With `gated`, each token's value is scaled by a number in (0, 1) that
+    the token itself decides, one half at the start.
+    """
+
+    def __init__(self, dim: int, gated: bool):
+        super().__init__()
+        self.norm = nn.RMSNorm(dim)
+        self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.gate = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1)) if gated else None
+        if gated:
+            nn.init.zeros_(self.gate[-1].weight)
+            nn.init.zeros_(self.gate[-1].bias)
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.norm(tokens)
+        value = self.value(tokens)
+        return self.key(tokens), value if self.gate is None else value * self.gate(tokens).sigmoid()
+
+
+class CrossAttention(nn.Module):
+    """Queries attend to one or more sets of tokens, to each on its own; the results are added."""
+
+    def __init__(self, dim: int, num_contexts: int, gated: bool):
+        super().__init__()
+        self.num_heads = math.gcd(dim, MAX_HEADS)
+        self.norm = nn.RMSNorm(dim)
+        self.query, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.contexts = nn.ModuleList(ContextProjections(dim, gated) for _ in range(num_contexts))
+
+    def forward(self, queries: torch.Tensor, *contexts: torch.Tensor) -> torch.Tensor:
+        query = self._heads(self.query(self.norm(queries)))
+        attended = 0
+        for projections, tokens in zip(self.contexts, contexts, strict=True):
+            key, value = projections(tokens)
+            attended = attended + F.scaled_dot_product_attention(query, self._heads(key), self._heads(value))
+        return queries + self.output(attended.transpose(1, 2).flatten(2))
+
+    def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class DiNaHead(nn.Module):
+    """
+    Learned queries look at the visual and the text tokens, then at the visual ones again; a feed-forward and a linear layer
+    make a score of each, whose mean is the logit.
+
+    Args:
+        dim (`int`): width of the features.
+        num_layers (`int`): number of tapped blocks.
+        num_queries (`int`): number of queries.
+    """
+
+    def __init__(self, dim: int, num_layers: int, num_queries: int):
+        super().__init__()
+        self.visual_adapter = MultiLayerAdapter(dim, num_layers)
+        self.text_adapter = MultiLayerAdapter(dim, num_layers)
+        self.queries = nn.Parameter(0.02 * torch.randn(1, num_queries, dim))
+        self.joint_attention = CrossAttention(dim, num_contexts=2, gated=True)
+        self.visual_attention = CrossAttention(dim, num_contexts=1, gated=False)
+        self.ff_norm = nn.RMSNorm(dim)
+        self.ff = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.readout = nn.Linear(dim, 1)
+
+    def forward(self, features: Features) -> torch.Tensor:
+        """
+        Args:
+            features ([`Features`]): hidden states after the tapped blocks.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, float32.
+        """
+        dtype = self.queries.dtype
+        time = features.time.to(dtype)
+        visual = self.visual_adapter([tokens.to(dtype) for tokens in features.visual], time)
+        text = self.text_adapter([tokens.to(dtype) for tokens in features.text], time)
+        queries = self.queries.expand(len(visual), -1, -1)
+        queries = self.joint_attention(queries, visual, text)
+        queries = self.visual_attention(queries, visual)
+        queries = queries + self.ff(self.ff_norm(queries))
+        # The readout is linear, so that the mean may come first. Not a matrix product, which autocast would round.
+        return (queries.float().mean(dim=1) * self.readout.weight.float()).sum(dim=1) + self.readout.bias.float()

@@ -1,0 +1,51 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reward models of noisy latents by the word for them, and from where they were saved."""
+
+import os
+
+from .base import HUB_ARGUMENTS, LatentRewardModel
+from .dina import DiNaModel
+from .lrm import LRMModel
+from .slrm import SLRMModel
+
+
+REWARD_MODELS: dict[str, type[LatentRewardModel]] = {"slrm": SLRMModel, "lrm": LRMModel, "dina": DiNaModel}
+
+
+def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> LatentRewardModel:
+    """
+    Load a saved reward model, of whichever kind it is.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): folder or Hub id.
+        kwargs: arguments of [`~LatentRewardModel.from_pretrained`], such as `torch_dtype`, `base_model` or `revision`.
+
+    Returns:
+        [`LatentRewardModel`]: in evaluation mode.
+
+    Raises:
+        ValueError: if there is something else than a reward model.
+    """
+    hub_arguments = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
+    return saved_class(name_or_path, **hub_arguments).from_pretrained(name_or_path, **kwargs)
+
+
+def saved_class(name_or_path: str | os.PathLike, **hub_arguments) -> type[LatentRewardModel]:
+    """The class of a saved reward model, as its `config.json` says."""
+    name = LatentRewardModel.load_config(name_or_path, **hub_arguments)["_class_name"]
+    classes = {model_class.__name__: model_class for model_class in REWARD_MODELS.values()}
+    if name not in classes:
+        raise ValueError(f"`{name_or_path}` holds a `{name}`, which is no reward model: those are {sorted(classes)}.")
+    return classes[name]

@@ -1,0 +1,248 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Latent Reward Model (LRM) of LPO: how well the features of a noisy latent fit the text, as in CLIP."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin, SD3Transformer2DModel
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from ..policies import FlowPolicy
+from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel, RewardOutput
+from .features import check_layers, proportional_layers
+from .features_sd3 import SD3FeatureTransformer2DModel
+
+
+DEFAULT_DEPTH = 0.75  # block 18 of the 24 of SD3
+DEFAULT_GUIDANCE_SCALE = 7.5
+INITIAL_LOGIT_SCALE = math.log(100)  # CLIP's after its training
+
+
+def enhanced_feature(unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    r"""
+    Visual feature enhancement: classifier-free guidance of a feature, \\( f_\varnothing + w (f_c - f_\varnothing) \\).
+
+    Args:
+        unconditional (`torch.Tensor` of shape `(batch_size, dim)`): feature of the latents with the empty prompt.
+        conditional (`torch.Tensor` of shape `(batch_size, dim)`): feature of the latents with their prompts.
+        guidance_scale (`float`): w. 1 is no enhancement.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, dim)`.
+    """
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+class LRMHead(nn.Module):
+    """
+    CLIP's similarity, in float32 whatever the model's precision. The projection of the text, which CLIP has projected
+    before, starts at the identity.
+
+    Args:
+        visual_dim (`int`): width of the visual feature.
+        text_dim (`int`): width of the pooled prompt embeddings.
+    """
+
+    def __init__(self, visual_dim: int, text_dim: int):
+        super().__init__()
+        self.visual_projection = nn.Linear(visual_dim, text_dim, bias=False)
+        self.text_projection = nn.Linear(text_dim, text_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        nn.init.eye_(self.text_projection.weight)
+
+    def forward(self, visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        r"""
+        \\( e^s \cos(P_v f_v, P_t f_t) \\)
+
+        Args:
+            visual (`torch.Tensor` of shape `(batch_size, visual_dim)`): f_v.
+            text (`torch.Tensor` of shape `(batch_size, text_dim)`): f_t.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`.
+        """
+        with torch.autocast(visual.device.type, enabled=False):
+            visual = F.linear(visual.float(), self.visual_projection.weight.float())
+            text = F.linear(text.float(), self.text_projection.weight.float())
+            return self.logit_scale.float().exp() * F.cosine_similarity(visual, text)
+
+
+class LRMModel(LatentRewardModel):
+    """
+    Latent Reward Model of LPO (Zhang et al., 2025), on SD3: the mean over the image tokens after an intermediate joint block,
+    enhanced by classifier-free guidance, is compared to the pooled prompt embedding. Blocks behind that one are left out.
+
+    Args:
+        transformer_class (`str`): class name of the backbone in diffusers.
+        transformer_config (`dict`): arguments that rebuild the whole backbone.
+        base_model_name_or_path (`str`): where the pipeline of the backbone was loaded from, `""` if from memory.
+        vae_fingerprint (`str`): [`~FlowPolicy.vae_fingerprint`] of the VAE whose latents it rates.
+        layer (`int`, *optional*):
+            the joint block whose image tokens are read, counted from 1. Defaults to that at three quarters of the depth, 18
+            of 24.
+        guidance_scale (`float`, *optional*, defaults to `7.5`):
+            w of [`enhanced_feature`]. 1 is no enhancement, and half of the cost.
+        null_prompt_length (`int`, *optional*, defaults to `0`): tokens of the empty prompt, whose embeddings are kept.
+        max_sequence_length (`int`, *optional*, defaults to `256`): length at which prompts were encoded.
+        resolution (`int`, *optional*, defaults to `512`): size of the images in training, in pixels.
+        height, width, num_frames (`int`, *optional*): size of the images in training, kept as a record.
+        lora (`bool`, *optional*, defaults to `False`): whether the backbone was trained with LoRA.
+    """
+
+    kind = "lrm"
+    label = "LRM"
+    trained_part = "head"
+
+    @register_to_config
+    def __init__(
+        self,
+        transformer_class: str,
+        transformer_config: dict[str, Any],
+        base_model_name_or_path: str = "",
+        vae_fingerprint: str = "",
+        layer: int | None = None,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        null_prompt_length: int = 0,
+        max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
+        resolution: int = DEFAULT_RESOLUTION,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        lora: bool = False,
+    ):
+        super().__init__()
+        backbone_class, num_layers = self.backbone_class(transformer_class), transformer_config["num_layers"]
+        layers = proportional_layers([DEFAULT_DEPTH], num_layers) if layer is None else [layer]
+        self.register_to_config(layer=check_layers(layers, num_layers, "layer")[0])
+        self.transformer = backbone_class(layers, **transformer_config)
+        self._no_split_modules = backbone_class._no_split_modules
+        text_dim, token_dim = (transformer_config[name] for name in ("pooled_projection_dim", "joint_attention_dim"))
+        self.head = LRMHead(self.transformer.feature_dim, text_dim)
+        self.register_buffer("null_prompt_embeds", torch.zeros(1, null_prompt_length, token_dim))
+        self.register_buffer("null_pooled_prompt_embeds", torch.zeros(1, text_dim))
+
+    @classmethod
+    def backbone_class(cls, transformer_class: str) -> type[SD3FeatureTransformer2DModel]:
+        if transformer_class != SD3Transformer2DModel.__name__:
+            raise ValueError(
+                "An LRM compares images with pooled prompt embeddings, as text encoders of CLIP give them, which a "
+                f"`{transformer_class}` does not have. It is for `{SD3Transformer2DModel.__name__}`: choose another kind of "
+                "reward model for this one."
+            )
+        return SD3FeatureTransformer2DModel
+
+    @classmethod
+    def from_policy(cls, policy: FlowPolicy, **config) -> "LRMModel":
+        """
+        Copy the first blocks of the policy's transformer, and encode the empty prompt with its text encoders.
+
+        Args:
+            policy ([`FlowPolicy`]): the policy whose latents will be rated, with its text encoders.
+            config: `layer`, `guidance_scale`, `max_sequence_length` and the size in training, see [`LRMModel`].
+
+        Returns:
+            [`LRMModel`]: in evaluation mode, on the transformer's device and in its dtype, the head in float32.
+
+        Raises:
+            ValueError: if the policy's transformer has no pooled prompt embeddings.
+        """
+        cls.backbone_class(type(policy.transformer).__name__)
+        null = policy.encode_prompts([""], config.get("max_sequence_length", DEFAULT_MAX_SEQUENCE_LENGTH))
+        model = super().from_policy(policy, null_prompt_length=null.prompt_embeds.shape[1], **config)
+        model.null_prompt_embeds.copy_(null.prompt_embeds)
+        model.null_pooled_prompt_embeds.copy_(null.pooled_prompt_embeds)
+        return model
+
+    def _copy_base(self, transformer: ModelMixin) -> None:
+        self.transformer = type(self.transformer).from_base(transformer, [self.config.layer])
+        with torch.device(transformer.device):
+            self.head = LRMHead(self.transformer.feature_dim, transformer.config.pooled_projection_dim)
+            for name, buffer in self.named_buffers(recurse=False):
+                self.register_buffer(name, torch.zeros(buffer.shape))
+
+    def trained_in_full(self) -> dict[str, torch.Tensor]:
+        return dict(self.head.named_parameters(prefix="head")) | dict(self.named_buffers(recurse=False))
+
+    @property
+    def is_enhanced(self) -> bool:
+        return self.config.guidance_scale != 1
+
+    @property
+    def latents_per_score(self) -> int:
+        return 2 if self.is_enhanced else 1
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        sigma: float | torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+    ) -> RewardOutput:
+        """
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): noisy latents x_sigma.
+            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): their noise levels in [0, 1].
+            prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): see [`PromptEmbeddings`].
+            pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`): pooled embeddings.
+
+        Returns:
+            [`RewardOutput`]
+        """
+        feature = self.visual_feature(latents, sigma, prompt_embeds, pooled_prompt_embeds)
+        return RewardOutput(logits=self.head(feature, pooled_prompt_embeds))
+
+    def visual_feature(
+        self,
+        latents: torch.Tensor,
+        sigma: float | torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        """The pooled visual feature before its projection, of shape `(batch_size, dim)`, see [`~LRMModel.forward`]."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
+        if not self.is_enhanced:
+            return self._pooled_feature(latents, sigma, prompt_embeds, pooled_prompt_embeds)
+        if prompt_embeds.shape[1:] != self.null_prompt_embeds.shape[1:]:
+            raise ValueError(
+                f"The prompt embeddings have shape {tuple(prompt_embeds.shape[1:])}, but those of the empty prompt, which "
+                f"this LRM has since it was made, have {tuple(self.null_prompt_embeds.shape[1:])}: encode prompts with the "
+                "same `max_sequence_length`."
+            )
+        null = self.null_prompt_embeds.expand_as(prompt_embeds).to(prompt_embeds)
+        null_pooled = self.null_pooled_prompt_embeds.expand_as(pooled_prompt_embeds).to(pooled_prompt_embeds)
+        both = self._pooled_feature(
+            torch.cat([latents, latents]),
+            torch.cat([sigma, sigma]),
+            torch.cat([null, prompt_embeds]),
+            torch.cat([null_pooled, pooled_prompt_embeds]),
+        )
+        return enhanced_feature(*both.chunk(2), self.config.guidance_scale)
+
+    def _pooled_feature(
+        self,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        features = self.transformer(
+            hidden_states=latents.to(self.transformer.backbone_dtype),
+            timestep=sigma * 1000,
+            **self._prompt_arguments(prompt_embeds, pooled_prompt_embeds),
+        )
+        return features.visual[0].float().mean(dim=1)

@@ -1,0 +1,173 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Which candidates of a stochastic step make a pair, and from which ones the trajectories go on."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+
+WIN, LOSE = 0, 1
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    Candidates of one stochastic step, by their number among the P of their parent.
+
+    Args:
+        chosen (`torch.LongTensor` of shape `(branches, B)`): the best of each parent.
+        rejected (`torch.LongTensor` of shape `(branches, B)`): the worst of each parent.
+        kept (`torch.LongTensor` of shape `(branches, B)`): with which each trajectory goes on.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    kept: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """
+    A method's rule for making pairs.
+
+    Args:
+        num_branches (`int`): trajectories per prompt.
+        shared_parent (`bool`):
+            Whether a pair is the best and the worst candidate of the same parent, one pair per trajectory. Otherwise it
+            is the best of the first and the worst of the second trajectory, one pair per prompt.
+        continue_with (`str`):
+            `"extremes"`: the first trajectory goes on with its best and the second with its worst candidate. `"best"`:
+            all with their best. `"random"`: with any.
+        threshold (`tuple[float, float]`, *optional*):
+            A pair counts if its scores, read as logits, differ in probability by more than this, at the step with the
+            least and with the most noise of all stochastic steps; in between it is interpolated. All pairs by default.
+    """
+
+    num_branches: int
+    shared_parent: bool
+    continue_with: Literal["extremes", "best", "random"]
+    threshold: tuple[float, float] | None = None
+
+    def select(self, scores: torch.Tensor, generators: list[torch.Generator]) -> Selection:
+        """
+        Choose, for every prompt on its own.
+
+        Args:
+            scores (`torch.Tensor` of shape `(branches, B, P)`): rewards of the candidates.
+            generators (`list[torch.Generator]`): one per prompt, on the CPU.
+        """
+        best, worst = scores.argmax(dim=-1), scores.argmin(dim=-1)
+        if self.continue_with == "extremes":
+            kept = torch.stack([best[WIN], worst[LOSE]])
+        elif self.continue_with == "best":
+            kept = best
+        else:
+            branches, _, num_candidates = scores.shape
+            draws = [torch.randint(num_candidates, (branches,), generator=generator) for generator in generators]
+            kept = torch.stack(draws, dim=1).to(scores.device)
+        return Selection(chosen=best, rejected=worst, kept=kept)
+
+    def pairs(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        """
+        Put values of the chosen and the rejected candidates together by pair.
+
+        Args:
+            chosen (`torch.Tensor` of shape `(branches, B, ...)`): of the best candidate of each parent.
+            rejected (`torch.Tensor` of shape `(branches, B, ...)`): of the worst.
+
+        Returns:
+            `torch.Tensor` of shape `(2, num_pairs, ...)`
+        """
+        if self.shared_parent:
+            return torch.stack([chosen.flatten(0, 1), rejected.flatten(0, 1)])
+        return torch.stack([chosen[WIN], rejected[LOSE]])
+
+    def parents(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        The parents of the pairs: `(branches, B, ...)` to `(1, num_pairs, ...)` where a pair shares its parent, else
+        `(2, num_pairs, ...)`.
+        """
+        return latents.flatten(0, 1).unsqueeze(0) if self.shared_parent else latents
+
+    @property
+    def num_parents(self) -> int:
+        """Parents of a pair."""
+        return 1 if self.shared_parent else 2
+
+    @property
+    def pairs_per_prompt(self) -> int:
+        """Pairs that a prompt gives at each stochastic step."""
+        return self.num_branches if self.shared_parent else 1
+
+    def weights(self, rewards: torch.Tensor, stds: torch.Tensor) -> torch.Tensor:
+        """
+        1 for the pairs that count, 0 for those below the threshold.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(n, 2, num_pairs)`): scores of the chosen and the rejected candidates.
+            stds (`torch.Tensor` of shape `(n,)`): standard deviation of each stochastic step.
+
+        Returns:
+            `torch.Tensor` of shape `(n, num_pairs)`
+        """
+        gaps = rewards[:, WIN] - rewards[:, LOSE]
+        if self.threshold is None:
+            return torch.ones_like(gaps)
+        low, high = self.threshold
+        noise = (stds - stds.min()) / (stds.max() - stds.min()).clamp(min=1e-12)
+        # Of two logits, the probabilities under a softmax differ by tanh of half the distance.
+        return (torch.tanh(gaps / 2) > (low + (high - low) * noise).view(-1, 1)).to(gaps.dtype)
+
+
+PAIRINGS = {
+    "tapo": Pairing(num_branches=2, shared_parent=False, continue_with="extremes"),
+    "tapo_within": Pairing(num_branches=2, shared_parent=True, continue_with="extremes"),
+    "spo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.3, 0.3)),
+    "lpo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.35, 0.5)),
+}
+
+
+def get_pairing(name: str, continue_with: str | None = None, threshold: list[float] | None = None) -> Pairing:
+    """
+    A method's rule for making pairs, with changes.
+
+    Args:
+        name (`str`):
+            - `"tapo"`: the best of a winning and the worst of a losing trajectory (Eq. 12 of TAPO).
+            - `"tapo_within"`: the same two trajectories, but in each the best and the worst of its own candidates.
+            - `"spo"`: the best and the worst of one trajectory that goes on at random, if they differ enough (SPO).
+            - `"lpo"`: the same with a threshold that grows with the noise of the step (LPO).
+        continue_with (`str`, *optional*): `"best"` or `"random"`, for `"spo"` and `"lpo"`.
+        threshold (`list[float]`, *optional*): one number, or two for the least and the most noise.
+    """
+    if name not in PAIRINGS:
+        raise ValueError(f"`pairing` must be one of {tuple(PAIRINGS)}, got {name!r}.")
+    pairing = PAIRINGS[name]
+    if continue_with is not None:
+        if continue_with not in ("best", "random"):
+            raise ValueError(f"`continue_with` must be 'best' or 'random', got {continue_with!r}.")
+        if pairing.continue_with == "extremes":
+            raise ValueError(
+                f"`continue_with` is for the pairings of one trajectory, 'spo' and 'lpo': with {name!r} the winning "
+                "trajectory goes on with its best and the losing one with its worst candidate."
+            )
+        pairing = replace(pairing, continue_with=continue_with)
+    if threshold is not None:
+        if len(threshold) not in (1, 2) or not all(0 <= value < 1 for value in threshold):
+            raise ValueError(f"`pair_threshold` must be one or two numbers in [0, 1), got {threshold}.")
+        pairing = replace(pairing, threshold=(threshold[0], threshold[-1]))
+    return pairing

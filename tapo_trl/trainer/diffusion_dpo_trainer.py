@@ -1,0 +1,313 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import math
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from trl.trainer.base_trainer import _BaseTrainer
+
+from ..data.inversions import InversionCache
+from ..data.preferences import TIE, PreferencePairCollator
+from ..losses import diffusion_dpo_loss, velocity_error_change
+from ..metrics.preference_accuracy import evaluation_noise
+from ..policies import FlowPolicy, load_policy
+from ..seeding import seeded_generator
+from .base import (
+    DiffusionTrainerMixin,
+    autocast_dtype,
+    check_no_data_parallel,
+    check_writable,
+    fill_in_sizes,
+    whole_weights,
+)
+from .callbacks import PolicyCallback, RewardHackingGuardCallback
+from .diffusion_dpo_config import DiffusionDPOConfig
+from .hub import check_hub_strategy
+from .launch_checks import check_launch
+from .model_card import DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
+from .noise_levels import draw_uniform_or_logit_normal, training_sigmas
+from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
+from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
+
+
+class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrainerMixin, _BaseTrainer):
+    r"""
+    Trainer for Diffusion-DPO, which aligns a flow-matching policy with pairs that were collected beforehand.
+
+    Both sides of a pair are noised, and the policy learns to predict the velocity of the chosen one better than the
+    reference does, and that of the rejected one worse. `args.variant` says which noisy latents those are: random ones
+    (Diffusion-DPO), those of inverted trajectories (Inversion-DPO), or random ones that are the more likely the earlier
+    they come in sampling (DenseReward).
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from tapo_trl import DiffusionDPOConfig, DiffusionDPOTrainer
+
+    trainer = DiffusionDPOTrainer(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        args=DiffusionDPOConfig("sd35-dpo", resolution=512),
+        train_dataset=load_dataset("my-name/pairs", split="train"),  # columns: prompt, chosen, rejected
+        peft_config=LoraConfig(r=64, lora_alpha=64, init_lora_weights="gaussian"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
+            Hub id or folder of a pipeline, a pipeline, or a policy.
+        args ([`DiffusionDPOConfig`], *optional*):
+            Configuration. Defaults to one with a folder named after the model.
+        train_dataset ([`~datasets.Dataset`]):
+            Preference pairs with columns `prompt`, `chosen`, `rejected`, and optionally `margin`, `label` and
+            `label_<dimension>`, see [`~data.preferences.prepare_preference_dataset`].
+        eval_dataset ([`~datasets.Dataset`] or `dict` of those, *optional*):
+            Held-out pairs.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks. Those that are a [`PolicyCallback`] get the trainer and have their prompts encoded.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and learning rate scheduler.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
+            fine-tuned and a frozen copy of it is the reference.
+    """
+
+    loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
+    _tag_names = ["trl", "diffusion-dpo"]
+    _name = "Diffusion-DPO"
+    _card_metrics = ("rewards/", "error/", "eval_")
+    _card_options = DIFFUSION_DPO_OPTIONS
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline | FlowPolicy,
+        args: DiffusionDPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            args = DiffusionDPOConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-Diffusion-DPO")
+        self._paper = DIFFUSION_DPO_PAPERS[args.variant]
+
+        # Everything that can be wrong and is cheap to find out
+        check_writable(args.output_dir)
+        check_no_data_parallel(args, "DiffusionDPOTrainer")
+        check_hub_strategy(args)
+        check_preference_splits(train_dataset, eval_dataset, args)
+        check_launch(args, len(train_dataset))
+        callbacks = list(callbacks or [])
+        if any(isinstance(callback, RewardHackingGuardCallback) for callback in callbacks):
+            raise ValueError(
+                "`RewardHackingGuardCallback` compares a held-out reward with the training reward, which Diffusion-DPO does "
+                "not have. Watch samples with `SampleGridCallback`, or held-out pairs with `eval_dataset`."
+            )
+
+        # Policy
+        with whole_weights(args):
+            self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
+        self.latent_shape = fill_in_sizes(args, self.policy)
+        self.inversion_cache = None
+        if args.cache_inversions:
+            precision = autocast_dtype(args)
+            self.inversion_cache = InversionCache(self.policy, args.cache_dir, args.num_inference_steps, (precision,))
+        transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
+
+        # Data: prompts and pixels are encoded once, then the text encoders leave the memory
+        train_dataset, eval_dataset = self._prepare_splits(train_dataset, eval_dataset, args)
+        prompts = [prompt for cb in callbacks if isinstance(cb, PolicyCallback) for prompt in cb.prompts]
+        with args.main_process_first(desc="encoding prompts"):
+            self.prompt_cache.encode([args.negative_prompt, *prompts])
+        self.policy.unload_text_encoders()
+
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        super().__init__(
+            model=transformer,
+            args=args,
+            data_collator=PreferencePairCollator(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.can_return_loss = True
+        self._place_frozen_models()
+
+        # Noise levels of the training, from noise to data, and how likely each is
+        scheduler = self.policy.build_scheduler(args.num_inference_steps, self.latent_shape)
+        self.sigmas = training_sigmas(scheduler) if args.variant == "diffusion_dpo" else scheduler.sigmas[:-1]
+        gamma = args.gamma if args.variant == "dense_reward" else 1.0
+        self.step_probabilities = torch.softmax(torch.arange(len(self.sigmas)) * math.log(gamma), dim=0)
+        nearest = {(self.sigmas - sigma).abs().argmin().item() for sigma in args.eval_sigmas}
+        self.eval_steps = sorted(nearest)  # from the noise on, so that one inversion serves all
+
+        for callback in callbacks:
+            if isinstance(callback, PolicyCallback):
+                callback.attach(self)
+        self._add_run_callbacks()
+
+    # Noisy latents
+
+    def _draw(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Steps `(batch_size,)` and noise `(batch_size, *latent_shape)`, on the CPU. They depend on the seed, the update and
+        the row of the dataset alone: not on the number of processes, nor on whether the run was resumed.
+        """
+        steps, noise = [], []
+        for row in rows:
+            generator = seeded_generator("diffusion_dpo", self.args.seed, self.state.global_step, row)
+            if self.args.variant == "diffusion_dpo":
+                position = draw_uniform_or_logit_normal(self.args.timestep_sampling, generator)
+                steps.append((position * len(self.sigmas)).long())
+            else:
+                steps.append(torch.multinomial(self.step_probabilities, 1, generator=generator))
+            noise.append(torch.randn(self.latent_shape, generator=generator))
+        return torch.cat(steps), torch.stack(noise)
+
+    def _noisy_latents(
+        self, inputs: dict[str, Any], steps: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noisy latents, their velocities and their noise levels at `steps`, of [chosen; rejected]."""
+        clean = torch.cat([inputs["chosen_latents"], inputs["rejected_latents"]])
+        steps = steps.repeat(2)
+        sigma = self.sigmas[steps].to(clean.device)
+        broadcast = sigma.view(-1, *[1] * (clean.ndim - 1))
+        if self.args.variant == "inversion_dpo":
+            first_index, trajectory = self._inverted(inputs, clean, steps.min().item())
+            noisy = trajectory[steps - first_index, torch.arange(len(clean))]
+            return noisy, (noisy - clean) / broadcast, sigma
+        noise = noise.repeat(2, *[1] * (clean.ndim - 1)).to(clean.device)
+        return (1 - broadcast) * clean + broadcast * noise, noise - clean, sigma
+
+    @torch.no_grad()
+    def _inverted(self, inputs: dict[str, Any], clean: torch.Tensor, first_index: int) -> tuple[int, torch.Tensor]:
+        """
+        Index of the first step, and the trajectories from there on. They are kept in `inputs`, for a first index that is
+        not lower.
+        """
+        if "inverted" not in inputs:
+            prompts, cache = inputs["prompt"] * 2, self.inversion_cache
+            first_index = first_index if cache is None else 0
+            trajectory = None if cache is None else cache.load(prompts, clean)
+            # As many forwards on every process: they are collective where weights are sharded
+            state = torch.tensor([[first_index, trajectory is not None]], device=clean.device)
+            first_index, everyone_has_it = self.accelerator.gather(state).amin(0).tolist()
+            if not everyone_has_it:
+                with self.reference(self.model) as reference:
+                    trajectory = self.policy.invert(
+                        reference,
+                        clean,
+                        inputs["prompt_embeds"].repeat(2),
+                        num_inference_steps=self.args.num_inference_steps,
+                        first_index=first_index,
+                    )
+                if cache is not None:
+                    cache.save(prompts, clean, trajectory)
+            inputs["inverted"] = first_index, trajectory
+        return inputs["inverted"]
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        rows = inputs["row"].tolist()
+        if self.model.training:
+            steps, noise = self._draw(rows)
+            losses, metrics = self._pair_losses(model, inputs, steps, noise)
+            self.nonfinite_guard.watch(losses, partial(describe_loss, inputs, self.sigmas[steps]), inputs["prompt"])
+            loss = self.nonfinite_guard.mark(losses.mean())
+        else:
+            # The same noise in every evaluation, at each of `eval_steps`
+            noise = evaluation_noise(rows, self.latent_shape, self.args.seed)
+            levels = [torch.full((len(rows),), step) for step in self.eval_steps]
+            results = [self._pair_losses(model, inputs, steps, noise) for steps in levels]
+            loss = torch.stack([losses.mean() for losses, _ in results]).mean()
+            metrics = {name: torch.stack([values[name] for _, values in results]).mean(0) for name in results[0][1]}
+        return (loss, metrics) if return_outputs else loss
+
+    def _pair_losses(
+        self, model: torch.nn.Module, inputs: dict[str, Any], steps: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Losses and metrics of each pair, of shape `(batch_size,)`, at `steps`."""
+        noisy, target, sigma = self._noisy_latents(inputs, steps, noise)
+        embeds = inputs["prompt_embeds"].repeat(2)
+
+        # [chosen; rejected] in one forward each, without guidance
+        velocity = self.policy.velocity(model, noisy, sigma, embeds)
+        with torch.no_grad(), self.reference(self.model) as reference:
+            ref_velocity = self.policy.velocity(reference, noisy, sigma, embeds)
+
+        chosen, rejected = velocity_error_change(velocity, ref_velocity, target).chunk(2)
+        labels = inputs["label"]
+        losses, metrics = diffusion_dpo_loss(
+            chosen,
+            rejected,
+            beta=self.args.beta,
+            label_smoothing=torch.where(labels == TIE, TIE, self.args.label_smoothing),
+            margin=inputs.get("margin"),
+        )
+        self._check_start(F.softplus(-metrics["rewards/margins"]))
+
+        error = (velocity.detach() - target).square().flatten(1).mean(1)
+        metrics["error/chosen"], metrics["error/rejected"] = error.chunk(2)
+        self._record_pairs(metrics, labels, self.sigmas[steps[0]].item())
+        return losses, metrics
+
+    @torch.no_grad()
+    def _record_pairs(self, metrics: dict[str, torch.Tensor], labels: torch.Tensor, sigma: float) -> None:
+        """Record the metrics of each pair, of all processes. Accuracies leave ties out."""
+        table = torch.stack([labels, *metrics.values()], dim=1)
+        labels, *columns = self.accelerator.gather_for_metrics(table).unbind(dim=1)
+        metrics = dict(zip(metrics, columns, strict=True))
+        metrics["rewards/accuracies"] = metrics["rewards/accuracies"][labels != TIE]
+        if not self.model.training:
+            metrics[f"rewards/accuracies/sigma_{sigma:.2g}"] = metrics["rewards/accuracies"]
+        self._record({name: values for name, values in metrics.items() if len(values) > 0})
+
+    # Trainer hooks
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Loss and rewards of held-out pairs, with the same noise at every evaluation."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare_dataset(eval_dataset, None, self.args, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)

@@ -1,0 +1,107 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+
+from ..data.dimensions import check_dimension_weights
+from ..data.preferences import DEFAULT_FPS
+from ..rewards.slrm import DEFAULT_RESOLUTION
+
+
+@dataclass
+class PreferenceDataConfig:
+    r"""
+    What [`SLRMConfig`] and [`DiffusionDPOConfig`] say of their preference pairs.
+
+    Parameters:
+        resolution (`int`, *optional*, defaults to `512`):
+            Height and width in pixels to which images and videos are cropped and resized. `height` and `width` take
+            precedence.
+        height (`int`, *optional*):
+            Height in pixels.
+        width (`int`, *optional*):
+            Width in pixels.
+        num_frames (`int`, *optional*):
+            Number of frames, for policies that make videos: one more than a multiple of 4 for Wan2.1. They are taken
+            from the start of each video.
+        fps (`int`, *optional*, defaults to `16`):
+            Frames per second at which videos are sampled.
+        dimension_weights (`dict[str, float]`, *optional*):
+            Weights of the columns `label_<dimension>`, such as `{"visual_quality": 1.0, "motion_consistency": 1.0,
+            "text_alignment": 1.0}`, whose weighted sum then says which side is preferred. Without it, that is `chosen`.
+        skip_bad_files (`bool`, *optional*, defaults to `False`):
+            Whether to leave out pairs with a file that is unreadable, damaged or too short, and log which. Otherwise
+            that is an error, which lists them.
+        max_sequence_length (`int`, *optional*):
+            Number of tokens of the T5 (or UMT5) text encoder. Defaults to the model family's: 256 for SD3.5 and 512 for
+            Wan2.1.
+        cache_latents (`bool`, *optional*, defaults to `True`):
+            Whether to encode all images or videos before training, into a file that later runs re-use. Otherwise they
+            are read and encoded batch by batch.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Whether to encode large images or videos in overlapping tiles, which needs less memory and changes them a
+            little.
+        vae_slicing (`bool`, *optional*, defaults to `False`):
+            Whether to encode the images or videos of a batch one at a time. Videos are, when their latents are cached.
+        cache_dir (`str`, *optional*):
+            Where latents and prompt embeddings are kept. Defaults to `tapo_trl` in the Hugging Face home.
+    """
+
+    resolution: int = field(
+        default=DEFAULT_RESOLUTION,
+        metadata={"help": "Height and width in pixels to which images and videos are cropped and resized."},
+    )
+    height: int | None = field(default=None, metadata={"help": "Height in pixels. Overrides `resolution`."})
+    width: int | None = field(default=None, metadata={"help": "Width in pixels. Overrides `resolution`."})
+    num_frames: int | None = field(
+        default=None, metadata={"help": "Number of frames from the start of each video, for video policies."}
+    )
+    fps: int = field(default=DEFAULT_FPS, metadata={"help": "Frames per second at which videos are sampled."})
+    dimension_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "Weights of the columns `label_<dimension>`, which then say which side is preferred."},
+    )
+    skip_bad_files: bool = field(
+        default=False,
+        metadata={"help": "Whether to leave out pairs with a file that is unreadable, damaged or too short."},
+    )
+    max_sequence_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens of the T5 (or UMT5) text encoder. By default the model family's: 256 for SD3.5, 512 "
+            "for Wan2.1."
+        },
+    )
+    cache_latents: bool = field(
+        default=True, metadata={"help": "Whether to encode all images or videos before training, into a file."}
+    )
+    vae_tiling: bool = field(
+        default=False, metadata={"help": "Whether to encode large images or videos in overlapping tiles."}
+    )
+    vae_slicing: bool = field(
+        default=False, metadata={"help": "Whether to encode the images or videos of a batch one at a time."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where latents and prompt embeddings are kept."})
+
+    def check_preference_data(self) -> None:
+        """
+        Raises:
+            ValueError: if a value cannot be used; the message starts with the name of its field.
+        """
+        for name in ("max_sequence_length", "resolution", "height", "width", "num_frames", "fps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.dimension_weights is not None:
+            check_dimension_weights(self.dimension_weights)
