@@ -105,7 +105,7 @@ def main() -> None:
     start = time.perf_counter()
     (args.output_dir / "videos").mkdir(parents=True, exist_ok=True)
     for split, prompts in split_prompts().items():
-        per_prompt = (2, 1, 2, 1, 2) if split == "train" else (1, 1, 1, 1, 1)
+        per_prompt = (2, 1, 1, 1, 2) if split == "train" else (1, 1, 1, 1, 1)
         counts = dict(zip(FAULTS, per_prompt, strict=True))
         rows = make_pairs(prompts, counts, args.output_dir / "videos", args.crf, random.Random(f"{split} {args.seed}"))
         Dataset.from_list(rows).to_parquet(args.output_dir / f"{split}.parquet")

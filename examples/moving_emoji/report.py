@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--seeds", type=int, default=4, help="Clips per held-out prompt.")
     parser.add_argument("--num_inference_steps", type=int, default=12)
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--guidance_scale", type=float, default=1.5)
     return parser.parse_args()
 
 
@@ -73,10 +73,12 @@ def judge(clips: torch.Tensor, prompts: list[str]) -> dict[str, float]:
     """The shares of the kinds, how well subject and direction fit the prompts, and how smooth the motion is."""
     quality_judge, subject_judge = load_judges()
     kinds = quality_judge.probabilities(clips).argmax(-1)
+    ranks = subject_judge.ranks(clips, prompts)
     return {
         "clean_share": (kinds == 0).float().mean().item(),
         "shares": {name: (kinds == index).float().mean().item() for index, name in enumerate(KINDS)},
-        "subject_r1": recall_at(subject_judge.ranks(clips, prompts), 1),
+        "subject_r1": recall_at(ranks, 1),
+        "subject_r1_of_clean": recall_at(ranks[kinds == 0], 1),
         "subject_probability": subject_judge.probabilities(clips, prompts).mean().item(),
         "direction_accuracy": direction_hits(clips, prompts).float().mean().item(),
         "roughness": roughness(clips).mean().item(),
@@ -122,6 +124,7 @@ def format_table(metrics: dict, sigmas: tuple[float, ...], rules: dict[str, str]
     for name, key in (
         ("share of clean clips", "clean_share"),
         ("right subject is the best of 24", "subject_r1"),
+        ("the same, of clean clips alone", "subject_r1_of_clean"),
         ("probability of the right subject", "subject_probability"),
         ("right direction", "direction_accuracy"),
         ("roughness of the motion (pixels per frame)", "roughness"),

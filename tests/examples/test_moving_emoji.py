@@ -168,7 +168,7 @@ class TestMakePairs:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         prompts = split_prompts()["test"][:2]
-        counts = {"jerky": 1, "distorted": 1, "subject": 1, "direction": 1}
+        counts = {"jerky": 1, "distorted": 1, "subject": 1, "direction": 1, "colour": 1}
         rows = module.make_pairs(prompts, counts, tmp_path, 0, random.Random(0))
         assert Counter(row["kind"] for row in rows) == dict.fromkeys(counts, 2)
         assert {row["prompt"] for row in rows} == set(prompts)
