@@ -19,7 +19,7 @@ What TAPO did to the emoji model, measured by judges that training never saw, on
 
 The same for Diffusion-DPO, which needs no reward model:
 
-    python examples/emoji/report.py --method Diffusion-DPO --slrm none --lora runs/emoji/dpo
+    python examples/emoji/report.py --method Diffusion-DPO --slrm none --lora runs/emoji/dpo --split validation
 
 Prints a table and writes into `report/`: `metrics.json`, `before_after.png` (the same prompts and seeds), `curves.png`
 and `index.html`, which shows all of them.

@@ -297,7 +297,10 @@ def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args:
     )
     guidance = 2 if args.train_cfg and args.guidance_scale > 1 else 1
     memory += activation_rows(
-        transformer, pairs * pairing.num_parents * guidance, _block_tokens(policy, tokens), args.activation_checkpointing
+        transformer,
+        pairs * pairing.num_parents * guidance,
+        _block_tokens(policy, tokens),
+        args.activation_checkpointing,
     )
     memory.append(Row("sum", sum(row.value for row in memory), "on the accelerator"))
     offload = policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
@@ -428,7 +431,11 @@ def dry_run_dpo(args: DiffusionDPOConfig, model_args: DiffusionModelConfig) -> D
     if args.cache_inversions:
         latents = 2 * args.num_inference_steps
         memory.append(
-            Row("inversions of one pair", latents * 4 * math.prod(latent_shape), f"on disk: {latents} latents in float32")
+            Row(
+                "inversions of one pair",
+                latents * 4 * math.prod(latent_shape),
+                f"on disk: {latents} latents in float32",
+            )
         )
     return DryRun(
         title=f"`dpo` with {model_args.model_name_or_path} ({source})",
@@ -473,9 +480,7 @@ def _block_tokens(policy: FlowPolicy, tokens: tuple[int, int]) -> int:
     return sum(tokens) if isinstance(policy, SD3Policy) else tokens[0]
 
 
-def _policy_memory(
-    policy: FlowPolicy, model_args: DiffusionModelConfig, parameters: dict[str, int]
-) -> list[Row]:
+def _policy_memory(policy: FlowPolicy, model_args: DiffusionModelConfig, parameters: dict[str, int]) -> list[Row]:
     """Memory of the policy, its reference and the VAE. With LoRA, which is added to the transformer and `parameters`."""
     transformer, buffers = policy.transformer, _count_buffers(policy.transformer)
     if model_args.use_peft:

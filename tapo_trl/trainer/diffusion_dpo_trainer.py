@@ -251,7 +251,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
             noise = evaluation_noise(rows, self.latent_shape, self.args.seed)
             levels = [torch.full((len(rows),), step) for step in self.eval_steps]
             results = [self._pair_losses(model, inputs, steps, noise) for steps in levels]
-            loss = torch.stack([losses.mean() for losses, _ in results]).mean()
+            loss = torch.stack([self._mean_of_real_rows(losses) for losses, _ in results]).mean()
             metrics = {name: torch.stack([values[name] for _, values in results]).mean(0) for name in results[0][1]}
         return (loss, metrics) if return_outputs else loss
 

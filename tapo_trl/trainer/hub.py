@@ -28,7 +28,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, get_session
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
@@ -178,7 +183,7 @@ class HubPushMixin:
         check_hub_strategy(self.args)
         try:
             with_retries(lambda: self._create_repo(token, private), waits=())
-        except ValueError:  # not a name for a repository
+        except HFValidationError:  # not a name for a repository
             raise
         except Exception as error:
             logger.warning(
@@ -246,6 +251,7 @@ class HubPushMixin:
         self._finish_current_push()
         self._hub_trouble = None
         job = self._start_push(Path(self.args.output_dir), commit_message, token, revision, private)
+        self.push_in_progress = PushInProgress([job])
         return job.result() if blocking else job
 
     def _start_push(

@@ -38,13 +38,13 @@ PARITY = {
         "global_batch": 4,
         "evaluate": True,
         "generate": True,
-        "args": {"max_steps": 4, "learning_rate": 0.5, "beta": 100.0},
+        "args": {"max_steps": 3, "learning_rate": 0.5, "beta": 100.0},
     },
     "accumulate": {
         "trainer": "tapo",
         "global_batch": 4,
         "args": {
-            "max_steps": 4,
+            "max_steps": 3,
             "learning_rate": 0.2,
             "beta": 300.0,
             "gradient_accumulation_steps": 2,
@@ -66,7 +66,7 @@ SLRM_PARITY = {
         "args": {"max_steps": 4, "learning_rate": 0.1},
     },
 }
-# The second update of four is skipped, by whichever process saw that a reward is not finite
+# The second update of three is skipped, by whichever process saw that a reward is not finite
 SKIPPED = {"skipped": {"trainer": "tapo", "global_batch": 4, "args": PARITY["tapo"]["args"]}}
 SKIPPED_ALONE = {"skipped": SKIPPED["skipped"] | {"bad": {"process": 0, "steps": [2]}}}
 SKIPPED_BY_ONE = {"skipped": SKIPPED["skipped"] | {"bad": {"process": 1, "steps": [2]}}}

@@ -20,7 +20,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,16 +132,25 @@ def run(command: list[str], timeout: float) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-def end_marked(mark: str) -> list[int]:
-    """Kill the processes that carry `mark` in their environment, and say which they were."""
-    ended = []
+def marked(mark: str) -> list[psutil.Process]:
+    """Processes that carry `mark` in their environment."""
+    found = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                process.kill()
-                ended.append(process.pid)
+                found.append(process)
         except psutil.Error:
             pass  # it has ended, or is not ours
+    return found
+
+
+def end_marked(mark: str) -> list[int]:
+    """Kill the processes that carry `mark` in their environment, and say which they were."""
+    ended = []
+    for process in marked(mark):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+            ended.append(process.pid)
     return ended
 
 
@@ -150,6 +161,43 @@ def compile_deepspeed(timeout: float = 1200) -> None:
     build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
     result = run([sys.executable, "-c", build], timeout)
     assert result.returncode == 0, result.stdout[-5000:]
+
+
+def stop(engine: Engine, job: dict, folder: Path, launcher: str, timeout: float = 300) -> float:
+    """
+    Run a job that stops its own launcher, see `worker.py`, and wait until its processes have ended too.
+
+    Args:
+        launcher (`str`): `"accelerate"` or `"torchrun"`.
+
+    Returns:
+        `float`: for how many seconds they outlived the launcher, at most 60.
+    """
+    job_file = folder / "stop.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    job_file.write_text(json.dumps(job | {"output_dir": str(folder)}))
+    command = engine.command(free_port())
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(free_port())]
+        command += ["--nproc_per_node", str(engine.num_processes)]
+    mark = uuid.uuid4().hex
+    with (folder / "stop.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, str(WORKER), str(job_file)],
+            env=environment() | {MARK: mark},
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            assert process.wait(timeout) != 0, (folder / "stop.log").read_text()[-8000:]
+            ended = time.monotonic()
+            while marked(mark) and time.monotonic() < ended + 60:
+                time.sleep(0.5)
+            return time.monotonic() - ended
+        finally:
+            process.kill()
+            end_marked(mark)
 
 
 def launch(engine: Engine, job: dict, folder: Path, timeout: float = 600) -> dict[str, dict]:

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file
 
 from tapo_trl import SLRMModel, load_policy
-
 from tapo_trl.trainer.checkpoints import last_good_checkpoint
 
 from .comparing import differences, read, tensor_files
@@ -132,7 +131,7 @@ class TestNotFinite:
     def test_all_processes_skip_the_update(self, results, engine):
         for name in ("single", engine):
             steps = [entry for entry in results(name).facts["skipped"]["log_history"] if "loss" in entry]
-            assert [entry["skipped_updates"] for entry in steps] == [0, 1, 0, 0]
+            assert [entry["skipped_updates"] for entry in steps] == [0, 1, 0]
         assert largest_difference(results("single").weights("skipped"), results("single").weights("tapo")) > 1e-3
 
     @pytest.mark.parametrize("engine", engines_of("gave_up"))

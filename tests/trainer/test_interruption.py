@@ -14,6 +14,7 @@
 
 """Runs that are stopped in every way go on and end with the weights of the unbroken run."""
 
+import ctypes
 import os
 import random
 import resource
@@ -98,6 +99,13 @@ class TestSignals:
                 trainer.train()
         finally:
             signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+    def test_a_run_without_a_launcher_outlives_who_started_it(self, tmp_path):
+        make_trainer(tmp_path, max_steps=1).train()
+        number = ctypes.c_int(-1)
+        ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+        assert number.value == 0
 
 
 class TestDamage:
