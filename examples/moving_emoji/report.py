@@ -210,7 +210,7 @@ def main() -> None:
     gifs = [(prompt, f"clip{row}.gif") for row, prompt in enumerate(prompts[:8])]
     for row, (_, name) in enumerate(gifs):
         save_gif(before[row], after[row], args.output_dir / name)
-    emoji_report.draw_curves(slrm_logs, tapo_logs, accuracy, args.output_dir / "curves.png")
+    emoji_report.draw_curves(slrm_logs, tapo_logs, accuracy, "TAPO", args.output_dir / "curves.png")
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     table = format_table(metrics, emoji_report.SIGMAS, emoji_report.RULES)
     write_page(metrics, table, gifs, args.output_dir / "index.html")
