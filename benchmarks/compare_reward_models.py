@@ -46,18 +46,14 @@ from tapo_trl.metrics import evaluate_preference_accuracy
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 BASE = "examples/emoji/pipeline"
 VARIANTS = {  # recipe and options
+    "slrm-reference": ("slrm", {"velocity_target": "reference"}),
     "lrm": ("slrm_lrm", {}),
     "dina": ("slrm_dina", {}),
-    "slrm, `reference`": ("slrm", {"velocity_target": "reference"}),
-    "lrm, not enhanced": ("slrm_lrm", {"lrm_guidance_scale": 1.0}),
-    "slrm, `ground_truth`": ("slrm", {"velocity_target": "ground_truth"}),
-    "slrm, `none`": ("slrm", {"velocity_target": "none", "score_preservation_coef": 0.0}),
-    "dina, `bradley_terry`": ("slrm_dina", {"loss_type": "bradley_terry"}),
+    "lrm-not-enhanced": ("slrm_lrm", {"lrm_guidance_scale": 1.0}),
+    "slrm-ground_truth": ("slrm", {"velocity_target": "ground_truth"}),
+    "slrm-none": ("slrm", {"velocity_target": "none", "score_preservation_coef": 0.0}),
+    "dina-bradley_terry": ("slrm_dina", {"loss_type": "bradley_terry"}),
 }
-
-
-def folder_name(variant: str, *parts: str) -> str:
-    return "-".join([variant.replace("`", "").replace(",", "").replace(" ", "-"), *parts])
 
 
 def train(variant: str, learning_rate: float, seed: int, folder: Path) -> None:
@@ -89,7 +85,7 @@ def train_options(variant: str, **options) -> list[str]:
 
 def measure_cost(variant: str, root: Path, policy) -> dict:
     """Seconds of one thread: of a training step, and of a score of 16 latents; the fastest of some rounds."""
-    result = root / f"{folder_name(variant)}-cost.json"
+    result = root / f"{variant}-cost.json"
     if not result.exists():
         with tempfile.TemporaryDirectory() as folder:
             options = train_options(variant, max_steps=6, output_dir=folder, disable_tqdm=True)
@@ -112,7 +108,7 @@ def measure_cost(variant: str, root: Path, policy) -> dict:
 
 def measure(variant: str, learning_rate: float, seed: int, root: Path, policy, pairs) -> dict:
     """Trains, unless that was done, and measures on `pairs`."""
-    folder = root / folder_name(variant, f"lr{learning_rate:g}", f"seed{seed}")
+    folder = root / f"{variant}-lr{learning_rate:g}-seed{seed}"
     result = folder / "validation.json"
     if not result.exists():
         train(variant, learning_rate, seed, folder)
@@ -138,8 +134,8 @@ def mean_accuracy(metrics: dict, rule: str | None = None) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--variants", nargs="+", default=["slrm-reference", "lrm", "dina"], choices=list(VARIANTS))
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/rewards"))
     args = parser.parse_args()

@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ),
         ".trainer.diffusion_dpo_config": ("DiffusionDPOConfig",),
         ".trainer.diffusion_dpo_trainer": ("DiffusionDPOTrainer",),
+        ".trainer.gradient_share": ("GradientShareCallback",),
         ".trainer.slrm_config": ("SLRMConfig",),
         ".trainer.slrm_trainer": ("SLRMTrainer",),
         ".trainer.tapo_config": ("TAPOConfig",),
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     )
     from .trainer.diffusion_dpo_config import DiffusionDPOConfig
     from .trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
+    from .trainer.gradient_share import GradientShareCallback
     from .trainer.slrm_config import SLRMConfig
     from .trainer.slrm_trainer import SLRMTrainer
     from .trainer.tapo_config import TAPOConfig

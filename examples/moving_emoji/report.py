@@ -59,6 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=4, help="Clips per held-out prompt.")
     parser.add_argument("--num_inference_steps", type=int, default=12)
     parser.add_argument("--guidance_scale", type=float, default=1.5)
+    parser.add_argument("--lora_scale", type=float, default=0.7, help="Strength of the trained weights.")
     return parser.parse_args()
 
 
@@ -187,7 +188,8 @@ def main() -> None:
     prompts = (HERE / "prompts" / f"{args.split}.txt").read_text(encoding="utf-8").splitlines()
     pipeline = use_euler(policy.pipeline)
     before = generate(pipeline, prompts, args)
-    pipeline.load_lora_weights(args.lora)
+    pipeline.load_lora_weights(args.lora, adapter_name="tapo")
+    pipeline.set_adapters("tapo", args.lora_scale)
     after = generate(pipeline, prompts, args)
 
     slrm_logs, tapo_logs = emoji_report.read_logs(args.slrm), emoji_report.read_logs(args.lora)

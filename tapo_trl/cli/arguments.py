@@ -318,6 +318,9 @@ class TAPOScriptArguments(SampleCallbackArguments):
             Smallest fall of the held-out reward that counts.
         guard_action (`str`, *optional*, defaults to `"warn"`):
             `"warn"` or `"stop"`.
+        gradient_share_every_steps (`int`, *optional*):
+            Measure the share of each stochastic step in the gradient every so many optimizer steps
+            ([`GradientShareCallback`]).
 
         > Parameters that control the command
 
@@ -354,6 +357,10 @@ class TAPOScriptArguments(SampleCallbackArguments):
     guard_min_drop: float = field(default=0.0, metadata={"help": "Smallest fall of the held-out reward that counts."})
     guard_action: Literal["warn", "stop"] = field(
         default="warn", metadata={"help": "What the guard does: warn, or stop the training."}
+    )
+    gradient_share_every_steps: int | None = field(
+        default=None,
+        metadata={"help": "Measure the share of each stochastic step in the gradient every so many optimizer steps."},
     )
     dry_run: bool = field(
         default=False,
@@ -454,32 +461,24 @@ class SampleArguments(GenerationArguments):
 
 
 @dataclass
-class EvaluateArguments(PreferenceDatasetArguments, GenerationArguments):
+class ScoredPairsArguments(PreferenceDatasetArguments):
     """
-    Arguments of `tapo-trl evaluate` beside [`PipelineConfig`]: the accuracy of a reward model on held-out pairs
-    (`slrm` and `dataset_name`), the mean reward of a model's samples (`reward_model` and `prompts`), or both. The pairs are
-    described by [`PreferenceDatasetArguments`] and the samples by [`GenerationArguments`], whose size, `fps`, `batch_size`
-    and `seed` hold for the pairs, too; by default their size is that of the SLRM's training.
+    A latent reward model, and the held-out pairs of [`PreferenceDatasetArguments`] that it scores.
 
     Parameters:
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
             Split of held-out pairs.
         slrm (`str`, *optional*):
-            Hub id or folder of the latent reward model, of any kind, whose accuracy is measured on the pairs of
-            `dataset_test_split`.
+            Hub id or folder of the latent reward model, of any kind, that scores the pairs of `dataset_test_split`.
         sigmas (`list[float]`, *optional*, defaults to `[0.1, 0.3, 0.5, 0.7, 0.9]`):
             Noise levels in [0, 1).
         rules (`list[str]`, *optional*):
             Velocity targets of an SLRM's score: `ground_truth` is the paper's rule, which sees the clean sample; `reference`
             and `none` can be used while sampling. Defaults to the first two, and to `none` for other reward models.
-        reward_model (`list[str]`, *optional*):
-            `package.module:function` callables that score the samples.
         max_pairs (`int`, *optional*):
             Measure on the first so many pairs.
         skip_bad_files (`bool`, *optional*, defaults to `False`):
             Whether to leave out pairs with a file that is unreadable, damaged or too short.
-        output_file (`str`, *optional*):
-            JSON file for the result, which is printed in any case.
     """
 
     dataset_test_split: str = field(
@@ -487,7 +486,7 @@ class EvaluateArguments(PreferenceDatasetArguments, GenerationArguments):
         metadata={"help": "Split of held-out pairs; slices such as `train[90%%:]` work for files and Hub data sets."},
     )
     slrm: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the latent reward model whose accuracy is measured."}
+        default=None, metadata={"help": "Hub id or folder of the latent reward model that is measured."}
     )
     sigmas: list[float] = field(
         default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9], metadata={"help": "Noise levels in [0, 1)."}
@@ -500,24 +499,105 @@ class EvaluateArguments(PreferenceDatasetArguments, GenerationArguments):
             "models."
         },
     )
-    reward_model: list[str] | None = field(
-        default=None, metadata={"help": "`package.module:function` callables that score the samples."}
-    )
     max_pairs: int | None = field(default=None, metadata={"help": "Measure on the first so many pairs."})
     skip_bad_files: bool = field(
         default=False,
         metadata={"help": "Whether to leave out pairs with a file that is unreadable, damaged or too short."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if any(not 0.0 <= sigma < 1.0 for sigma in self.sigmas):
+            raise ValueError(f"`sigmas` must lie in [0, 1), but they are {self.sigmas}.")
+        if self.slrm is not None and self.dataset_name is None:
+            raise ValueError("`slrm` needs `dataset_name`: the held-out preference pairs to measure it on.")
+
+
+@dataclass
+class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
+    """
+    Arguments of `tapo-trl evaluate` beside [`PipelineConfig`]: the accuracy of a reward model on held-out pairs
+    (`slrm` and `dataset_name`), the mean reward of a model's samples (`reward_model` and `prompts`), or both. The pairs are
+    described by [`ScoredPairsArguments`] and the samples by [`GenerationArguments`], whose size, `fps`, `batch_size` and
+    `seed` hold for the pairs, too; by default their size is that of the SLRM's training.
+
+    Parameters:
+        reward_model (`list[str]`, *optional*):
+            `package.module:function` callables that score the samples.
+        output_file (`str`, *optional*):
+            JSON file for the result, which is printed in any case.
+    """
+
+    reward_model: list[str] | None = field(
+        default=None, metadata={"help": "`package.module:function` callables that score the samples."}
+    )
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the result."})
 
     def __post_init__(self):
-        PreferenceDatasetArguments.__post_init__(self)
+        ScoredPairsArguments.__post_init__(self)
         GenerationArguments.__post_init__(self)
-        if any(not 0.0 <= sigma < 1.0 for sigma in self.sigmas):
-            raise ValueError(f"`sigmas` must lie in [0, 1), but they are {self.sigmas}.")
         if self.slrm is None and self.reward_model is None:
             raise ValueError("Give `slrm` (accuracy on pairs), `reward_model` (reward of samples), or both.")
-        if self.slrm is not None and self.dataset_name is None:
-            raise ValueError("`slrm` needs `dataset_name`: the held-out preference pairs to measure it on.")
         if self.reward_model is not None and self.prompts is None:
             raise ValueError("`reward_model` needs `prompts`: what the model should draw.")
+
+
+@dataclass
+class DiagnoseArguments(ScoredPairsArguments):
+    """
+    Arguments of `tapo-trl diagnose` beside [`PipelineConfig`]: a reward model and held-out pairs, which
+    [`ScoredPairsArguments`] describe, the folders of trainings, or both.
+
+    Parameters:
+        sigmas (`list[float]`, *optional*, defaults to `[0.0, 0.1, ..., 0.9]`):
+            Noise levels in [0, 1), at least two.
+        tie_threshold (`float`, *optional*):
+            Largest difference of the scores of a predicted tie. By default the one with the highest accuracy with ties on
+            these pairs.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Pairs per forward pass.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the noise.
+        fps (`int`, *optional*, defaults to `16`):
+            Frames per second of videos.
+        runs (`list[str]`, *optional*):
+            Output folders of `tapo-trl tapo`, whose logs are drawn: the training reward against the judge, and the shares
+            of the gradient.
+        judge (`str`, *optional*, defaults to `"guard/held_out_reward"`):
+            What the training reward is compared to, by its name in the logs.
+        output_dir (`str`, *optional*, defaults to `"diagnosis"`):
+            Folder of `diagnosis.json` and `diagnosis.png`.
+    """
+
+    sigmas: list[float] = field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+        metadata={"help": "Noise levels in [0, 1), at least two."},
+    )
+    tie_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest difference of the scores of a predicted tie. By default the one with the highest accuracy with "
+            "ties on these pairs."
+        },
+    )
+    batch_size: int = field(default=8, metadata={"help": "Pairs per forward pass."})
+    seed: int = field(default=0, metadata={"help": "Seed of the noise."})
+    fps: int = field(default=16, metadata={"help": "Frames per second of videos."})
+    runs: list[str] | None = field(
+        default=None, metadata={"help": "Output folders of `tapo-trl tapo`, whose logs are drawn."}
+    )
+    judge: str = field(
+        default="guard/held_out_reward",
+        metadata={"help": "What the training reward of `runs` is compared to, by its name in the logs."},
+    )
+    output_dir: str = field(default="diagnosis", metadata={"help": "Folder of `diagnosis.json` and `diagnosis.png`."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.slrm is None and self.runs is None:
+            raise ValueError("Give `slrm` and `dataset_name` (a reward model on pairs), `runs` (trainings), or both.")
+        if len(set(self.sigmas)) < 2:
+            raise ValueError(f"`sigmas` must be at least two noise levels to compare, but they are {self.sigmas}.")
+        for name in ("batch_size", "fps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")

@@ -358,8 +358,12 @@ def build_callbacks(
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
 ) -> list[TrainerCallback]:
-    """[`build_sample_callbacks`] and, with `guard_reward`, the guard, which scores held-out prompts."""
+    """[`build_sample_callbacks`], what measures gradients and, with `guard_reward`, the guard of held-out prompts."""
     callbacks = build_sample_callbacks(script_args, training_args, train_dataset, eval_dataset)
+    if script_args.gradient_share_every_steps is not None:
+        from ..trainer.gradient_share import GradientShareCallback
+
+        callbacks.append(GradientShareCallback(script_args.gradient_share_every_steps))
     if script_args.guard_reward is not None:
         if eval_dataset is None:
             raise ValueError("`guard_reward` needs held-out prompts: set `dataset_test_split` or `eval_dataset_name`.")

@@ -22,20 +22,19 @@ def make_parser() -> RecipeParser:
     return RecipeParser((EvaluateArguments, PipelineConfig), prog="tapo-trl evaluate")
 
 
-def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
+def load_reward_model_and_pairs(args, model_args) -> tuple:
     """
-    Accuracy of a latent reward model on held-out pairs: share of the pairs whose preferred side has the higher score.
+    Loads a latent reward model, its base and held-out pairs.
 
     Args:
-        args ([`EvaluateArguments`]): The reward model and the pairs.
+        args ([`ScoredPairsArguments`]): The reward model and the pairs.
         model_args ([`PipelineConfig`]): The pipeline; by default the one that the reward model was trained from.
 
     Returns:
-        `dict[str, dict[float, float]]`: `{rule: {sigma: accuracy}}`.
+        `tuple[LatentRewardModel, FlowPolicy, Dataset]`: The first two on the accelerator.
     """
     from accelerate import PartialState
 
-    from ..metrics import evaluate_preference_accuracy
     from ..policies import load_policy
     from ..rewards import load_reward_model
     from .builders import load_preference_pairs
@@ -51,10 +50,24 @@ def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
         revision=model_args.model_revision,
     )
     policy.pipeline.to(device)
+    return slrm, policy, pairs
+
+
+def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
+    """
+    Accuracy of a latent reward model on held-out pairs: share of the pairs whose preferred side has the higher score.
+
+    Args:
+        args ([`EvaluateArguments`]): The reward model and the pairs.
+        model_args ([`PipelineConfig`]): The pipeline; by default the one that the reward model was trained from.
+
+    Returns:
+        `dict[str, dict[float, float]]`: `{rule: {sigma: accuracy}}`.
+    """
+    from ..metrics import evaluate_preference_accuracy
+
     return evaluate_preference_accuracy(
-        slrm,
-        policy,
-        pairs,
+        *load_reward_model_and_pairs(args, model_args),
         sigmas=args.sigmas,
         rules=args.rules,
         resolution=args.resolution,

@@ -21,6 +21,7 @@ COMMANDS = {
     "tapo": "align a text-to-image or text-to-video model with a reward model",
     "dpo": "align a text-to-image or text-to-video model with preference pairs",
     "evaluate": "measure a reward model on held-out pairs, or the reward of a model's samples",
+    "diagnose": "draw how a reward model ranks pairs at each noise level, and the curves of trainings",
     "sample": "draw images or videos, with or without trained weights",
 }
 

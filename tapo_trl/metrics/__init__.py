@@ -12,7 +12,25 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from .preference_accuracy import ACCURACY_RULES, PreferenceAccuracy, evaluate_preference_accuracy
+from .consistency import ranking_consistency, ranking_disagreement
+from .diagnosis import diagnose_scores
+from .distributions import area_under_curve, score_distributions
+from .pair_scores import ACCURACY_RULES, PairScores, score_pairs
+from .plots import plot_diagnosis
+from .preference_accuracy import PreferenceAccuracy, calibrated_tie_threshold, evaluate_preference_accuracy
 
 
-__all__ = ["ACCURACY_RULES", "PreferenceAccuracy", "evaluate_preference_accuracy"]
+__all__ = [
+    "ACCURACY_RULES",
+    "PairScores",
+    "PreferenceAccuracy",
+    "area_under_curve",
+    "calibrated_tie_threshold",
+    "diagnose_scores",
+    "evaluate_preference_accuracy",
+    "plot_diagnosis",
+    "ranking_consistency",
+    "ranking_disagreement",
+    "score_distributions",
+    "score_pairs",
+]

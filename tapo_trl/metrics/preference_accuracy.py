@@ -14,30 +14,20 @@
 
 """How often a reward model prefers what people prefer, by noise level and with ties."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Sequence
 
 import datasets
 import evaluate
 import torch
 from datasets import Dataset
-from diffusers import ModelMixin
-from torch.utils.data import DataLoader
 
-from ..data.preferences import (
-    DEFAULT_FPS,
-    TIE,
-    PreferencePairCollator,
-    prepare_preference_dataset,
-)
-from ..data.prompts import PromptCache
-from ..policies import FlowPolicy, PromptEmbeddings
+from ..data.preferences import TIE
+from ..policies import FlowPolicy
 from ..rewards import LatentRewardModel
-from ..seeding import seeded_generator
+from .pair_scores import AccuracyRule, score_pairs
 
 
-AccuracyRule = Literal["ground_truth", "reference", "none"]
-ACCURACY_RULES: tuple[str, ...] = get_args(AccuracyRule)
+TIMESTEP_RANGES = {"clean": (0, 0), "1-500": (1, 500), "501-1000": (501, 1000)}
 
 _DESCRIPTION = """
 Share of preference pairs that a reward model orders as people did. Ties among the labels are left out of `accuracy`; a
@@ -49,13 +39,15 @@ _INPUTS_DESCRIPTION = """
 Args:
     predictions (`list[float]`): margins, the score of `chosen` minus the score of `rejected`.
     references (`list[float]`): labels, 1 where `chosen` is preferred, 0.5 for a tie, 0 where `rejected` is preferred.
-    sigmas (`list[float]`, *optional*): noise level of each pair, for the accuracy by noise level.
+    sigmas (`list[float]`, *optional*): noise level of each pair, for the accuracy by noise level and by range of them.
     tie_threshold (`float`, *optional*, defaults to 0): largest margin, in absolute value, of a predicted tie.
 Returns:
     accuracy (`float`): over the pairs that are no ties, or NaN if all of them are.
     accuracy_with_ties (`float`): over all pairs.
     num_pairs (`int`): number of pairs.
     by_sigma (`dict[float, float]`): `accuracy` per noise level, if `sigmas` is given.
+    by_range (`dict[str, dict]`): `accuracy`, `accuracy_with_ties` and `num_pairs` of the timesteps t = 1000 sigma, rounded,
+        of "clean" (t = 0), "1-500" and "501-1000", those that there are, if `sigmas` is given.
 Examples:
     >>> metric = PreferenceAccuracy()
     >>> result = metric.compute(predictions=[0.3, -0.1, 0.0], references=[1, 1, 0.5], sigmas=[0.1, 0.9, 0.9])
@@ -89,22 +81,35 @@ class PreferenceAccuracy(evaluate.Metric):
         references: Sequence[float],
         sigmas: Sequence[float] | None = None,
         tie_threshold: float = 0.0,
-    ) -> dict[str, float | int | dict[float, float]]:
+    ) -> dict[str, float | int | dict]:
         margins = torch.tensor(predictions, dtype=torch.float64)
         labels = torch.tensor(references, dtype=torch.float64)
-        predicted = torch.where(margins.abs() <= tie_threshold, TIE, (margins > 0).double())
-        result = {
-            "accuracy": _accuracy(margins, labels),
-            "accuracy_with_ties": (predicted == labels).double().mean().item(),
-            "num_pairs": len(margins),
-        }
+        result = _accuracies(margins, labels, tie_threshold)
         if sigmas is not None:
             levels = torch.tensor(sigmas, dtype=torch.float64)
+            timesteps = (1000 * levels).round()
+            in_range = {
+                name: (low <= timesteps) & (timesteps <= high) for name, (low, high) in TIMESTEP_RANGES.items()
+            }
             result["by_sigma"] = {
                 level: _accuracy(margins[levels == level], labels[levels == level])
                 for level in levels.unique().tolist()
             }
+            result["by_range"] = {
+                name: _accuracies(margins[rows], labels[rows], tie_threshold)
+                for name, rows in in_range.items()
+                if rows.any()
+            }
         return result
+
+
+def _accuracies(margins: torch.Tensor, labels: torch.Tensor, tie_threshold: float) -> dict[str, float | int]:
+    predicted = torch.where(margins.abs() <= tie_threshold, TIE, (margins > 0).double())
+    return {
+        "accuracy": _accuracy(margins, labels),
+        "accuracy_with_ties": (predicted == labels).double().mean().item(),
+        "num_pairs": len(margins),
+    }
 
 
 def _accuracy(margins: torch.Tensor, labels: torch.Tensor) -> float:
@@ -117,129 +122,52 @@ def pair_accuracies(margins: torch.Tensor, labels: torch.Tensor | float = 1.0) -
     return ((margins * signs).sign() + 1) / 2
 
 
-def rule_targets(
-    rules: Sequence[AccuracyRule],
-    policy: FlowPolicy,
-    reference: ModelMixin,
-    noisy: torch.Tensor,
-    velocity: torch.Tensor,
-    sigma: torch.Tensor,
-    prompt_embeds: PromptEmbeddings,
-) -> dict[AccuracyRule, torch.Tensor | None]:
+def calibrated_tie_threshold(margins: torch.Tensor, labels: torch.Tensor) -> float:
     """
-    Velocity target of each rule: `"ground_truth"`, the paper's, is x1 - x0, which holds the clean latent and cannot be
-    had in a rollout; `"reference"` is the velocity of the frozen base model at x_sigma; `"none"` is no target.
+    The `tie_threshold` with the highest accuracy with ties, as in [Ties Matter](https://arxiv.org/abs/2305.14324). Of
+    several, the smallest. It is chosen on the pairs themselves, so that the accuracy is a little too good on few pairs.
+
+    Args:
+        margins (`torch.Tensor` of shape `(num_pairs,)`): margins.
+        labels (`torch.Tensor` of shape `(num_pairs,)`): 1, 0.5 for a tie, or 0.
+
+    Returns:
+        `float`: 0 or the absolute value of a margin.
     """
-    targets: dict[AccuracyRule, torch.Tensor | None] = {}
-    for rule in rules:
-        if rule == "ground_truth":
-            targets[rule] = velocity
-        elif rule == "reference":
-            with torch.no_grad():
-                targets[rule] = policy.velocity(reference, noisy, sigma, prompt_embeds)
-        elif rule == "none":
-            targets[rule] = None
-        else:
-            raise ValueError(f"Unknown rule {rule!r}: choose among {list(ACCURACY_RULES)}.")
-    return targets
+    sizes, order = margins.double().abs().sort()
+    is_tie = (labels == TIE)[order]
+    is_right = ~is_tie & (pair_accuracies(margins, labels)[order] == 1)
+    thresholds = torch.cat([sizes.new_zeros(1), sizes])
+    num_tied = torch.searchsorted(sizes, thresholds, right=True)
+    ties_found = torch.cat([is_tie.new_zeros(1), is_tie]).cumsum(0)[num_tied]
+    wins_lost = torch.cat([is_right.new_zeros(1), is_right]).cumsum(0)[num_tied]
+    return thresholds[(ties_found - wins_lost).argmax()].item()
 
 
-@torch.no_grad()
 def evaluate_preference_accuracy(
     slrm: LatentRewardModel,
     policy: FlowPolicy,
     dataset: Dataset,
     sigmas: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     rules: Sequence[AccuracyRule] | None = None,
-    *,
-    resolution: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    fps: float = DEFAULT_FPS,
-    dimension_weights: Mapping[str, float] | None = None,
-    skip_bad_files: bool = False,
-    batch_size: int = 8,
-    seed: int = 0,
-    cache_dir: str | None = None,
+    **options,
 ) -> dict[str, dict[float, float]]:
     """
-    Accuracy of a latent reward model on held-out preference pairs, by noise level and by rule. Both sides of a pair get the same
-    noise, which depends on `seed` and the row alone.
+    Accuracy of a latent reward model on held-out preference pairs, by noise level and by rule. Ties are left out.
 
     Args:
         slrm ([`LatentRewardModel`]): reward model.
-        policy ([`FlowPolicy`]): its base model, which encodes pixels and prompts and is the reference; on the same
-            device as `slrm`. Prompts that are in the cache need no text encoders.
+        policy ([`FlowPolicy`]): its base model, see [`score_pairs`].
         dataset ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, see [`prepare_preference_dataset`].
         sigmas (`Sequence[float]`, *optional*): noise levels.
-        rules (`Sequence[str]`, *optional*):
-            velocity targets of the score: `"ground_truth"` (the paper's rule, which leaks the clean latent), and
-            `"reference"` and `"none"`, which a rollout can use. Do not compare the first with the others as equals. Defaults
-            to the first two for an SLRM. Other reward models compare no velocities and have `"none"` alone.
-        resolution (`int`, *optional*): height and width in pixels, unless those are given.
-        height (`int`, *optional*): height in pixels. Defaults to that of the SLRM's training.
-        width (`int`, *optional*): width in pixels. Defaults to that of the SLRM's training.
-        num_frames (`int`, *optional*): number of frames of videos. Defaults to that of the SLRM's training.
-        fps (`float`, *optional*, defaults to `16`): frames per second of videos.
-        dimension_weights (`dict[str, float]`, *optional*): see [`prepare_preference_dataset`].
-        skip_bad_files (`bool`, *optional*, defaults to `False`): see [`prepare_preference_dataset`].
-        batch_size (`int`, *optional*, defaults to `8`): pairs per forward.
-        seed (`int`, *optional*, defaults to `0`): seed of the noise.
-        cache_dir (`str`, *optional*): root of the caches of latents and prompt embeddings.
+        rules (`Sequence[str]`, *optional*): velocity targets of the score, see [`score_pairs`].
+        options: further arguments of [`score_pairs`]: size, `batch_size`, `seed`, `cache_dir` and so on.
 
     Returns:
         `dict[str, dict[float, float]]`: `{rule: {sigma: accuracy}}`.
     """
-    slrm.check_compatible(policy)
-    if rules is None:
-        rules = ("ground_truth", "reference") if slrm.compares_velocities else ("none",)
-    if not slrm.compares_velocities and set(rules) != {"none"}:
-        raise ValueError(
-            f"`rules={list(rules)}` names velocity targets, but a {slrm.label} compares no velocities: leave it unset."
-        )
-    config, device = slrm.config, next(slrm.parameters()).device
-    dataset = prepare_preference_dataset(
-        dataset,
-        policy,
-        height or resolution or config.height or config.resolution,
-        width or resolution or config.width or config.resolution,
-        num_frames or config.num_frames,
-        fps,
-        dimension_weights=dimension_weights,
-        skip_bad_files=skip_bad_files,
-        cache_dir=cache_dir,
-    )
-    prompts = PromptCache(policy, cache_dir, config.max_sequence_length)
-    prompts.encode(dataset["prompt"])
-
-    was_training = slrm.training
-    slrm.eval()
-    labels, margins = [], {rule: {sigma: [] for sigma in sigmas} for rule in rules}
-    for batch in DataLoader(dataset, batch_size, collate_fn=PreferencePairCollator()):
-        clean = torch.cat([batch["chosen_latents"], batch["rejected_latents"]]).to(device)
-        noise = evaluation_noise(batch["row"].tolist(), clean.shape[1:], seed).to(device)
-        noise = torch.cat([noise, noise])
-        embeds = prompts.load(batch["prompt"]).repeat(2).to(device)
-        labels.append(batch["label"])
-        for level in sigmas:
-            sigma = torch.full((len(clean),), float(level), device=device)
-            noisy = (1 - level) * clean + level * noise
-            output = slrm(noisy, sigma, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
-            targets = rule_targets(rules, policy, policy.transformer, noisy, noise - clean, sigma, embeds)
-            for rule, target in targets.items():
-                chosen, rejected = slrm.score_output(output, sigma, target).chunk(2)
-                margins[rule][level].append((chosen - rejected).cpu())
-    slrm.train(was_training)
-    labels = torch.cat(labels)
+    scores = score_pairs(slrm, policy, dataset, sigmas, rules, **options)
     return {
-        rule: {sigma: _accuracy(torch.cat(parts), labels) for sigma, parts in by_sigma.items()}
-        for rule, by_sigma in margins.items()
+        rule: {sigma: _accuracy(row, scores.labels) for sigma, row in zip(scores.sigmas, margins, strict=True)}
+        for rule, margins in scores.margins.items()
     }
-
-
-def evaluation_noise(rows: Sequence[int], shape: Sequence[int], seed: int) -> torch.Tensor:
-    """x1 of each row, the same in every evaluation with this `seed`; on the CPU, of shape `(len(rows), *shape)`."""
-    return torch.stack(
-        [torch.randn(tuple(shape), generator=seeded_generator("evaluation", seed, row)) for row in rows]
-    )

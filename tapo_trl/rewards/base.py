@@ -263,13 +263,22 @@ class LatentRewardModel(ModelMixin, ConfigMixin, ABC):
                 f"trained in full, has {adapted[0].split('.lora_')[0]!r}."
             )
         self._train_in_full()
+        self._freeze_unread()
         cast_training_params(self, dtype=torch.float32)
         self.register_to_config(lora=True)
+
+    def train_whole(self) -> None:
+        """Make every weight that the score depends on trainable, in float32."""
+        self.float().requires_grad_(True)
+        self._freeze_unread()
 
     def freeze_backbone(self) -> None:
         """Leave nothing trainable but what is beside the backbone."""
         self.transformer.requires_grad_(False)
         self._train_in_full()
+
+    def _freeze_unread(self) -> None:
+        """Freeze what no score depends on: DDP expects a gradient of all that is trainable. Nothing, by default."""
 
     def _train_in_full(self) -> None:
         for tensor in self.trained_in_full().values():

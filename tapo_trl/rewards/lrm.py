@@ -178,6 +178,12 @@ class LRMModel(LatentRewardModel):
     def trained_in_full(self) -> dict[str, torch.Tensor]:
         return dict(self.head.named_parameters(prefix="head")) | dict(self.named_buffers(recurse=False))
 
+    def _freeze_unread(self) -> None:
+        """What the last block does to the prompt after its attention."""
+        for name, parameter in self.transformer.transformer_blocks[-1].named_parameters():
+            if name.startswith(("attn.to_add_out", "ff_context")):
+                parameter.requires_grad_(False)
+
     @property
     def is_enhanced(self) -> bool:
         return self.config.guidance_scale != 1

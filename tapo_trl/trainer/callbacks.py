@@ -34,6 +34,7 @@ from transformers.utils import logging
 from ..profiling import StageTimer
 from .image_grid import save_overview
 from .policy_trainer import save_policy
+from .reward_curve import HELD_OUT_REWARD, reward_curve
 from .tracking import send_to_tensorboard, send_to_tracker
 
 
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 EMA_FILE = "ema.safetensors"
-HELD_OUT_REWARD = "guard/held_out_reward"
 
 
 class PolicyCallback(TrainerCallback):
@@ -327,24 +327,16 @@ def detect_reward_hacking(log_history: list[dict], patience: int, min_drop: floa
     Returns:
         `bool`: Whether the last `patience` checks were all bad.
     """
-    held_out, training, window = [], [], []
-    for entry in log_history:
-        if "reward" in entry:
-            window.append(entry["reward"])
-        if HELD_OUT_REWARD in entry:
-            held_out.append(entry[HELD_OUT_REWARD])
-            training.append(sum(window) / len(window) if window else None)
-            window = []
-    if len(held_out) > 1 and training[0] is None:
-        training[0] = training[1]  # before the first step nothing is known of the training reward
-
+    checks = reward_curve(log_history)
     bad_in_a_row, best = 0, 0
-    for check in range(1, len(held_out)):
-        fell = held_out[check] <= held_out[best] - min_drop
-        rose = training[check] is not None and training[best] is not None and training[check] > training[best]
+    for index, check in enumerate(checks[1:], start=1):
+        at_best = checks[best]
+        fell = check.held_out <= at_best.held_out - min_drop
+        known = check.training is not None and at_best.training is not None
+        rose = known and check.training > at_best.training
         bad_in_a_row = bad_in_a_row + 1 if fell and rose else 0
-        if held_out[check] > held_out[best]:
-            best = check
+        if check.held_out > at_best.held_out:
+            best = index
     return bad_in_a_row >= patience
 
 

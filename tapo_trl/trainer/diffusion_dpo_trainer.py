@@ -30,7 +30,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..data.inversions import InversionCache
 from ..data.preferences import TIE, PreferencePairCollator
 from ..losses import diffusion_dpo_loss, velocity_error_change
-from ..metrics.preference_accuracy import evaluation_noise
+from ..metrics.pair_scores import evaluation_noise
 from ..policies import FlowPolicy, load_policy
 from ..seeding import seeded_generator
 from .base import (

@@ -170,7 +170,7 @@ class PolicyTrainerMixin:
         mode = "train" if self.model.training else "eval"
         names = sorted(self._metrics[mode])
         if names:
-            values = [torch.cat([v.flatten() for v in self._metrics[mode][name]]) for name in names]
+            values = [torch.cat([v.flatten().float() for v in self._metrics[mode][name]]) for name in names]
             totals = torch.stack([torch.stack([v.sum(), torch.full_like(v.sum(), len(v))]) for v in values])
             sums, counts = self.accelerator.reduce(totals, reduction="sum").T.tolist()
             prefix = "eval_" if mode == "eval" else ""

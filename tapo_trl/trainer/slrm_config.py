@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from trl import RewardConfig
 
-from ..metrics.preference_accuracy import ACCURACY_RULES
+from ..metrics.pair_scores import ACCURACY_RULES
 from ..rewards import REWARD_MODELS
 from ..rewards.dina import DEFAULT_NUM_QUERIES
 from ..rewards.lrm import DEFAULT_GUIDANCE_SCALE
@@ -288,7 +288,9 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.dina_layers is not None and (not self.dina_layers or self.dina_layers != sorted(set(self.dina_layers))):
+        if self.dina_layers is not None and (
+            not self.dina_layers or self.dina_layers != sorted(set(self.dina_layers))
+        ):
             raise ValueError(f"`dina_layers` must be numbers of blocks in ascending order, got {self.dina_layers}.")
         self.check_preference_data()
         for name in ("rho", "score_preservation_coef", "max_skipped_updates"):

@@ -32,7 +32,8 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..data.preferences import TIE, PreferencePairCollator
 from ..losses import slrm_loss, thurstone_loss
-from ..metrics.preference_accuracy import evaluation_noise, pair_accuracies, rule_targets
+from ..metrics.pair_scores import evaluation_noise, rule_targets
+from ..metrics.preference_accuracy import pair_accuracies
 from ..policies import FlowPolicy, load_policy
 from ..rewards import REWARD_MODELS, LatentRewardModel, load_reward_model
 from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
@@ -135,7 +136,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
                 peft_config.target_modules = self.policy.lora_target_modules
             model.add_lora(peft_config)
         elif not model.config.lora:
-            model.float().requires_grad_(True)
+            model.train_whole()
             if args.freeze_backbone:
                 model.freeze_backbone()
         make_config_trackable(model)

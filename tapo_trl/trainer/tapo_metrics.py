@@ -77,6 +77,8 @@ def transition_metrics(
     for index in step_indices.unique().tolist():
         chosen = ((step_indices == index) & counts).nonzero().flatten().to(losses.device)
         by_step |= {f"step_{index:02d}/{name}": values[chosen] for name, values in rows.items()}
+    if counts.all():
+        return metrics | by_step
     counted = counts.nonzero().flatten().to(losses.device)
     return {name: values[counted] for name, values in metrics.items()} | by_step
 

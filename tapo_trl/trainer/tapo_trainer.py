@@ -341,6 +341,33 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         num_items_in_batch: Any = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         inputs = inputs.to(self.accelerator.device)
+        losses, weighted_losses, metrics = self.transition_losses(model, inputs)
+        if self.args.loss_type == "sigmoid":
+            self._check_start(losses)
+        steps, counts = inputs.step_indices, self._chunk_counts
+        counts = torch.ones_like(steps, dtype=torch.bool) if counts is None else counts
+        self._record(transition_metrics(steps, losses, metrics, counts))
+
+        loss = weighted_losses.mean() * inputs.share
+        if self.model.training:
+            self.nonfinite_guard.watch(losses, partial(describe_loss, inputs.step_indices, self._chunk_prompts))
+            loss = self.nonfinite_guard.mark(loss)
+        return (loss, metrics) if return_outputs else loss
+
+    def transition_losses(
+        self, model: torch.nn.Module, inputs: TransitionPairs
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Losses of transition pairs. Nothing is logged, and the trainer stays as it is.
+
+        Args:
+            model (`torch.nn.Module`): the policy's network.
+            inputs ([`TransitionPairs`]): the pairs, on the device of the training.
+
+        Returns:
+            `tuple`: losses of shape `(num_pairs,)`; the same with all that the training loss adds, the weights of pairs
+            and of steps and the KL term; and metrics of shape `(num_pairs,)` each.
+        """
         latents = inputs.latents.flatten(0, 1)
         indices = inputs.step_indices.repeat(inputs.num_parents)
         embeds = inputs.prompt_embeds.repeat(inputs.num_parents)
@@ -369,18 +396,9 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             label_smoothing=self.args.label_smoothing,
             ratio_clip=self.args.ratio_clip,
         )
-        if self.args.loss_type == "sigmoid":
-            self._check_start(losses)
-        steps, counts = inputs.step_indices, self._chunk_counts
-        counts = torch.ones_like(steps, dtype=torch.bool) if counts is None else counts
-        self._record(transition_metrics(steps, losses, metrics | {"kl": kl.detach()}, counts))
-
-        weights = self.step_weights[steps].to(losses.device) * inputs.weights
-        loss = (weights * (losses + self.args.kl_coef * kl)).mean() * inputs.share
-        if self.model.training:
-            self.nonfinite_guard.watch(losses, partial(describe_loss, inputs.step_indices, self._chunk_prompts))
-            loss = self.nonfinite_guard.mark(loss)
-        return (loss, metrics) if return_outputs else loss
+        weights = self.step_weights[inputs.step_indices].to(losses.device) * inputs.weights
+        weighted_losses = weights * (losses + self.args.kl_coef * kl)
+        return losses, weighted_losses, metrics | {"kl": kl.detach()}
 
     # Trainer hooks
 

@@ -35,6 +35,7 @@ from tapo_trl.cli.builders import (
 )
 from tapo_trl.data import default_prompts
 from tapo_trl.trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
+from tapo_trl.trainer.gradient_share import GradientShareCallback
 
 
 ROWS = {"prompt": ["a cat", "a dog", "a fox"], "style": ["ink", "oil", "ink"]}
@@ -291,6 +292,11 @@ class TestBuildCallbacks:
 
     def test_none_by_default(self):
         assert self.build() == []
+
+    def test_shares_of_the_gradient(self):
+        (callback,) = self.build(gradient_share_every_steps=7)
+        assert isinstance(callback, GradientShareCallback)
+        assert callback.every_n_steps == 7
 
     @pytest.mark.parametrize("held_out", [True, False])
     def test_sample_prompts_by_default(self, held_out):

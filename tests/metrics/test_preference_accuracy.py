@@ -19,7 +19,7 @@ import torch
 
 from tapo_trl.data.prompts import PromptCache
 from tapo_trl.data.videos import VideoReader
-from tapo_trl.metrics import PreferenceAccuracy, evaluate_preference_accuracy
+from tapo_trl.metrics import PreferenceAccuracy, calibrated_tie_threshold, evaluate_preference_accuracy
 from tapo_trl.metrics.preference_accuracy import pair_accuracies
 from tapo_trl.rewards.slrm import SLRMModel
 from tapo_trl.seeding import seeded_generator
@@ -50,6 +50,23 @@ class TestPreferenceAccuracy:
         )
         assert result["by_sigma"] == {0.1: 0.5, 0.9: 1.0}
 
+    def test_by_range_of_timesteps(self):
+        result = PreferenceAccuracy().compute(
+            predictions=[1.0, -1.0, 1.0, 0.1, -1.0],
+            references=[1, 1, 1, 0.5, 1],
+            sigmas=[0.0, 0.001, 0.5, 0.501, 0.999],
+            tie_threshold=0.1,
+        )
+        assert result["by_range"] == {
+            "clean": {"accuracy": 1.0, "accuracy_with_ties": 1.0, "num_pairs": 1},
+            "1-500": {"accuracy": 0.5, "accuracy_with_ties": 0.5, "num_pairs": 2},
+            "501-1000": {"accuracy": 0.0, "accuracy_with_ties": 0.5, "num_pairs": 2},
+        }
+
+    def test_ranges_without_pairs_are_left_out(self):
+        result = PreferenceAccuracy().compute(predictions=[1.0], references=[1], sigmas=[0.2])
+        assert list(result["by_range"]) == ["1-500"]
+
     def test_ties_alone(self):
         result = PreferenceAccuracy().compute(predictions=[0.1], references=[0.5])
         assert math.isnan(result["accuracy"]) and result["accuracy_with_ties"] == 0
@@ -65,6 +82,27 @@ def test_pair_accuracies():
     margins = torch.tensor([2.0, -2.0, 0.0, 2.0, -2.0])
     assert pair_accuracies(margins).tolist() == [1, 0, 0.5, 1, 0]
     assert pair_accuracies(margins, torch.tensor([1, 1, 1, 0, 0])).tolist() == [1, 0, 0.5, 0, 1]
+
+
+class TestCalibratedTieThreshold:
+    def test_against_every_threshold(self):
+        margins = torch.randn(60).round(decimals=1)
+        labels = torch.tensor([1.0, 0.5, 0.0] * 20)
+        best, threshold = 0, None
+        for candidate in [0.0, *sorted(margins.abs().tolist())]:
+            accuracy = PreferenceAccuracy().compute(
+                predictions=margins.tolist(), references=labels.tolist(), tie_threshold=candidate
+            )["accuracy_with_ties"]
+            if accuracy > best:
+                best, threshold = accuracy, candidate
+        assert calibrated_tie_threshold(margins, labels) == threshold
+
+    def test_without_ties_nothing_is_predicted_as_one(self):
+        assert calibrated_tie_threshold(torch.tensor([0.5, -1.0]), torch.tensor([1.0, 1.0])) == 0
+
+    def test_small_margins_of_ties(self):
+        margins, labels = torch.tensor([0.5, -0.25, 0.125, 2.0]), torch.tensor([1.0, 0.5, 0.5, 1.0])
+        assert calibrated_tie_threshold(margins, labels) == 0.25
 
 
 class TestEvaluatePreferenceAccuracy:

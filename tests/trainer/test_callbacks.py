@@ -350,8 +350,9 @@ class TestEMACallback:
         ema = EMACallback(0.9)
         trainer = StubTrainer(LinearModel(), training_args(tmp_path), [ema])
         state = TrainerState(global_step=0, is_world_process_zero=False)
+        optimizer = SimpleNamespace(step_was_skipped=False)
         for event in (ema.on_train_begin, ema.on_step_end, ema.on_save, ema.on_train_end):
-            event(trainer.args, state, TrainerControl())
+            event(trainer.args, state, TrainerControl(), optimizer=optimizer)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("decay", [-0.1, 1.0])

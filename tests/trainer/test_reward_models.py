@@ -136,7 +136,7 @@ class TestTraining:
         assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4, abs=1e-5)
 
     def test_what_is_trained(self, kind, make_args):
-        unreached = {  # what the head does not read of the last block, and what does not change a difference
+        unreached = {  # what is frozen, and what does not change a difference
             "lrm": ("transformer.transformer_blocks.1.ff_context", "transformer.transformer_blocks.1.attn.to_add_out"),
             "dina": ("head.readout.bias", "head.ff.2.bias"),
         }[kind] + (
@@ -183,6 +183,23 @@ class TestTraining:
             assert evaluated[f"eval_accuracy_none/sigma_{sigma}"] == pytest.approx(accuracy)
         with pytest.raises(ValueError, match="compares no velocities: leave it unset"):
             evaluate_preference_accuracy(trainer.model, trainer.policy, latent_pairs(2), rules=["reference"])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, "dina on wan"])
+def test_all_that_is_trainable_gets_a_gradient(kind, lora, make_args):
+    """Else DDP stops, unless it is told to look for what does not."""
+    on_wan = kind == "dina on wan"
+    pairs = latent_pairs(4, (4, 2, 4, 4) if on_wan else (4, 8, 8))
+    args = make_args(kind.split()[0], num_frames=5 if on_wan else None)
+    pipeline = tiny_wan_pipeline() if on_wan else tiny_sd3_pipeline()
+    trainer = SLRMTrainer(pipeline, args, train_dataset=pairs, peft_config=LoraConfig(r=2) if lora else None)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, inputs).backward()
+    trainable = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(trainable) > 20
+    assert not [name for name, parameter in trainable.items() if parameter.grad is None]
 
 
 @pytest.mark.parametrize("lora", [False, True])

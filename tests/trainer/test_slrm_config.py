@@ -119,7 +119,9 @@ def test_kinds_of_reward_models(kind, loss_type, rules, model_config, tmp_path):
     ],
 )
 def test_fields_of_another_kind(kind, field, value, tmp_path):
-    with pytest.raises(ValueError, match=f"^`{field}` is for .*`reward_model_type='{kind}'`: leave it unset, or change"):
+    with pytest.raises(
+        ValueError, match=f"^`{field}` is for .*`reward_model_type='{kind}'`: leave it unset, or change"
+    ):
         config(tmp_path, reward_model_type=kind, **{field: value})
 
 
@@ -130,7 +132,7 @@ def test_fields_of_another_kind(kind, field, value, tmp_path):
         ({"reward_model_type": "dina", "dina_num_queries": 0}, "^`dina_num_queries` must be at least 1"),
         ({"reward_model_type": "dina", "dina_layers": [4, 4]}, "^`dina_layers` must be .* in ascending order"),
         ({"reward_model_type": "dina", "eval_rules": ["reference"]}, "^`eval_rules=.* only SLRM has a velocity"),
-        ({"loss_type": "thurstone", "eta": 2.0}, "^`eta` is for `loss_type=\"bradley_terry\"`"),
+        ({"loss_type": "thurstone", "eta": 2.0}, '^`eta` is for `loss_type="bradley_terry"`'),
     ],
 )
 def test_values_that_do_not_go_together(kwargs, message, tmp_path):
