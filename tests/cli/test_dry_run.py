@@ -98,7 +98,13 @@ class TestForwards:
     @pytest.mark.parametrize("velocity_target", ["parent", "policy", "reference"])
     @pytest.mark.parametrize(
         ("steps", "sde_steps", "guidance_scale", "pairing"),
-        [(6, 3, 2.0, "tapo"), (5, 2, 1.0, "tapo"), (9, 3, 2.0, "tapo"), (6, 3, 2.0, "tapo_within"), (6, 3, 2.0, "spo")],
+        [
+            (6, 3, 2.0, "tapo"),
+            (5, 2, 1.0, "tapo"),
+            (9, 3, 2.0, "tapo"),
+            (6, 3, 2.0, "tapo_within"),
+            (6, 3, 2.0, "spo"),
+        ],
     )
     def test_are_those_of_a_rollout(self, tmp_path, velocity_target, steps, sde_steps, guidance_scale, pairing):
         policy = CountingPolicy(tiny_sd3_pipeline())
@@ -130,7 +136,9 @@ class TestForwards:
             use_cpu=True,
             bf16=False,
         )
-        rows = {row.name: row.value for row in tapo_forwards(args, scheduler.sigmas, velocity_target, latents_per_score=1)}
+        rows = {
+            row.name: row.value for row in tapo_forwards(args, scheduler.sigmas, velocity_target, latents_per_score=1)
+        }
         assert sum(scored) == rows.pop("reward model")
         training = PAIRINGS[pairing].num_branches * sde_steps * (2 if guidance_scale > 1 else 1)
         assert rows.pop("policy, training (forward and backward)") == rows.pop("reference, training") == training
