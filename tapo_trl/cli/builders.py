@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data import default_prompts
+from ..data.dimensions import LABEL_PREFIX
 from ..policies import FlowPolicy, load_policy
 from ..trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
 from .arguments import (
@@ -184,7 +185,8 @@ def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Datas
 
     Returns:
         [`~datasets.Dataset`]: With the columns `prompt`, `chosen` and `rejected`, and with `pair_columns` also `label`
-            (1, or 0.5 for a tie), in the order of the data set. Pairs without a label are left out.
+            (1, or 0.5 for a tie), in the order of the data set, and the columns `label_<dimension>`, turned to say how
+            much the chosen is preferred. Pairs without a label are left out.
     """
     dataset = load_split(args.dataset_name, args.dataset_config, split)
     if args.pair_columns is None:
@@ -224,15 +226,19 @@ def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Datas
         )
     if not labelled.all():
         logger.warning(f"Left out {(~labelled).sum()} of {len(labels)} pairs, which have no `{args.label_column}`.")
-    dataset = _rename(dataset, args.prompt_column, "prompt")
-    dataset = _rename(dataset, args.label_column, "label_of_first")
-    dataset = dataset.add_column("label", np.where(labels == 0.5, 0.5, 1.0).tolist())
+    numbers = [name for name, feature in dataset.features.items() if feature.dtype.startswith(("float", "int"))]
+    dimensions = [name for name in numbers if name.startswith(LABEL_PREFIX) and name != args.label_column]
+    dataset = dataset.select_columns([args.prompt_column, first, second, *dimensions])
     first_rows, second_rows = np.flatnonzero(labels >= 0.5), np.flatnonzero(labels < 0.5)
-    parts = [
-        _rename(_rename(dataset.select(rows), chosen, "chosen"), rejected, "rejected")
-        for rows, chosen, rejected in ((first_rows, first, second), (second_rows, second, first))
-    ]
-    pairs = concatenate_datasets([part.select_columns(["prompt", "chosen", "rejected", "label"]) for part in parts])
+    parts = []
+    for rows, chosen, rejected in ((first_rows, first, second), (second_rows, second, first)):
+        part = dataset.select(rows)
+        part = part.rename_columns({args.prompt_column: "prompt", chosen: "chosen", rejected: "rejected"})
+        for name in dimensions if chosen == second else []:
+            turned = [None if value is None else 1 - value for value in part[name]]
+            part = part.remove_columns(name).add_column(name, turned)
+        parts.append(part.add_column("label", np.where(labels[rows] == 0.5, 0.5, 1.0).tolist()))
+    pairs = concatenate_datasets(parts)
     return pairs.select(np.argsort(np.concatenate([first_rows, second_rows])))
 
 

@@ -194,6 +194,17 @@ class TestLoadPreferencePairs:
         assert self.shades(pairs, "rejected") == [100, 1, 102, 3, 104]
         assert pairs["label"][:] == [1.0, 1.0, 0.5, 1.0, 1.0]
 
+    def test_labels_of_dimensions_turn_with_their_pair(self):
+        columns = {"prompt": ["a", "b"], "chosen": ["1", "2"], "rejected": ["3", "4"], "preferred": [1.0, 0.0]}
+        columns |= {"label_motion": [0.25, 0.25], "label_text": [1.0, None], "label_source": ["x", "y"]}
+        Dataset.from_dict(columns).to_parquet("pairs.parquet")
+        args = PreferenceDatasetArguments(
+            dataset_name="pairs.parquet", pair_columns=["chosen", "rejected"], label_column="preferred"
+        )
+        pairs = load_preference_pairs(args, "train")
+        assert pairs["chosen"][:] == ["1", "4"] and pairs["rejected"][:] == ["3", "2"]
+        assert pairs["label_motion"][:] == [0.25, 0.75] and pairs["label_text"][:] == [1.0, None]
+
     def test_pairs_without_a_label_are_left_out(self):
         args = PreferenceDatasetArguments(
             dataset_name=self.by_position([1.0, None, 0.0]),

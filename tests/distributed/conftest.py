@@ -89,10 +89,6 @@ GAVE_UP = {
         "args": ADAM | {"max_skipped_updates": 1, "save_steps": 1},
     }
 }
-RESUME = {
-    "adam": {"trainer": "tapo", "global_batch": 4, "args": ADAM},
-    "resumed": {"trainer": "tapo", "global_batch": 4, "args": ADAM, "resume": "adam"},
-}
 BF16_RESUME = {
     "adam_bf16": {"trainer": "tapo", "global_batch": 4, "args": ADAM | {"bf16": True}},
     "resumed_bf16": {"trainer": "tapo", "global_batch": 4, "args": ADAM | {"bf16": True}, "resume": "adam_bf16"},
@@ -101,14 +97,14 @@ SLRM_RESUME = {
     "slrm_adam": {"trainer": "slrm", "global_batch": 4, "args": ADAM},
     "slrm_resumed": {"trainer": "slrm", "global_batch": 4, "args": ADAM, "resume": "slrm_adam"},
 }
-# An average of the weights, and a checkpoint between two updates from the same rollouts
-REUSED = {
-    "trainer": "tapo",
-    "global_batch": 4,
-    "args": ADAM | {"num_iterations": 2, "save_steps": 100},
-    "ema": True,
+# A checkpoint in the middle of an epoch and between two updates from the same rollouts, and an average of the weights,
+# which needs them whole
+REUSED = {"trainer": "tapo", "global_batch": 4, "args": ADAM | {"num_iterations": 2, "save_steps": 100}}
+REUSED_RESUME = {"reused": REUSED | {"save_at": 3}, "reused_resumed": REUSED | {"resume": "reused"}}
+EMA_RESUME = {
+    "ema": REUSED | {"save_at": 3, "ema": True},
+    "ema_resumed": REUSED | {"resume": "ema", "ema": True},
 }
-EMA_RESUME = {"ema": REUSED | {"save_at": 3}, "ema_resumed": REUSED | {"resume": "ema"}}
 UNEVEN = {
     "uneven": {
         "trainer": "tapo",
@@ -127,9 +123,9 @@ RUNS = {
     "single": PARITY | SLRM_PARITY | SKIPPED_ALONE,
     "ddp": PARITY | SLRM_PARITY | SKIPPED_BY_ONE | GAVE_UP | EMA_RESUME | BF16_RESUME | SLRM_RESUME | UNEVEN,
     "zero1": {"tapo": PARITY["tapo"]},
-    "zero2": PARITY | SLRM_PARITY | SKIPPED_BY_ONE | GAVE_UP | RESUME | BF16_RESUME | SLRM_RESUME | ALONE,
-    "zero3": PARITY | SKIPPED_BY_ONE | RESUME | REFUSED_SLRM,
-    "fsdp2": PARITY | SKIPPED_BY_ONE | RESUME | REFUSED_SLRM | NOT_SHARDED,
+    "zero2": PARITY | SLRM_PARITY | SKIPPED_BY_ONE | GAVE_UP | EMA_RESUME | BF16_RESUME | SLRM_RESUME | ALONE,
+    "zero3": PARITY | SKIPPED_BY_ONE | REUSED_RESUME | BF16_RESUME | REFUSED_SLRM,
+    "fsdp2": PARITY | SKIPPED_BY_ONE | REUSED_RESUME | BF16_RESUME | REFUSED_SLRM | NOT_SHARDED,
 }
 
 

@@ -25,10 +25,10 @@ from .comparing import differences, read, tensor_files
 pytestmark = pytest.mark.distributed
 
 CASES = [
-    *((engine, "adam", "resumed") for engine in ("zero2", "zero3", "fsdp2")),
-    *((engine, "adam_bf16", "resumed_bf16") for engine in ("ddp", "zero2")),
+    *((engine, "ema", "ema_resumed") for engine in ("ddp", "zero2")),
+    *((engine, "reused", "reused_resumed") for engine in ("zero3", "fsdp2")),
+    *((engine, "adam_bf16", "resumed_bf16") for engine in ("ddp", "zero2", "zero3", "fsdp2")),
     *((engine, "slrm_adam", "slrm_resumed") for engine in ("ddp", "zero2")),
-    ("ddp", "ema", "ema_resumed"),
 ]
 
 
