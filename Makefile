@@ -6,8 +6,8 @@
 # make install   create .venv (only when it is missing or pyproject.toml changed)
 #
 # Variables: PYTHON (the interpreter that creates .venv), VENV, TORCH (any requirement pip understands: a version, a wheel
-# file or an address; "torch" lets pip choose), PIP_FLAGS (for example an index of CPU-only wheels), PYTEST_FLAGS, THREADS,
-# SLRM_CONFIG and TAPO_CONFIG (the recipes of the demo).
+# file or an address; "torch" lets pip choose), PIP_FLAGS (for example an index of CPU-only wheels), PYTEST_FLAGS, JOBS (tests
+# at once: a number, by default one per core and 8 at most), THREADS, SLRM_CONFIG and TAPO_CONFIG (the recipes of the demo).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +18,7 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 THREADS ?= 1
+JOBS ?= logical
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS)
 SLRM_CONFIG ?= recipes/emoji/slrm.yaml
 TAPO_CONFIG ?= recipes/emoji/tapo.yaml
@@ -46,7 +47,7 @@ demo-video: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/moving_emoji/report.py
 
 test: install
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 $(PYTEST_FLAGS)
 
 test-distributed: install
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[deepspeed]"

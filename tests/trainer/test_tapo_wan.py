@@ -20,6 +20,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from tapo_trl import SampleGridCallback, SLRMModel, TAPOTrainer
@@ -167,7 +168,8 @@ class TestSaving:
             "step_000001.png",
         ]
         assert Image.open(folder / "step_000001.png").size == (5 * 192, 128)
-        assert "(samples/step_000001.png)" in (tmp_path / "out" / "README.md").read_text()
+        gallery = ModelCard.load(tmp_path / "out" / "README.md").data.widget
+        assert "samples/step_000001.png" in [widget.get("output", {}).get("url") for widget in gallery]
 
 
 class TestBadInput:
