@@ -27,7 +27,7 @@ Three things are timed for every n and number of prompts, in turns, and the medi
 - forwards: the same number of batched forwards of the policy and of the reward model, and nothing else;
 - plain: the paper's loop written down branch by branch and candidate by candidate. It must find the same pairs.
 
-Writes `rollout.json`, `rollout.md` and `rollout.png` into `--output_dir`.
+Writes `rollout.json` and `rollout.md` into `--output_dir`.
 """
 
 import argparse
