@@ -28,7 +28,7 @@ from .launching import ENGINES, launch, stop
 
 pytestmark = pytest.mark.distributed
 
-TAPO, SLRM = REUSED, SLRM_RESUME["slrm_adam"]
+TAPO, SLRM = REUSED | {"ema": True}, SLRM_RESUME["slrm_adam"]
 WITH_LOADER = SLRM | {"args": SLRM["args"] | {"dataloader_num_workers": 1}}
 CASES = {  # launcher, signal, run, and the unbroken run under DDP
     "killed": ("accelerate", "SIGKILL", TAPO, "ema"),
