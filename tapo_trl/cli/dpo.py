@@ -12,7 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from typing import TYPE_CHECKING
+
 from .parser import RecipeParser
+
+
+if TYPE_CHECKING:
+    from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 
 
 def make_parser() -> RecipeParser:
@@ -21,6 +27,31 @@ def make_parser() -> RecipeParser:
     from .arguments import DiffusionModelConfig, DPOScriptArguments
 
     return RecipeParser((DPOScriptArguments, DiffusionDPOConfig, DiffusionModelConfig), prog="tapo-trl dpo")
+
+
+def make_trainer(script_args, training_args, model_args) -> "DiffusionDPOTrainer":
+    """
+    The trainer that the flags describe.
+
+    Args:
+        script_args ([`DPOScriptArguments`]): The preference pairs and the callbacks.
+        training_args ([`DiffusionDPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
+    from .arguments import get_lora_config
+    from .builders import build_sample_callbacks, load_policy_from_args, load_preference_splits
+
+    train_dataset, eval_dataset = load_preference_splits(script_args)
+    policy = load_policy_from_args(model_args, training_args)
+    return DiffusionDPOTrainer(
+        model=policy,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=build_sample_callbacks(script_args, training_args, train_dataset, eval_dataset),
+        peft_config=get_lora_config(model_args, policy),
+    )
 
 
 def main(script_args, training_args, model_args) -> None:
@@ -39,18 +70,6 @@ def main(script_args, training_args, model_args) -> None:
         print_dry_run(dry_run_dpo(training_args, model_args))
         return
 
-    from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
-    from .arguments import get_lora_config
-    from .builders import build_sample_callbacks, load_policy_from_args, load_preference_splits, run_training
+    from .builders import run_training
 
-    train_dataset, eval_dataset = load_preference_splits(script_args)
-    policy = load_policy_from_args(model_args, training_args)
-    trainer = DiffusionDPOTrainer(
-        model=policy,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=build_sample_callbacks(script_args, training_args, train_dataset, eval_dataset),
-        peft_config=get_lora_config(model_args, policy),
-    )
-    run_training(trainer, training_args, script_args.dataset_name)
+    run_training(make_trainer(script_args, training_args, model_args), training_args, script_args.dataset_name)

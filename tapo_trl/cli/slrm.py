@@ -12,7 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from typing import TYPE_CHECKING
+
 from .parser import RecipeParser
+
+
+if TYPE_CHECKING:
+    from ..trainer.slrm_trainer import SLRMTrainer
 
 
 def make_parser() -> RecipeParser:
@@ -21,6 +27,30 @@ def make_parser() -> RecipeParser:
     from .arguments import DiffusionModelConfig, SLRMScriptArguments
 
     return RecipeParser((SLRMScriptArguments, SLRMConfig, DiffusionModelConfig), prog="tapo-trl slrm")
+
+
+def make_trainer(script_args, training_args, model_args) -> "SLRMTrainer":
+    """
+    The trainer that the flags describe.
+
+    Args:
+        script_args ([`SLRMScriptArguments`]): The preference pairs.
+        training_args ([`SLRMConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from.
+    """
+    from ..trainer.slrm_trainer import SLRMTrainer
+    from .arguments import get_lora_config
+    from .builders import load_policy_from_args, load_preference_splits
+
+    train_dataset, eval_dataset = load_preference_splits(script_args)
+    policy = load_policy_from_args(model_args, training_args)
+    return SLRMTrainer(
+        model=policy,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_lora_config(model_args, policy),
+    )
 
 
 def main(script_args, training_args, model_args) -> None:
@@ -39,17 +69,6 @@ def main(script_args, training_args, model_args) -> None:
         print_dry_run(dry_run_slrm(training_args, model_args))
         return
 
-    from ..trainer.slrm_trainer import SLRMTrainer
-    from .arguments import get_lora_config
-    from .builders import load_policy_from_args, load_preference_splits, run_training
+    from .builders import run_training
 
-    train_dataset, eval_dataset = load_preference_splits(script_args)
-    policy = load_policy_from_args(model_args, training_args)
-    trainer = SLRMTrainer(
-        model=policy,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_lora_config(model_args, policy),
-    )
-    run_training(trainer, training_args, script_args.dataset_name)
+    run_training(make_trainer(script_args, training_args, model_args), training_args, script_args.dataset_name)

@@ -12,7 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from typing import TYPE_CHECKING
+
 from .parser import RecipeParser
+
+
+if TYPE_CHECKING:
+    from ..trainer.tapo_trainer import TAPOTrainer
 
 
 def make_parser() -> RecipeParser:
@@ -21,6 +27,40 @@ def make_parser() -> RecipeParser:
     from .arguments import DiffusionModelConfig, TAPOScriptArguments
 
     return RecipeParser((TAPOScriptArguments, TAPOConfig, DiffusionModelConfig), prog="tapo-trl tapo")
+
+
+def make_trainer(script_args, training_args, model_args) -> "TAPOTrainer":
+    """
+    The trainer that the flags describe.
+
+    Args:
+        script_args ([`TAPOScriptArguments`]): The reward model, the held-out prompts and the callbacks.
+        training_args ([`TAPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    from ..trainer.tapo_trainer import TAPOTrainer
+    from .arguments import get_lora_config
+    from .builders import (
+        build_callbacks,
+        load_policy_from_args,
+        load_prompt_dataset,
+        load_reward_models,
+    )
+
+    train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
+    reward_model = load_reward_models(script_args.reward_model)
+    callbacks = build_callbacks(script_args, training_args, train_dataset, eval_dataset)
+
+    policy = load_policy_from_args(model_args, training_args)
+    return TAPOTrainer(
+        model=policy,
+        reward_model=reward_model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        peft_config=get_lora_config(model_args, policy),
+    )
 
 
 def main(script_args, training_args, model_args) -> None:
@@ -39,28 +79,6 @@ def main(script_args, training_args, model_args) -> None:
         print_dry_run(dry_run_tapo(script_args, training_args, model_args))
         return
 
-    from ..trainer.tapo_trainer import TAPOTrainer
-    from .arguments import get_lora_config
-    from .builders import (
-        build_callbacks,
-        load_policy_from_args,
-        load_prompt_dataset,
-        load_reward_models,
-        run_training,
-    )
+    from .builders import run_training
 
-    train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
-    reward_model = load_reward_models(script_args.reward_model)
-    callbacks = build_callbacks(script_args, training_args, train_dataset, eval_dataset)
-
-    policy = load_policy_from_args(model_args, training_args)
-    trainer = TAPOTrainer(
-        model=policy,
-        reward_model=reward_model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=callbacks,
-        peft_config=get_lora_config(model_args, policy),
-    )
-    run_training(trainer, training_args, training_args.dataset_name)
+    run_training(make_trainer(script_args, training_args, model_args), training_args, training_args.dataset_name)

@@ -1,0 +1,68 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The emoji world for `tapo-trl reproduce ... --world emoji`."""
+
+from pathlib import Path
+
+import torch
+from judges import load_judges
+
+from tapo_trl.reproduction.world import World
+
+
+HERE = Path("examples/emoji")
+PREFERRED_STYLE = "fluent"
+
+
+def judge(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+    style_judge, subject_judge = load_judges(HERE / "judges")
+    styles = style_judge.style_probabilities(images)
+    preferred = style_judge.styles.index(PREFERRED_STYLE)
+    caption = subject_judge.probabilities(images, prompts)
+    return {
+        "both": styles[:, preferred] * caption,
+        "style": (styles.argmax(-1) == preferred).float(),
+        "caption": caption,
+        "R@1": (subject_judge.ranks(images, prompts) == 1).float(),
+    }
+
+
+POLICY_RATES = (1e-3, 2e-3, 4e-3)
+
+WORLD = World(
+    name="emoji",
+    recipes={
+        "slrm": "recipes/emoji/slrm.yaml",
+        "slrm_lrm": "recipes/emoji/slrm_lrm.yaml",
+        "slrm_dina": "recipes/emoji/slrm_dina.yaml",
+        "tapo": "recipes/emoji/tapo.yaml",
+        "dpo": "recipes/emoji/dpo.yaml",
+    },
+    pairs={split: str(HERE / "pairs" / f"{split}.parquet") for split in ("validation", "test")},
+    prompts={split: str(HERE / "prompts" / f"{split}.txt") for split in ("validation", "test")},
+    judge=judge,
+    primary="both",
+    describe={
+        "both": "probability of the preferred style times that of the right caption",
+        "style": "share of the preferred style",
+        "caption": "probability of the right caption among all",
+        "R@1": "share of pictures whose best caption is the right one",
+    },
+    learning_rates={"tapo": POLICY_RATES, "dpo": POLICY_RATES},
+    prompts_per_step=6,
+    num_steps=16,
+    num_inference_steps=20,
+    guidance_scale=1.5,
+)
