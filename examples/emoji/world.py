@@ -39,7 +39,7 @@ def judge(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
     }
 
 
-POLICY_RATES = (1e-3, 2e-3, 4e-3)
+POLICY_RATES = (2e-3, 4e-3, 8e-3)
 
 WORLD = World(
     name="emoji",

@@ -77,7 +77,7 @@ def _reward_panels(rule: str, parts: dict[str, Any]) -> list[Callable[["Axes"], 
     return [
         partial(_draw_accuracy, rule, parts["accuracy"], parts["distributions"]),
         partial(_draw_flips, rule, parts["consistency"]),
-        partial(_draw_distributions, rule, parts["distributions"]),
+        partial(draw_distributions, rule, parts["distributions"]),
     ]
 
 
@@ -108,7 +108,7 @@ def _draw_flips(rule: str, consistency: dict[str, Any], axes: "Axes") -> None:
     _finish(axes, title, "share of pairs", (-0.03, 1))
 
 
-def _draw_distributions(rule: str, distributions: dict[float, Any], axes: "Axes") -> None:
+def draw_distributions(rule: str, distributions: dict[float, Any], axes: "Axes") -> None:
     for side, color in (("chosen", CHOSEN), ("rejected", REJECTED)):
         sigmas = sorted(distributions)
         quantiles = [sorted(distributions[sigma][side]["quantiles"].items()) for sigma in sigmas]

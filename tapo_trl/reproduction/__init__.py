@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         ".experiments": ("EXPERIMENTS", "Experiment"),
+        ".lab": ("Lab",),
         ".runs": ("Run", "RunQueue"),
         ".world": ("World", "load_world"),
     },
@@ -30,5 +31,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
 
 if TYPE_CHECKING:
     from .experiments import EXPERIMENTS, Experiment
+    from .lab import Lab
     from .runs import Run, RunQueue
     from .world import World, load_world

@@ -14,11 +14,15 @@
 
 """Counts what a training spends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+
+from ..rewards.scoring import LatentReward
+from ..trainer.policy_trainer import PolicyTrainerMixin
+from ..trainer.tapo_trainer import TAPOTrainer
 
 
 BACKWARD_COST = 2  # in forwards
@@ -44,22 +48,31 @@ class ForwardCounter:
         """Rows through the policy's network, in forwards: a backward counts as two of them."""
         return self.sampling + (1 + BACKWARD_COST) * self.training
 
-    def watch_policy(self, network: nn.Module) -> None:
-        """Count the forwards of a policy's bare network."""
+    def watch(self, trainer: PolicyTrainerMixin) -> None:
+        """
+        Count the forwards of a trainer's policy, of its reference where that is a copy, and of its latent reward models.
 
-        def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            rows = len(kwargs["hidden_states"])
-            if torch.is_grad_enabled():
-                self.training += rows
-            else:
-                self.sampling += rows
+        Args:
+            trainer ([`TAPOTrainer`] or another one of a policy): a trainer that has not begun.
+        """
+        self._count(trainer.policy.transformer, self._add_policy)
+        if trainer.ref_model is not None:
+            self._count(trainer.ref_model, self._add_policy)
+        for reward in trainer.reward.rewards if isinstance(trainer, TAPOTrainer) else []:
+            if isinstance(reward, LatentReward):
+                self._count(reward.model.transformer, self._add_reward)
 
-        network.register_forward_pre_hook(count, with_kwargs=True)
+    @staticmethod
+    def _count(network: nn.Module, add: Callable[[int], None]) -> None:
+        network.register_forward_pre_hook(
+            lambda module, args, kwargs: add(len(kwargs["hidden_states"])), with_kwargs=True
+        )
 
-    def watch_reward(self, network: nn.Module) -> None:
-        """Count the forwards of the bare network of a latent reward model."""
+    def _add_policy(self, rows: int) -> None:
+        if torch.is_grad_enabled():
+            self.training += rows
+        else:
+            self.sampling += rows
 
-        def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self.reward += len(kwargs["hidden_states"])
-
-        network.register_forward_pre_hook(count, with_kwargs=True)
+    def _add_reward(self, rows: int) -> None:
+        self.reward += rows

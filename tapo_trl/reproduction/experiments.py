@@ -1,0 +1,38 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The experiments by name."""
+
+from collections.abc import Callable
+
+from .lab import Lab
+from .policy_experiments import figure10, figure11, pairings, recipe, table1, table3
+from .report import Report
+from .reward_experiments import figure12, figure14, table2, table4
+
+
+Experiment = Callable[[Lab], Report]
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "table1": table1,
+    "table2": table2,
+    "table3": table3,
+    "table4": table4,
+    "fig10": figure10,
+    "fig11": figure11,
+    "fig12": figure12,
+    "fig14": figure14,
+    "pairings": pairings,
+    "recipe": recipe,
+}

@@ -1,0 +1,176 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The trainings that experiments are made of, on one footing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .runs import BASE_COMMAND, REWARD_COMMAND, Run, RunQueue
+from .statistics import Estimate, estimate
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A way to align a policy.
+
+    Args:
+        command (`str`): of `tapo-trl`.
+        options (`Mapping[str, Any]`): what makes it this method.
+        reward (`str`, *optional*): name of a reward in [`REWARDS`], for those that learn from one.
+    """
+
+    command: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reward: str | None = None
+
+
+REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe and options
+    "SLRM": ("slrm", {}),
+    "SLRM, literal loss (no score preservation)": ("slrm", {"score_preservation_coef": 0.0}),
+    "SLRM without score enhancement": ("slrm", {"velocity_target": "none", "score_preservation_coef": 0.0}),
+    "SLRM, deployable target": ("slrm", {"velocity_target": "reference"}),
+    "SLRM, 20 steps": ("slrm", {"max_steps": 20}),
+    "LRM": ("slrm_lrm", {}),
+    "DiNa-LRM": ("slrm_dina", {}),
+    "SPM": ("slrm_spm", {}),
+}
+
+TAPO = Method("tapo", {"pairing": "tapo"}, "SLRM")
+
+METHODS: dict[str, Method] = {
+    "Diffusion-DPO": Method("dpo", {"variant": "diffusion_dpo"}),
+    "Inversion-DPO": Method("dpo", {"variant": "inversion_dpo"}),
+    "DenseReward": Method("dpo", {"variant": "dense_reward"}),
+    "Online Diffusion-DPO": Method("online_dpo", {}, "SLRM"),
+    "Flow-GRPO": Method("grpo", {}, "SLRM"),
+    "SPO": Method("tapo", {"pairing": "spo", "num_sde_steps": 16, "beta": 10.0, "ratio_clip": 0.1}, "SLRM"),
+    "SPO with its own reward, SPM": Method(
+        "tapo", {"pairing": "spo", "num_sde_steps": 16, "beta": 10.0, "ratio_clip": 0.1}, "SPM"
+    ),
+    "LPO": Method("tapo", {"pairing": "lpo", "num_sde_steps": 19, "beta": 500.0, "ratio_clip": 0.1}, "SLRM"),
+    "LPO with its own reward, LRM": Method(
+        "tapo", {"pairing": "lpo", "num_sde_steps": 19, "beta": 500.0, "ratio_clip": 0.1}, "LRM"
+    ),
+    "TAPO": TAPO,
+}
+
+
+@dataclass
+class Lab:
+    """
+    Makes runs for experiments.
+
+    Args:
+        queue ([`RunQueue`]): where they are made.
+        seeds (`Sequence[int]`): seeds of every reported number. A reward model has the seed of the policy it trains.
+    """
+
+    queue: RunQueue
+    seeds: Sequence[int]
+
+    @property
+    def world(self):
+        return self.queue.world
+
+    def reward(self, name: str, seed: int) -> Run:
+        """The training of a reward model."""
+        recipe, options = REWARDS[name]
+        return Run(REWARD_COMMAND, _slug(name), self.world.recipes[recipe], options, seed)
+
+    def base(self, reward: str | None, seed: int) -> Run:
+        """The base model, rated by a reward model, too, if there is one."""
+        options = {"reward_model": None if reward is None else self.reward(reward, seed)}
+        return Run(BASE_COMMAND, "base", self.world.recipes["tapo"], options, seed)
+
+    def policy(self, name: str, method: Method, seed: int, **options) -> Run:
+        """The training of a policy, with the world's size and further options."""
+        world = self.world
+        common = {
+            "num_inference_steps": world.num_inference_steps,
+            "guidance_scale": world.guidance_scale,
+            "sample_every_steps": None,
+            "max_steps": world.num_steps,
+        }
+        if method.reward is not None:
+            common |= {
+                "reward_model": self.reward(method.reward, seed),
+                "eval_dataset_name": None,
+                "per_device_train_batch_size": world.prompts_per_step,
+                "transition_batch_size": None,
+            }
+        if method.command == "tapo":
+            common |= {"num_sde_steps": 8, "num_candidates": 4, "step_weighting": "none", "beta": 1000.0}
+            common |= {"velocity_target": _rollout_target(method.reward)}
+        merged = {**common, **method.options, **options}
+        if method.command == "tapo":
+            merged["transition_batch_size"] = world.prompts_per_step * merged["num_sde_steps"]
+        return Run(method.command, _slug(name), world.recipes[method.command], merged, seed)
+
+    def forwards_per_step(self, runs: Sequence[Run]) -> list[int]:
+        """Policy forwards of one step of each training, counted."""
+        return [result["forwards"]["policy"] for result in self.queue.make([run.probe for run in runs])]
+
+    def budget(self) -> int:
+        """Policy forwards of every method: those of TAPO with its default options."""
+        return self.world.num_steps * self.forwards_per_step([self.policy("TAPO", TAPO, 0)])[0]
+
+    def best(self, methods: Mapping[str, Method], learning_rate: float | None = None) -> dict[str, Run]:
+        """
+        One run of each method, with the first seed, as many steps as the budget pays for, and the learning rate that is
+        best for the primary judge on `validation`, unless one is given.
+        """
+        first = {name: self.policy(name, method, self.seeds[0]) for name, method in methods.items()}
+        costs = self.forwards_per_step(list(first.values()))
+        tried = {}
+        for (name, run), cost in zip(first.items(), costs, strict=True):
+            rates = self.world.learning_rates[run.command] if learning_rate is None else [learning_rate]
+            steps = max(1, round(self.budget() / cost))
+            tried[name] = [run.with_options(max_steps=steps, learning_rate=rate) for rate in rates]
+        self.queue.make([run for runs in tried.values() for run in runs])
+        return {name: max(runs, key=self._primary_on_validation) for name, runs in tried.items()}
+
+    def at_budget(self, methods: Mapping[str, Method], learning_rate: float | None = None) -> dict[str, list[Run]]:
+        """What [`best`] finds for each method, one run per seed."""
+        runs = {}
+        for name, best in self.best(methods, learning_rate).items():
+            chosen = {option: best.options[option] for option in ("max_steps", "learning_rate")}
+            runs[name] = [self.policy(name, methods[name], seed, **chosen) for seed in self.seeds]
+        self.queue.make([run for of_seeds in runs.values() for run in of_seeds])
+        return runs
+
+    def _primary_on_validation(self, run: Run) -> float:
+        (result,) = self.queue.make([run])
+        return result["judges"]["validation"][self.world.primary]
+
+    def judged(self, runs: Sequence[Run], judge: str | None = None, split: str = "test") -> Estimate:
+        """What a judge, by default the primary one, says of runs with several seeds."""
+        results = self.queue.make(runs)
+        return estimate([result["judges"][split][judge or self.world.primary] for result in results])
+
+    def rewards(self, name: str) -> list[dict[str, Any]]:
+        """Results of a reward model, one per seed."""
+        return self.queue.make([self.reward(name, seed) for seed in self.seeds])
+
+
+def _rollout_target(reward: str) -> str | None:
+    """M15's target that costs nothing, for the rewards that compare velocities, else what fits them."""
+    recipe, options = REWARDS[reward]
+    return "parent" if recipe == "slrm" and options.get("velocity_target", "ground_truth") == "ground_truth" else None
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in name.lower()).split())

@@ -1,0 +1,304 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Tables 1 and 3, Figures 10 and 11, and what the paper does not show: when two trajectories beat one."""
+
+from dataclasses import replace
+from typing import Any
+
+from .lab import METHODS, TAPO, Lab, Method
+from .report import Report, bars, grid, lines
+from .reward_experiments import accuracy_by_seed, available, deployable_rule
+from .runs import Run
+from .statistics import Estimate, difference, verdict
+
+
+BETAS = (20.0, 100.0, 500.0, 1000.0, 2000.0, 5000.0)
+SDE_STEPS = (2, 4, 8, 16)
+CANDIDATES = (2, 4, 8)
+
+EVEN_TAPO = replace(TAPO, options={**TAPO.options, "step_weighting": "velocity"})
+
+PAIRINGS: dict[str, dict] = {
+    "TAPO": {"pairing": "tapo"},
+    "TAPO's branches, pairs within each": {"pairing": "tapo_within"},
+    "SPO's pairs": {"pairing": "spo", "pair_threshold": [0.0]},
+    "SPO's pairs, goes on with the best": {"pairing": "spo", "pair_threshold": [0.0], "continue_with": "best"},
+}
+CONDITIONS: dict[str, dict] = {
+    "n = 8, P = 4": {},
+    "fewer stochastic steps, n = 2": {"options": {"num_sde_steps": 2}},
+    "more candidates, P = 8": {"options": {"num_candidates": 8}},
+    "a reward model of 20 training steps": {"reward": "SLRM, 20 steps"},
+}
+VARIANTS: dict[str, dict] = {
+    "TAPO as in the paper": {},
+    "with equal velocity gradients (step_weighting)": {"step_weighting": "velocity"},
+    "with that and KL (kl_coef 20)": {"step_weighting": "velocity", "kl_coef": 20.0},
+    "with that and pairs within branches": {"step_weighting": "velocity", "pairing": "tapo_within"},
+    "with that and the reference's velocity as target": {"step_weighting": "velocity", "velocity_target": "reference"},
+    "with that and beta 200": {"step_weighting": "velocity", "beta": 200.0},
+}
+
+
+def table1(lab: Lab) -> Report:
+    """Methods by judge, at the same number of policy forwards."""
+    methods = {name: method for name, method in METHODS.items() if _is_available(lab, method)}
+    runs = lab.at_budget(methods)
+    rows, primary = [_base_row(lab)], {}
+    for name, of_seeds in runs.items():
+        primary[name] = lab.judged(of_seeds)
+        rows.append([name, *_training_cells(lab, of_seeds), *_judge_cells(lab, of_seeds)])
+    base = lab.judged([lab.base(None, seed) for seed in lab.seeds])
+    claims = [
+        f"TAPO against {name}: {_compare(primary['TAPO'], value)}"
+        for name, value in {"the base model": base, **primary}.items()
+        if name != "TAPO"
+    ]
+    return Report(
+        title="Table 1: methods at the same cost",
+        method=_method_text(lab),
+        header=["method", *TRAINING_HEADER, *lab.world.describe],
+        rows=rows,
+        claims=claims,
+        panels=[bars(lab.world.describe[lab.world.primary], primary, start=base.mean)],
+    )
+
+
+def table3(lab: Lab) -> Report:
+    """Components of the reward model, and the number of stochastic steps."""
+    rows, claims, judged, accuracies = [], [], {}, {}
+    components = available(lab, ("SLRM without score enhancement", "LRM", "SLRM", "SLRM, deployable target"))
+    by_reward = _of_seeds(lab, {name: (_with_reward(name), {}) for name in components})
+    by_steps = _of_seeds(lab, {steps: (TAPO, {"num_sde_steps": steps}) for steps in SDE_STEPS})
+    for name, runs in by_reward.items():
+        accuracies[name] = accuracy_by_seed(lab, name, deployable_rule(lab, name))
+        judged[name] = lab.judged(runs)
+        label = f"{name} (image-text similarity in place of task tokens)" if name == "LRM" else name
+        rows.append([f"reward: {label}", accuracies[name], *_training_cells(lab, runs), *_judge_cells(lab, runs)])
+    for steps, runs in by_steps.items():
+        judged[steps] = lab.judged(runs)
+        rows.append([f"TAPO, n = {steps}", "", *_training_cells(lab, runs), *_judge_cells(lab, runs)])
+    for name in components:
+        if name in ("SLRM without score enhancement", "LRM"):
+            claims += [
+                f"SLRM is the better reward model than {name} (accuracy, deployable rule): "
+                + _compare(accuracies["SLRM"], accuracies[name]),
+                f"TAPO is better with SLRM than with {name}: " + _compare(judged["SLRM"], judged[name]),
+            ]
+    claims += [f"n = 8 is better than n = {steps}: {_compare(judged[8], judged[steps])}" for steps in (2, 4, 16)]
+    return Report(
+        title="Table 3: components of SLRM, and the number of stochastic steps n",
+        method=_method_text(
+            lab, f"All runs have {lab.world.num_steps} steps, so that more stochastic steps cost more."
+        ),
+        header=["", "accuracy of the reward, deployable rule", *TRAINING_HEADER, *lab.world.describe],
+        rows=rows,
+        claims=claims,
+        panels=[
+            lines(
+                lab.world.describe[lab.world.primary],
+                "stochastic steps n",
+                {"TAPO": {steps: judged[steps] for steps in SDE_STEPS}},
+                log_x=True,
+            )
+        ],
+    )
+
+
+def figure10(lab: Lab) -> Report:
+    """How much beta matters."""
+    runs = _of_seeds(lab, {beta: (TAPO, {"beta": beta}) for beta in BETAS})
+    judged = {beta: lab.judged(of_seeds) for beta, of_seeds in runs.items()}
+    best = max(judged, key=lambda beta: judged[beta].mean)
+    return Report(
+        title="Figure 10: the strength of the regularisation, beta",
+        method=_method_text(lab),
+        header=["beta", *TRAINING_HEADER, *lab.world.describe],
+        rows=[[beta, *_training_cells(lab, run), *_judge_cells(lab, run)] for beta, run in runs.items()],
+        claims=[
+            f"beta = 1000 is better than 20: {_compare(judged[1000.0], judged[20.0])}",
+            f"beta = 1000 is better than 5000: {_compare(judged[1000.0], judged[5000.0])}",
+            f"The best is 500 or 1000 in the paper; here it is {best:g} ({judged[best]}).",
+        ],
+        panels=[
+            lines(
+                "judges",
+                "beta",
+                {judge: {beta: lab.judged(run, judge) for beta, run in runs.items()} for judge in lab.world.describe},
+                log_x=True,
+            )
+        ],
+    )
+
+
+def figure11(lab: Lab) -> Report:
+    """Stochastic steps by candidates, and where the reward is hacked."""
+    cells = {
+        (steps, candidates): (TAPO, {"num_sde_steps": steps, "num_candidates": candidates})
+        for steps in SDE_STEPS
+        for candidates in CANDIDATES
+    }
+    runs = _of_seeds(lab, cells)
+    judged = {cell: lab.judged(of_seeds) for cell, of_seeds in runs.items()}
+    reward = {cell: lab.judged(of_seeds, "reward") for cell, of_seeds in runs.items()}
+    start = lab.judged([lab.base("SLRM", seed) for seed in lab.seeds], "reward")
+    rows = [
+        [steps, candidates, *_training_cells(lab, run), reward[steps, candidates], *_judge_cells(lab, run)]
+        for (steps, candidates), run in runs.items()
+    ]
+    corner, paper = (SDE_STEPS[-1], CANDIDATES[-1]), (8, 4)
+    hacked = f"reward {reward[corner]} against {reward[paper]} at n = 8, P = 4, judge {judged[corner]} against {judged[paper]}"
+    lower_judge = verdict(difference(judged[paper].values, judged[corner].values))
+    return Report(
+        title="Figure 11: stochastic steps n by candidates P",
+        method=_method_text(lab, f"The reward of the base model's samples is {start}."),
+        header=["n", "P", *TRAINING_HEADER, "reward of the samples", *lab.world.describe],
+        rows=rows,
+        claims=[
+            f"More stochastic steps are better at P = 4 (16 against 2): {_compare(judged[16, 4], judged[2, 4])}",
+            f"The corner of the largest n and P is hacked, its judges fall while its reward rises: **{lower_judge}** ({hacked}).",
+        ],
+        panels=[
+            _grid(lab.world.describe[lab.world.primary], judged),
+            _grid("reward of the samples", reward),
+        ],
+    )
+
+
+def pairings(lab: Lab) -> Report:
+    """One trajectory or two, at the same number of policy forwards."""
+    rows, claims, panels = [], [], []
+    methods = {
+        f"{name}; {condition}": Method(
+            "tapo",
+            {**options, "step_weighting": "velocity", **changes.get("options", {})},
+            changes.get("reward", "SLRM"),
+        )
+        for condition, changes in CONDITIONS.items()
+        for name, options in PAIRINGS.items()
+    }
+    runs = lab.at_budget(methods, learning_rate=_rate(lab, EVEN_TAPO))
+    for condition in CONDITIONS:
+        judged = {}
+        for name in PAIRINGS:
+            of_seeds = runs[f"{name}; {condition}"]
+            judged[name] = lab.judged(of_seeds)
+            rows.append([condition, name, *_training_cells(lab, of_seeds), *_judge_cells(lab, of_seeds)])
+        claims += [
+            f"{condition}: TAPO against {name}: {_compare(judged['TAPO'], value)}"
+            for name, value in judged.items()
+            if name != "TAPO"
+        ]
+        panels.append(bars(condition, judged))
+    return Report(
+        title="One trajectory or two: TAPO's pairs, SPO's, and hybrids",
+        method=_method_text(
+            lab,
+            "All pairings have beta = 1000, no clipping, no threshold and `step_weighting: velocity`, so that they differ in "
+            "their pairs alone, and the learning rate that is best for TAPO.",
+        ),
+        header=["condition", "pairs", *TRAINING_HEADER, *lab.world.describe],
+        rows=rows,
+        claims=claims,
+        panels=panels,
+    )
+
+
+def recipe(lab: Lab) -> Report:
+    """Which changes make the paper's TAPO better."""
+    runs = lab.at_budget(
+        {name: replace(TAPO, options={**TAPO.options, **options}) for name, options in VARIANTS.items()}
+    )
+    judged = {name: lab.judged(of_seeds) for name, of_seeds in runs.items()}
+    first = next(iter(VARIANTS))
+    return Report(
+        title="Changes of TAPO, at the same cost",
+        method=_method_text(lab),
+        header=["variant", *TRAINING_HEADER, *lab.world.describe],
+        rows=[[name, *_training_cells(lab, run), *_judge_cells(lab, run)] for name, run in runs.items()],
+        claims=[
+            f"{name}, against the paper's: {_compare(value, judged[first])}"
+            for name, value in judged.items()
+            if name != first
+        ],
+        panels=[bars(lab.world.describe[lab.world.primary], judged)],
+    )
+
+
+TRAINING_HEADER = ["learning rate", "steps", "policy forwards", "reward forwards"]
+
+
+def _training_cells(lab: Lab, runs: list[Run]) -> list:
+    forwards = lab.queue.make(runs[:1])[0]["forwards"]
+    options = runs[0].options
+    return [f"{options['learning_rate']:g}", options["max_steps"], forwards["policy"], forwards["reward"]]
+
+
+def _judge_cells(lab: Lab, runs: list[Run]) -> list[Estimate]:
+    return [lab.judged(runs, judge) for judge in lab.world.describe]
+
+
+def _base_row(lab: Lab) -> list:
+    runs = [lab.base(None, seed) for seed in lab.seeds[:1]]
+    return ["base model", "", 0, 0, 0, *_judge_cells(lab, runs)]
+
+
+def _is_available(lab: Lab, method: Method) -> bool:
+    needs = [method.reward] if method.reward is not None else []
+    return method.command in lab.world.recipes and len(available(lab, needs)) == len(needs)
+
+
+def _with_reward(name: str) -> Method:
+    return replace(
+        TAPO, reward=name, options={**TAPO.options, **({} if name == "SLRM" else {"velocity_target": None})}
+    )
+
+
+def _of_seeds(lab: Lab, cells: dict[Any, tuple[Method, dict[str, Any]]]) -> dict[Any, list[Run]]:
+    """Runs of every cell, one per seed, with the learning rate that Table 1 found for TAPO."""
+    rate = _rate(lab, TAPO)
+    runs = {
+        cell: [lab.policy("TAPO", method, seed, learning_rate=rate, **options) for seed in lab.seeds]
+        for cell, (method, options) in cells.items()
+    }
+    lab.queue.make([run for of_seeds in runs.values() for run in of_seeds])
+    return runs
+
+
+def _rate(lab: Lab, method: Method) -> float:
+    """The best learning rate of a method."""
+    return lab.best({"TAPO": method})["TAPO"].options["learning_rate"]
+
+
+def _grid(title: str, values: dict[tuple[int, int], Estimate]):
+    table = [[values[steps, candidates].mean for candidates in CANDIDATES] for steps in SDE_STEPS]
+    return grid(title, list(SDE_STEPS), list(CANDIDATES), table, "candidates P", "stochastic steps n")
+
+
+def _compare(first: Estimate, second: Estimate) -> str:
+    return f"**{verdict(difference(first.values, second.values))}** ({first} against {second})."
+
+
+def _method_text(lab: Lab, more: str = "") -> str:
+    world = lab.world
+    judges = "; ".join(f"`{name}`: {text}" for name, text in world.describe.items())
+    return (
+        f"World `{world.name}`. Policy forwards count every row through the policy's network, a backward as two of them; "
+        f"a method gets as many steps as {lab.budget()} of them pay for, unless the table shows other steps. Each method has "
+        f"the best of the learning rates {', '.join(f'{rate:g}' for rate in world.learning_rates['tapo'])}, by `{world.primary}` on "
+        f"the prompts of `validation` with the first seed; the table shows the prompts of `test`, "
+        f"{lab.queue.samples_per_prompt} samples each, the mean over {len(lab.seeds)} training seeds (of reward model and policy) "
+        f"and the 95 % interval. Judges: {judges}. {more}"
+    ).strip()

@@ -1,0 +1,145 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What an experiment found, as Markdown, JSON and a picture."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..metrics.plots import check_matplotlib
+from .statistics import Estimate
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass
+class Report:
+    """
+    Args:
+        title (`str`): headline.
+        method (`str`): how it was made, in a few sentences.
+        header (`list[str]`): columns of the table.
+        rows (`list[list]`): its rows: texts, numbers, [`Estimate`].
+        claims (`list[str]`): what the paper claims and whether it holds here, a line each.
+        panels (`list[Callable[[Axes], None]]`): draw the panels of the picture.
+        data (`dict[str, Any]`): what else the JSON file holds.
+    """
+
+    title: str
+    method: str
+    header: list[str]
+    rows: list[list[Any]]
+    claims: list[str] = field(default_factory=list)
+    panels: list[Callable[["Axes"], None]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def markdown(self, command: str) -> str:
+        lines = [f"# {self.title}", "", self.method, "", f"Command: `{command}`", ""]
+        lines += ["| " + " | ".join(self.header) + " |", "|---" * len(self.header) + "|"]
+        lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in self.rows]
+        if self.claims:
+            lines += ["", "## Claims of the paper", "", *(f"- {claim}" for claim in self.claims)]
+        return "\n".join([*lines, ""])
+
+    def write(self, folder: Path, name: str, command: str) -> None:
+        """Write `NAME.md`, `NAME.json` and `NAME.png`, if there is anything to draw."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.md").write_text(self.markdown(command), encoding="utf-8")
+        content = {"title": self.title, "command": command, "header": self.header, "rows": self.rows}
+        content |= {"claims": self.claims, **self.data}
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1, default=asdict) + "\n", encoding="utf-8")
+        if self.panels:
+            self._draw(folder / f"{name}.png")
+
+    def _draw(self, path: Path) -> None:
+        check_matplotlib()
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5 * len(self.panels), 4), layout="constrained", dpi=110)
+        for axes, draw in zip(figure.subplots(1, len(self.panels), squeeze=False)[0], self.panels, strict=True):
+            draw(axes)
+        figure.savefig(path)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return str(value)
+
+
+def bars(title: str, values: dict[str, Estimate], start: float | None = None) -> Callable[["Axes"], None]:
+    """A panel of horizontal bars with intervals, and a line at `start`."""
+
+    def draw(axes: "Axes") -> None:
+        names = list(values)
+        axes.barh(
+            names,
+            [value.mean for value in values.values()],
+            xerr=[value.half_width or 0 for value in values.values()],
+            color="tab:blue",
+            alpha=0.7,
+            capsize=3,
+        )
+        if start is not None:
+            axes.axvline(start, color="black", linestyle=":", linewidth=1)
+        axes.invert_yaxis()
+        axes.set_title(title)
+        axes.tick_params(labelsize="small")
+
+    return draw
+
+
+def lines(
+    title: str, x: str, curves: dict[str, dict[float, Estimate]], log_x: bool = False, chance: float | None = None
+) -> Callable[["Axes"], None]:
+    """A panel of curves with intervals."""
+
+    def draw(axes: "Axes") -> None:
+        for name, curve in curves.items():
+            axes.errorbar(
+                list(curve),
+                [value.mean for value in curve.values()],
+                yerr=[value.half_width or 0 for value in curve.values()],
+                marker="o",
+                capsize=3,
+                label=name,
+            )
+        if log_x:
+            axes.set_xscale("log")
+        if chance is not None:
+            axes.axhline(chance, color="black", linestyle=":", linewidth=1)
+        axes.set(title=title, xlabel=x)
+        axes.legend(fontsize="small")
+
+    return draw
+
+
+def grid(title: str, rows: list, columns: list, values: list[list[float]], x: str, y: str) -> Callable[["Axes"], None]:
+    """A panel of a table of numbers, coloured."""
+
+    def draw(axes: "Axes") -> None:
+        axes.imshow(values, cmap="viridis", aspect="auto")
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white", fontsize="small")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set(title=title, xlabel=x, ylabel=y)
+
+    return draw

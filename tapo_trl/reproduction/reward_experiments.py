@@ -1,0 +1,234 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Tables 2 and 4, Figures 12 and 14: how well reward models read noisy latents."""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..metrics.plots import draw_distributions
+from .lab import REWARDS, Lab
+from .measure import SIGMAS
+from .report import Report, lines
+from .statistics import Estimate, difference, estimate, verdict
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+RANGES = {"501-1000": "t in [501, 1000]", "1-500": "t in [1, 500]", "clean": "t = 0"}
+RULES = {
+    "ground_truth": "paper's rule, which sees the clean latent",
+    "reference": "deployable: base model's velocity",
+    "none": "deployable: logit alone",
+}
+TABLE_4_REWARDS = ("SPM", "LRM", "SLRM without score enhancement", "SLRM")
+NO_ENHANCEMENT = "SLRM without score enhancement"
+
+
+def table2(lab: Lab) -> Report:
+    """Reward models by range of timesteps."""
+    cells = {
+        (name, rule): {split_range: _by_range(lab, name, rule, split_range) for split_range in RANGES}
+        for name in available(lab)
+        for rule in _rules(lab, name)
+    }
+    rows = [
+        [f"{name} ({RULES[rule]})", *values.values(), estimate(_means(values))]
+        for (name, rule), values in cells.items()
+    ]
+    claims = [
+        f"SLRM reads noisy latents better than {other} ({RULES[rule].split(':')[0].split(',')[0]}, {RANGES[name]}): "
+        + _compare(cells["SLRM", rule][name], cells[other, "none"][name])
+        for other in available(lab)
+        if other in ("LRM", "DiNa-LRM", "SPM")
+        for rule in ("ground_truth", "reference")
+        for name in ("501-1000", "1-500")
+    ]
+    leak = difference(cells["SLRM", "ground_truth"]["501-1000"].values, cells["SLRM", "reference"]["501-1000"].values)
+    claims.append(
+        f"What the leak of the clean latent is worth (M14), SLRM at t in [501, 1000]: the paper's rule is {leak} above the "
+        "deployable one."
+    )
+    return Report(
+        title="Table 2: reward models by timestep",
+        method=_pairs_text(lab),
+        header=["reward model", *RANGES.values(), "mean"],
+        rows=rows,
+        claims=claims,
+    )
+
+
+def table4(lab: Lab) -> Report:
+    """Accuracy at ten timesteps."""
+    curves = {}
+    for name in available(lab, TABLE_4_REWARDS):
+        for rule in _rules(lab, name):
+            label = name if rule == "none" else f"{name} ({RULES[rule]})"
+            curves[label] = {
+                round(1000 * sigma): _accuracy(lab, name, rule, str(sigma)) for sigma in SIGMAS if sigma > 0
+            }
+    paper, without = curves[f"SLRM ({RULES['ground_truth']})"], curves[NO_ENHANCEMENT]
+    claims = [
+        f"Score enhancement helps at t = {t} (paper's rule): {_compare(paper[t], without[t])}" for t in (101, 501, 901)
+    ]
+    deployable = curves[f"SLRM ({RULES['reference']})"]
+    claims += [
+        f"It still does under the deployable rule at t = {t}: {_compare(deployable[t], without[t])}"
+        for t in (101, 501, 901)
+    ]
+    peak = max(paper, key=lambda t: paper[t].mean)
+    claims.append(f"SLRM peaks at t = 501 in the paper; here at t = {peak} ({paper[peak]}).")
+    return Report(
+        title="Table 4: accuracy at ten timesteps",
+        method=_pairs_text(lab),
+        header=["reward model", *(f"t = {t}" for t in paper)],
+        rows=[[label, *curve.values()] for label, curve in curves.items()],
+        claims=claims,
+        panels=[lines("accuracy on held-out pairs", "t", curves, chance=0.5)],
+    )
+
+
+def figure12(lab: Lab) -> Report:
+    """How often the ranking of a pair flips along the noise levels."""
+    curves, rows, never = {}, [], {}
+    for name in available(lab):
+        for rule in _rules(lab, name)[:2]:
+            parts = [part for result in lab.rewards(name) for part in _splits(result, rule, "consistency")]
+            label = name if rule == "none" else f"{name} ({RULES[rule]})"
+            curves[label] = {
+                round(1000 * float(sigma)): estimate([part["flips_from_cleanest"][sigma] for part in parts])
+                for sigma in parts[0]["flips_from_cleanest"]
+            }
+            never[label] = estimate([part["never_flips"] for part in parts])
+            rows.append([label, estimate([part["flips_per_pair"] for part in parts]), never[label]])
+    without, paper = never[NO_ENHANCEMENT], never[f"SLRM ({RULES['ground_truth']})"]
+    deployable = never[f"SLRM ({RULES['reference']})"]
+    return Report(
+        title="Figure 12: rankings that flip between timesteps",
+        method=_pairs_text(lab)
+        + " A pair keeps its noise at all levels. Flips are counted over the levels t = 0, 1, 101, ..., 901.",
+        header=["reward model", "flips per pair", "pairs that never flip"],
+        rows=rows,
+        claims=[
+            f"The ranking of a pair depends on the timestep: {1 - without.mean:.0%} of the pairs flip without enhancement.",
+            f"Enhancement makes rankings consistent (paper's rule, pairs that never flip): {_compare(paper, without)}",
+            f"It still does under the deployable rule: {_compare(deployable, without)}",
+        ],
+        panels=[lines("rankings other than at the cleanest level", "t", curves, chance=0.5)],
+    )
+
+
+def figure14(lab: Lab) -> Report:
+    """Distributions of the scores of chosen and rejected samples, with and without enhancement."""
+    shown = [("SLRM", "ground_truth"), ("SLRM", "reference"), (NO_ENHANCEMENT, "none")]
+    rows, panels, areas = [], [], {}
+    for name, rule in shown:
+        results = lab.rewards(name)
+        areas[name, rule] = {}
+        for sigma in results[0]["pairs"]["test"][rule]["distributions"]:
+            parts = [part[sigma] for result in results for part in _splits(result, rule, "distributions")]
+            areas[name, rule][sigma] = estimate([part["auc"] for part in parts])
+        area = areas[name, rule]
+        middle, high = _level(area, 0.501), _level(area, 0.901)
+        rows.append([f"{name} ({RULES[rule]})", area["0.0"], area[middle], area[high]])
+        first = results[0]["pairs"]["test"][rule]["distributions"]
+        of_seed = {float(sigma): _with_numbers(values) for sigma, values in first.items()}
+        panels.append(partial(draw_distributions, f"{name}, {rule}", of_seed))
+    with_, without = areas["SLRM", "ground_truth"], areas[NO_ENHANCEMENT, "none"]
+    deployable = areas["SLRM", "reference"]
+    high = _level(with_, 0.901)
+    return Report(
+        title="Figure 14: distributions of the scores",
+        method=_pairs_text(lab)
+        + " AUC: probability that a chosen sample scores higher than a rejected one, of whatever prompt. The picture shows "
+        "the first seed on the test split.",
+        header=["reward model", "AUC at t = 0", "AUC at t = 501", "AUC at t = 901"],
+        rows=rows,
+        claims=[
+            f"Enhancement keeps the two apart under noise (paper's rule, t = 901): {_compare(with_[high], without[high])}",
+            f"It still does under the deployable rule: {_compare(deployable[high], without[high])}",
+        ],
+        panels=panels,
+    )
+
+
+COMPARED_REWARDS = tuple(name for name in REWARDS if name != "SLRM, 20 steps")
+
+
+def available(lab: Lab, names: "Sequence[str]" = COMPARED_REWARDS) -> list[str]:
+    """The reward models for which the world has a recipe."""
+    return [name for name in names if REWARDS[name][0] in lab.world.recipes]
+
+
+def accuracy_by_seed(lab: Lab, name: str, rule: str) -> Estimate:
+    """Mean accuracy over all noise levels and both splits, by seed."""
+    return _accuracies(lab, name, rule, lambda accuracy: accuracy["accuracy"])
+
+
+def deployable_rule(lab: Lab, name: str) -> str:
+    """How rollouts can score: with the base's velocity, or by the logit where there is no enhancement."""
+    return "reference" if "reference" in _rules(lab, name) else "none"
+
+
+def _rules(lab: Lab, name: str) -> list[str]:
+    """The rules that say something of a reward model; without enhancement in training only the logit does."""
+    rules = list(lab.rewards(name)[0]["pairs"]["test"])
+    options = REWARDS[name][1]
+    return ["none"] if options.get("velocity_target") == "none" else rules
+
+
+def _splits(result: dict, rule: str, part: str) -> "Iterator[dict]":
+    return (result["pairs"][split][rule][part] for split in ("validation", "test"))
+
+
+def _accuracies(lab: Lab, name: str, rule: str, read) -> Estimate:
+    per_seed = [[read(accuracy) for accuracy in _splits(result, rule, "accuracy")] for result in lab.rewards(name)]
+    return estimate([sum(values) / len(values) for values in per_seed])
+
+
+def _by_range(lab: Lab, name: str, rule: str, split_range: str) -> Estimate:
+    return _accuracies(lab, name, rule, lambda accuracy: accuracy["by_range"][split_range]["accuracy"])
+
+
+def _accuracy(lab: Lab, name: str, rule: str, sigma: str) -> Estimate:
+    return _accuracies(lab, name, rule, lambda accuracy: accuracy["by_sigma"][sigma])
+
+
+def _means(values: dict[str, Estimate]) -> list[float]:
+    seeds = zip(*(value.values for value in values.values()), strict=True)
+    return [sum(seed) / len(seed) for seed in seeds]
+
+
+def _compare(first: Estimate, second: Estimate) -> str:
+    return f"**{verdict(difference(first.values, second.values))}** ({first} against {second})."
+
+
+def _level(curve: dict[str, Estimate], sigma: float) -> str:
+    return min(curve, key=lambda level: abs(float(level) - sigma))
+
+
+def _with_numbers(values: dict) -> dict:
+    """Quantiles by number, which JSON keeps by text."""
+    for side in ("chosen", "rejected"):
+        values[side]["quantiles"] = {float(level): value for level, value in values[side]["quantiles"].items()}
+    return values
+
+
+def _pairs_text(lab: Lab) -> str:
+    return (
+        f"World `{lab.world.name}`: pairs of the splits `validation` and `test`, whose captions no reward model was trained "
+        f"on. Mean over {len(lab.seeds)} training seeds with the 95 % interval. Chance is 0.5. The learning rates are those "
+        "of the recipes."
+    )

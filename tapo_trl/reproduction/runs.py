@@ -1,0 +1,225 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Trainings that are made once: each has a folder, and a result that says what it cost and how good it is."""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+
+from .world import World, load_world
+
+
+RESULT, RECIPE, LOG = "result.json", "recipe.yaml", "log.txt"
+
+REWARD_COMMAND = "slrm"
+BASE_COMMAND = "base"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """
+    A training, or the base model without one.
+
+    Args:
+        command (`str`): of `tapo-trl`, or `"base"`.
+        label (`str`): what it is called while it is made.
+        recipe (`str`): recipe that the options change.
+        options (`Mapping[str, Any]`): fields of the recipe. `None` takes one out. For a [`Run`], its folder is the value.
+        seed (`int`): seed of the training.
+        is_probe (`bool`): whether it stops after a step and is not judged: it tells what a step costs.
+    """
+
+    command: str
+    label: str
+    recipe: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    is_probe: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Its folder below the root: another one for every recipe, option and seed."""
+        values = self._merged(lambda need: need.folder)
+        text = json.dumps([values, self.seed, self.is_probe], sort_keys=True)
+        return f"{self.command}/{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def _merged(self, place: Callable[["Run"], str]) -> dict[str, Any]:
+        """The recipe with the options, where a run becomes a list of its place."""
+        recipe = yaml.safe_load(Path(self.recipe).read_text(encoding="utf-8")) | dict(self.options)
+        return {
+            name: [place(value)] if isinstance(value, Run) else value
+            for name, value in recipe.items()
+            if value is not None
+        }
+
+    @property
+    def needs(self) -> list["Run"]:
+        """The runs whose folders it reads."""
+        return [value for value in self.options.values() if isinstance(value, Run)]
+
+    def with_options(self, label: str | None = None, **options) -> "Run":
+        return replace(self, label=label or self.label, options={**self.options, **options})
+
+    def with_seed(self, seed: int) -> "Run":
+        return replace(self, seed=seed)
+
+    @property
+    def probe(self) -> "Run":
+        """The same for a single step, with seed 0."""
+        return replace(self.with_options(max_steps=1), seed=0, is_probe=True)
+
+    def write_recipe(self, root: Path) -> Path:
+        """Write the whole recipe into its folder, for `tapo-trl COMMAND --config` and for whoever wants to know."""
+        folder = root / self.folder
+        recipe = self._merged(lambda need: str(root / need.folder))
+        recipe |= {"seed": self.seed, "output_dir": str(folder)}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / RECIPE
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        return path
+
+
+@dataclass
+class RunQueue:
+    """
+    Makes runs, each once, several at a time. What is finished stays in `root`, so that an interrupted queue goes on where
+    it stopped.
+
+    Args:
+        world ([`World`]): the models, the data and the judges.
+        world_name (`str`): what [`load_world`] found it by.
+        root (`Path`): where the runs are kept.
+        jobs (`int`, *optional*, defaults to `1`): runs at once, each in a process of its own.
+        threads (`int`, *optional*, defaults to `1`): threads of each.
+        samples_per_prompt (`int`, *optional*, defaults to `2`): samples of each held-out prompt that are judged.
+    """
+
+    world: World
+    world_name: str
+    root: Path
+    jobs: int = 1
+    threads: int = 1
+    samples_per_prompt: int = 2
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """What a finished run gave, `None` for any other."""
+        file = self.root / run.folder / RESULT
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def make(self, runs: Iterable[Run]) -> list[dict[str, Any]]:
+        """
+        Make what is not finished yet of these runs and of those that they need.
+
+        Returns:
+            `list[dict]`: their results, in order.
+
+        Raises:
+            RuntimeError: if a run failed. Others that had begun are finished first.
+        """
+        runs = list(runs)
+        waiting = {run.folder: run for run in _with_needs(runs) if self.result(run) is None}
+        if not waiting:
+            return [self.result(run) for run in runs]
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)  # read by the processes that start now
+        started, failed = {}, []
+        progress = tqdm(total=len(waiting), desc="runs", unit="run", dynamic_ncols=True)
+        with ProcessPoolExecutor(self.jobs, get_context("spawn")) as pool:
+            while (waiting and not failed) or started:
+                ready = [run for run in waiting.values() if all(self.result(need) for need in run.needs)]
+                for run in [] if failed else ready[: self.jobs - len(started)]:
+                    arguments = (run, self.world_name, self.root, self.threads, self.samples_per_prompt)
+                    started[pool.submit(execute, *arguments)] = waiting.pop(run.folder)
+                progress.set_postfix_str(", ".join(run.label for run in started.values()))
+                finished, _ = wait(started, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    run = started.pop(future)
+                    if future.exception() is not None:
+                        failed.append((run, future.exception()))
+                    progress.update()
+        progress.close()
+        if failed:
+            run, error = failed[0]
+            raise RuntimeError(
+                f"The run `{run.label}` failed: {error}. See {self.root / run.folder / LOG}; the same command goes on with "
+                "what is missing."
+            ) from error
+        return [self.result(run) for run in runs]
+
+
+def _with_needs(runs: Iterable[Run]) -> list[Run]:
+    """The runs behind those that they need, each once."""
+    ordered: dict[str, Run] = {}
+    for run in runs:
+        for part in [*_with_needs(run.needs), run]:
+            ordered.setdefault(part.folder, part)
+    return list(ordered.values())
+
+
+def execute(run: Run, world_name: str, root: Path, threads: int, samples_per_prompt: int) -> None:
+    """Train, judge and write the result of a run, which is the last file that appears."""
+    import torch
+
+    torch.set_num_threads(threads)
+    world, folder = load_world(world_name), root / run.folder
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    path = run.write_recipe(root)
+    start = time.perf_counter()
+    with (folder / LOG).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        result = {"command": f"tapo-trl {run.command} --config {path}", "forwards": _train(run, path)}
+        result["train_seconds"] = time.perf_counter() - start
+        if run.command == REWARD_COMMAND:
+            from .measure import measure_reward_model
+
+            result["pairs"] = {split: measure_reward_model(folder, file) for split, file in world.pairs.items()}
+        elif not run.is_probe:
+            from .measure import measure_policy
+
+            trained = None if run.command == BASE_COMMAND else folder
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+            result["judges"] = measure_policy(world, recipe, trained, samples_per_prompt)
+    temporary = folder / f"{RESULT}.tmp"
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, folder / RESULT)
+
+
+def _train(run: Run, recipe: Path) -> dict[str, int]:
+    """Train, and count the forwards."""
+    if run.command == BASE_COMMAND:
+        return {"policy": 0, "reward": 0}
+    from ..cli.builders import run_training
+    from .forward_counter import ForwardCounter
+
+    command = importlib.import_module(f"tapo_trl.cli.{run.command}")
+    script_args, training_args, model_args = command.make_parser().parse_args_and_config(["--config", str(recipe)])
+    trainer, counter = command.make_trainer(script_args, training_args, model_args), ForwardCounter()
+    if run.command != REWARD_COMMAND:
+        counter.watch(trainer)
+    run_training(trainer, training_args, None)
+    sys.stdout.flush()
+    return {"policy": counter.policy_forwards, "reward": counter.reward}
