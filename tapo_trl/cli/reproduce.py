@@ -12,72 +12,100 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""`tapo-trl reproduce`: makes the tables and figures of the paper in a world of one's own."""
-
-from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
+
+from .parser import RecipeParser
 
 
 ALL = "all"
 
 
-class ReproduceParser(ArgumentParser):
-    """Parser of `tapo-trl reproduce`, which takes no recipe: those of the world say what is trained."""
+@dataclass
+class ReproduceArguments:
+    """
+    Arguments of `tapo-trl reproduce`.
 
-    def parse_args_and_config(self, args: list[str]) -> tuple[Namespace]:
-        args = self.parse_args(args)
+    Parameters:
+        experiments (`list[str]`):
+            What to measure: names of tables and figures, or `all`. The flag itself can be left out.
+        world (`str`, *optional*, defaults to `"emoji"`):
+            Folder with a `world.py`, or the name of one in `examples`.
+        seeds (`int`, *optional*, defaults to `3`):
+            Training seeds of every number.
+        jobs (`int`, *optional*, defaults to `1`):
+            Trainings at once, each in a process of its own.
+        threads (`int`, *optional*, defaults to `1`):
+            Processor threads of each.
+        samples_per_prompt (`int`, *optional*, defaults to `2`):
+            Samples of each held-out prompt that are judged.
+        runs_dir (`str`, *optional*, defaults to `"runs/paper"`):
+            Where trainings are kept. One that is finished is not made again.
+        output_dir (`str`, *optional*, defaults to `"benchmarks/paper"`):
+            Where the reports are written.
+    """
+
+    experiments: list[str] = field(
+        default_factory=list, metadata={"help": "What to measure: names of tables and figures, or `all`."}
+    )
+    world: str = field(
+        default="emoji", metadata={"help": "Folder with a `world.py`, or the name of one in `examples`."}
+    )
+    seeds: int = field(default=3, metadata={"help": "Training seeds of every number."})
+    jobs: int = field(default=1, metadata={"help": "Trainings at once, each in a process of its own."})
+    threads: int = field(default=1, metadata={"help": "Processor threads of each."})
+    samples_per_prompt: int = field(default=2, metadata={"help": "Samples of each held-out prompt that are judged."})
+    runs_dir: str = field(default="runs/paper", metadata={"help": "Where trainings are kept."})
+    output_dir: str = field(default="benchmarks/paper", metadata={"help": "Where the reports are written."})
+
+    def __post_init__(self):
+        from ..reproduction import EXPERIMENTS
+
+        unknown = [name for name in self.experiments if name not in (*EXPERIMENTS, ALL)]
+        if unknown or not self.experiments:
+            problem = f"there is no experiment {', '.join(unknown)}" if unknown else "say what to measure"
+            raise ValueError(f"{problem}: {', '.join(EXPERIMENTS)}, or {ALL}.")
         for name in ("seeds", "jobs", "threads", "samples_per_prompt"):
-            if getattr(args, name) < 1:
-                self.error(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
-        return (args,)
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+class ReproduceParser(RecipeParser):
+    """Takes what comes before the first flag for the experiments."""
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple:
+        if args is not None:
+            names = list(takewhile(lambda arg: not arg.startswith("-"), args))
+            args = [*(["--experiments", *names] if names else []), *list(args)[len(names) :]]
+        return super().parse_args_and_config(args, **kwargs)
 
 
 def make_parser() -> ReproduceParser:
     """Parser of `tapo-trl reproduce`."""
-    from ..reproduction import EXPERIMENTS
-
-    parser = ReproduceParser(
-        prog="tapo-trl reproduce",
-        description="Measure the paper's tables and figures again. Trainings that are finished are not made twice: an "
-        "interrupted command goes on where it stopped.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("experiments", nargs="+", choices=[*EXPERIMENTS, ALL], help="What to measure.")
-    parser.add_argument(
-        "--world", default="emoji", help="Folder with a `world.py`, or the name of one in `examples`. Default: emoji."
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="Training seeds of every number. Default: 3.")
-    parser.add_argument("--jobs", type=int, default=1, help="Trainings at once. Default: 1.")
-    parser.add_argument("--threads", type=int, default=1, help="Processor threads of each. Default: 1.")
-    parser.add_argument(
-        "--samples_per_prompt", type=int, default=2, help="Samples of each held-out prompt to judge. Default: 2."
-    )
-    parser.add_argument("--runs_dir", type=Path, default=Path("runs/paper"), help="Where trainings are kept.")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("benchmarks/paper"), help="Where the reports are written."
-    )
-    return parser
+    return ReproduceParser((ReproduceArguments,), prog="tapo-trl reproduce")
 
 
-def main(args: Namespace) -> None:
+def main(args: ReproduceArguments) -> None:
     """
     Makes the trainings that are missing, and writes each report as soon as it is complete.
 
     Args:
-        args (`Namespace`): The experiments, the world and the number of seeds.
+        args ([`ReproduceArguments`]): The experiments, the world and the number of seeds.
     """
     from ..metrics.plots import check_matplotlib
     from ..reproduction import EXPERIMENTS, Lab, RunQueue, load_world
 
     check_matplotlib()
     world = load_world(args.world)
-    root = args.runs_dir / world.name
+    root, reports = Path(args.runs_dir) / world.name, Path(args.output_dir) / world.name
     queue = RunQueue(world, args.world, root, args.jobs, args.threads, args.samples_per_prompt)
     lab = Lab(queue, seeds=range(args.seeds))
     for name in EXPERIMENTS if ALL in args.experiments else dict.fromkeys(args.experiments):
         print(f"{name}: {EXPERIMENTS[name].__doc__}")
         report = EXPERIMENTS[name](lab)
         command = f"tapo-trl reproduce {name} --world {args.world} --seeds {args.seeds}"
-        report.write(args.output_dir / world.name, name, command)
+        report.write(reports, name, command)
         print(report.markdown(command))
-        print(f"Written: {args.output_dir / world.name / name}.md, .json, .png")
+        print(f"Written: {reports / name}.md, .json" + (", .png" if report.panels else ""))

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Run:
     seed: int = 0
     is_probe: bool = False
 
-    @property
+    @cached_property
     def folder(self) -> str:
         """Its folder below the root: another one for every recipe, option and seed."""
         values = self._merged(lambda need: need.folder)
@@ -71,7 +72,7 @@ class Run:
 
     def _merged(self, place: Callable[["Run"], str]) -> dict[str, Any]:
         """The recipe with the options, where a run becomes a list of its place."""
-        recipe = yaml.safe_load(Path(self.recipe).read_text(encoding="utf-8")) | dict(self.options)
+        recipe = _parse(Path(self.recipe).read_text(encoding="utf-8")) | dict(self.options)
         return {
             name: [place(value)] if isinstance(value, Run) else value
             for name, value in recipe.items()
@@ -170,6 +171,11 @@ class RunQueue:
                 "what is missing."
             ) from error
         return [self.result(run) for run in runs]
+
+
+@cache
+def _parse(recipe: str) -> dict[str, Any]:
+    return yaml.safe_load(recipe)
 
 
 def _with_needs(runs: Iterable[Run]) -> list[Run]:

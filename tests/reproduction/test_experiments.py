@@ -1,0 +1,196 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The experiments on made-up results: what they compare, and what they say of it."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from tapo_trl.metrics import diagnose_scores
+from tapo_trl.metrics.pair_scores import PairScores
+from tapo_trl.reproduction import EXPERIMENTS, Lab, Run, World
+from tapo_trl.reproduction.lab import METHODS
+from tapo_trl.reproduction.measure import SIGMAS
+
+
+RECIPES = {"slrm": "slrm", "slrm_lrm": "slrm", "tapo": "tapo", "dpo": "dpo"}
+RATES = (1e-3, 1e-2)
+PROBED = {"spo": 50, "lpo": 20}  # forwards of a step, by pairing; 100 of all others
+
+
+class PretendQueue:
+    """Says of every run what a formula says, and remembers it."""
+
+    samples_per_prompt = 2
+
+    def __init__(self, world, gain=lambda options: 0.0, enhanced=1.0):
+        self.world, self.gain, self.enhanced = world, gain, enhanced
+        self.made: dict[str, Run] = {}
+
+    def make(self, runs):
+        runs = list(runs)
+        self.made |= {run.folder: run for run in runs}
+        return [self._result(run) for run in runs]
+
+    def _result(self, run: Run) -> dict:
+        if run.command == "slrm":
+            return {"pairs": {split: self._pairs(run) for split in ("validation", "test")}}
+        options = run.options
+        if run.is_probe:
+            return {"forwards": {"policy": PROBED.get(options.get("pairing"), 100), "reward": 10}}
+        gain = 0.0 if run.command == "base" else self.gain(options)
+        # The two splits prefer other learning rates, so that choosing on the wrong one shows
+        rate = {"validation": options.get("learning_rate", 0.0), "test": -options.get("learning_rate", 0.0)}
+        judges = {split: {"good": 0.5 + gain + rate[split] + 0.001 * run.seed, "reward": 1 - gain} for split in rate}
+        return {"forwards": {"policy": 100 * options.get("max_steps", 0), "reward": 7}, "judges": judges}
+
+    def _pairs(self, run: Run) -> dict:
+        rules = ["none"] if run.recipe.endswith("slrm_lrm.yaml") else ["ground_truth", "reference", "none"]
+        is_plain = run.options.get("velocity_target") == "none" or len(rules) == 1
+        return pretended_pairs(run.seed, tuple(rules), 0.0 if is_plain else self.enhanced)
+
+
+@cache
+def pretended_pairs(seed: int, rules: tuple[str, ...], enhanced: float) -> dict:
+    """A diagnosis of margins that the rules with a velocity raise by `enhanced`."""
+    margins = torch.randn(len(SIGMAS), 60, generator=torch.Generator().manual_seed(seed)) + 0.5
+    chosen = {rule: margins if rule == "none" else margins + enhanced for rule in rules}
+    rejected = {rule: torch.zeros_like(margins) for rule in rules}
+    return json.loads(json.dumps(diagnose_scores(PairScores(SIGMAS, torch.ones(60), chosen, rejected))))
+
+
+@pytest.fixture
+def world(tmp_path):
+    for name in RECIPES:
+        (tmp_path / f"{name}.yaml").write_text(f"output_dir: {name}\n")
+    return World(
+        name="pretended",
+        recipes={name: str(tmp_path / f"{name}.yaml") for name in RECIPES},
+        pairs={},
+        prompts={},
+        judge=None,
+        primary="good",
+        describe={"good": "how good"},
+        learning_rates={"tapo": RATES, "dpo": RATES},
+        prompts_per_step=2,
+        num_steps=8,
+        num_inference_steps=20,
+        guidance_scale=1.5,
+    )
+
+
+def lab_of(world, seeds=3, **kwargs) -> Lab:
+    return Lab(PretendQueue(world, **kwargs), range(seeds))
+
+
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_every_experiment_writes_its_report(world, tmp_path, name, seeds):
+    pytest.importorskip("matplotlib")
+    report = EXPERIMENTS[name](lab_of(world, seeds))
+    report.write(tmp_path / "out", name, "the command")
+    assert report.rows and report.claims
+    assert all(len(row) == len(report.header) for row in report.rows)
+    text = (tmp_path / "out" / f"{name}.md").read_text()
+    assert "the command" in text and all(claim in text for claim in report.claims)
+    content = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert len(content["rows"]) == len(report.rows)
+    assert (tmp_path / "out" / f"{name}.png").is_file() == bool(report.panels)
+
+
+class TestFairness:
+    def test_methods_get_the_same_forwards(self, world):
+        lab = lab_of(world)
+        best = lab.best({name: METHODS[name] for name in ("TAPO", "SPO", "LPO", "Diffusion-DPO")})
+        assert {name: run.options["max_steps"] for name, run in best.items()} == {
+            "TAPO": 8,
+            "SPO": 16,
+            "LPO": 40,
+            "Diffusion-DPO": 8,
+        }
+
+    def test_the_learning_rate_is_chosen_on_validation_with_the_first_seed(self, world):
+        lab = lab_of(world)
+        runs = lab.at_budget({"TAPO": METHODS["TAPO"]})["TAPO"]
+        assert {run.options["learning_rate"] for run in runs} == {max(RATES)}  # `test` prefers the other one
+        assert [run.seed for run in runs] == [0, 1, 2]
+        smaller = [run for run in lab.queue.made.values() if run.options.get("learning_rate") == min(RATES)]
+        assert [run.seed for run in smaller] == [0]
+
+    def test_reported_numbers_are_of_the_test_split(self, world):
+        lab = lab_of(world)
+        runs = lab.at_budget({"TAPO": METHODS["TAPO"]})["TAPO"]
+        assert lab.judged(runs).values == pytest.approx([0.49, 0.491, 0.492])
+
+    def test_a_policy_has_the_reward_model_of_its_seed(self, world):
+        lab = lab_of(world)
+        for seed in range(3):
+            run = lab.policy("TAPO", METHODS["TAPO"], seed)
+            assert run.seed == seed and run.options["reward_model"].seed == seed
+
+    def test_methods_without_recipe_are_left_out(self, world):
+        report = EXPERIMENTS["table1"](lab_of(world))
+        names = [row[0] for row in report.rows]
+        assert "LPO with its own reward, LRM" in names and "TAPO" in names
+        assert "Flow-GRPO" not in names and "SPO with its own reward, SPM" not in names
+
+
+class TestClaims:
+    def test_table1_tells_better_from_worse(self, world):
+        def gain(options):
+            return {"spo": -0.2, "tapo": 0.1}.get(options.get("pairing"), 0.1)
+
+        claims = "\n".join(EXPERIMENTS["table1"](lab_of(world, gain=gain)).claims)
+        assert "TAPO against the base model: **holds**" in claims
+        assert "TAPO against SPO: **holds** (0.591 ± 0.002 against 0.291 ± 0.002)." in claims
+        assert "TAPO against Diffusion-DPO: **not decided**" in claims
+
+        worse = "\n".join(EXPERIMENTS["table1"](lab_of(world, gain=lambda options: -gain(options))).claims)
+        assert "TAPO against SPO: **does not hold: the opposite does**" in worse
+
+    def test_fig11_sees_the_hacked_corner(self, world):
+        def gain(options):
+            return -0.1 if (options["num_sde_steps"], options["num_candidates"]) == (16, 8) else 0.0
+
+        (claim,) = [line for line in EXPERIMENTS["fig11"](lab_of(world, gain=gain)).claims if "corner" in line]
+        assert "**holds**" in claim and "reward 1.100" in claim
+
+    @pytest.mark.parametrize(("enhanced", "expected"), [(3.0, "holds"), (-0.5, "the opposite does")])
+    def test_fig12_and_table4_read_the_enhancement(self, world, enhanced, expected):
+        for name in ("fig12", "table4"):
+            claims = EXPERIMENTS[name](lab_of(world, enhanced=enhanced)).claims
+            assert any(expected in claim for claim in claims if "nhancement" in claim)
+
+    def test_the_deployable_rule_is_named_beside_the_leaking_one(self, world):
+        report = EXPERIMENTS["table2"](lab_of(world))
+        assert any("M14" in claim for claim in report.claims)
+        labels = [row[0] for row in report.rows]
+        assert any("sees the clean latent" in label for label in labels)
+        assert any("deployable" in label for label in labels)
+
+
+def test_pairings_differ_in_their_pairs_alone(world):
+    lab = lab_of(world, seeds=1)
+    EXPERIMENTS["pairings"](lab)
+    judged = [run for run in lab.queue.made.values() if run.command == "tapo" and not run.is_probe]
+    paired = [run for run in judged if run.options.get("step_weighting") == "velocity"]
+    allowed = {"pairing", "pair_threshold", "continue_with", "max_steps", "num_sde_steps", "num_candidates"}
+    allowed |= {"transition_batch_size", "reward_model", "learning_rate"}
+    common = [{name: value for name, value in run.options.items() if name not in allowed} for run in paired]
+    assert len(paired) > 12 and all(options == common[0] for options in common)
+    assert replace(paired[0], label="x").folder == paired[0].folder

@@ -1,0 +1,212 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from tapo_trl.reproduction import Run, RunQueue, load_world
+from tapo_trl.reproduction.runs import RECIPE, RESULT
+
+from ..testing_utils import tiny_sd3_pipeline
+
+
+WORLD_FILE = """
+from tapo_trl.reproduction import World
+
+WORLD = World(
+    name="tiny",
+    recipes={{name: f"{folder}/{{name}}.yaml" for name in ("slrm", "tapo")}},
+    pairs={{split: "{folder}/pairs.parquet" for split in ("validation", "test")}},
+    prompts={{split: f"{folder}/{{split}}.txt" for split in ("validation", "test")}},
+    judge=lambda images, prompts: {{"bright": images.mean(dim=(1, 2, 3))}},
+    primary="bright",
+    describe={{"bright": "mean of the pixels"}},
+    learning_rates={{"tapo": (1e-3,)}},
+    prompts_per_step=2,
+    num_steps=1,
+    num_inference_steps=4,
+    guidance_scale=2.0,
+)
+"""
+
+COMMON = {
+    "resolution": 32,
+    "max_sequence_length": 8,
+    "use_cpu": True,
+    "bf16": False,
+    "max_steps": 1,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A world of a pipeline with random weights."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_sd3_pipeline().save_pretrained(folder / "base")
+    images = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)) for i in range(8)
+    ]
+    features = Features({"prompt": Value("string"), "chosen": ImageFeature(), "rejected": ImageFeature()})
+    pairs = {"prompt": list("abcd"), "chosen": images[:4], "rejected": images[4:]}
+    Dataset.from_dict(pairs, features=features).to_parquet(folder / "pairs.parquet")
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.txt").write_text("\n".join("abcd"))
+    common = COMMON | {"model_name_or_path": str(folder / "base"), "cache_dir": str(folder / "cache")}
+    slrm = common | {"dataset_name": str(folder / "pairs.parquet"), "num_task_tokens": 2}
+    tapo = common | {"dataset_name": str(folder / "train.txt"), "use_peft": True, "lora_r": 2}
+    (folder / "slrm.yaml").write_text("# a comment\n" + yaml.safe_dump(slrm))
+    (folder / "tapo.yaml").write_text(yaml.safe_dump(tapo | {"num_inference_steps": 4, "guidance_scale": 2.0}))
+    (folder / "world.py").write_text(WORLD_FILE.format(folder=folder))
+    return folder
+
+
+@pytest.fixture
+def reward(folder):
+    return Run("slrm", "slrm", str(folder / "slrm.yaml"))
+
+
+@pytest.fixture
+def tapo(folder, reward):
+    options = {"reward_model": reward, "velocity_target": "parent", "num_sde_steps": 2, "num_candidates": 3}
+    return Run("tapo", "tapo", str(folder / "tapo.yaml"), options)
+
+
+class TestRun:
+    def test_the_folder_depends_on_what_is_trained_alone(self, tapo):
+        assert replace(tapo, label="another").folder == tapo.folder
+        assert tapo.with_options(guidance_scale=2.0, adam_beta1=None).folder == tapo.folder  # as in the recipe
+        others = [
+            tapo.with_options(num_sde_steps=1),
+            tapo.with_options(guidance_scale=None),
+            tapo.with_seed(1),
+            tapo.probe,
+            tapo.with_options(reward_model=tapo.options["reward_model"].with_seed(1)),
+        ]
+        assert len({run.folder for run in [tapo, *others]}) == len(others) + 1
+
+    def test_comments_of_a_recipe_change_nothing(self, folder, reward):
+        before = reward.folder
+        (folder / "slrm.yaml").write_text((folder / "slrm.yaml").read_text().replace("a comment", "another comment"))
+        assert reward.folder == before
+
+    def test_a_run_becomes_its_folder_in_the_recipe(self, tapo, tmp_path):
+        recipe = yaml.safe_load(tapo.with_options(disable_tqdm=None).write_recipe(tmp_path).read_text())
+        assert recipe["reward_model"] == [str(tmp_path / tapo.options["reward_model"].folder)]
+        assert recipe["num_candidates"] == 3 and recipe["seed"] == 0
+        assert "disable_tqdm" not in recipe
+
+    def test_the_probe_has_one_step_and_seed_0(self, tapo):
+        assert tapo.with_seed(3).with_options(max_steps=9).probe.options["max_steps"] == 1
+        assert tapo.with_seed(3).probe.folder == tapo.probe.folder
+
+
+@pytest.mark.slow
+class TestRunQueue:
+    def test_makes_what_is_missing_and_counts_forwards(self, folder, tapo, reward, tmp_path):
+        queue = RunQueue(load_world(str(folder)), str(folder), tmp_path, jobs=2)
+        (result,) = queue.make([tapo])
+
+        # 2 prompts, T = 4, stochastic steps 1 and 3 of two branches, which are one until step 1; guidance doubles
+        rollout, transitions = 2 * (2 + 2 * 2), 2 * 2 * 2
+        assert result["forwards"] == {"policy": 2 * (rollout + transitions * (3 + 1)), "reward": 2 * 2 * 2 * 3}
+        assert result["judges"].keys() == {"validation", "test"}
+        assert result["judges"]["test"].keys() == {"bright", "reward"}
+        pairs = queue.result(reward)["pairs"]["test"]
+        assert set(pairs) == {"ground_truth", "reference", "none"}
+        assert set(pairs["none"]) == {"accuracy", "consistency", "distributions"}
+
+        # The command that a result names is the run: it starts from this recipe
+        recipe = tmp_path / tapo.folder / RECIPE
+        assert result["command"] == f"tapo-trl tapo --config {recipe}" and recipe.is_file()
+
+        # Nothing is made twice; what has no result is made again, to the digit
+        times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob(RESULT)}
+        assert len(times) == 2
+        queue.make([tapo, reward])
+        assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob(RESULT)} == times
+        (tmp_path / tapo.folder / RESULT).unlink()
+        (again,) = queue.make([tapo])
+        assert again["judges"] == result["judges"]
+        assert (tmp_path / reward.folder / RESULT).stat().st_mtime_ns == times[tmp_path / reward.folder / RESULT]
+
+    def test_a_failure_names_the_log_and_keeps_the_rest(self, folder, tapo, tmp_path):
+        queue = RunQueue(load_world(str(folder)), str(folder), tmp_path)
+        broken = tapo.with_options(label="broken", beta=-1.0)
+        with pytest.raises(RuntimeError, match=r"The run `broken` failed: .* See .*log.txt; the same command goes on"):
+            queue.make([broken])
+        log = (tmp_path / broken.folder / "log.txt").read_text()
+        assert "`beta` must be positive, got -1.0." in log
+        assert queue.result(broken.options["reward_model"]) is not None
+
+    def test_the_base_is_judged_untrained(self, folder, tapo, tmp_path):
+        queue = RunQueue(load_world(str(folder)), str(folder), tmp_path, samples_per_prompt=1)
+        (result,) = queue.make([Run("base", "base", str(folder / "tapo.yaml"), {"reward_model": None})])
+        policy_forwards = result["forwards"]["policy"]
+        assert policy_forwards == 0
+        from tapo_trl import load_policy
+        from tapo_trl.trainer.generation import generate_samples
+
+        policy = load_policy(str(folder / "base"))
+        images = generate_samples(
+            policy,
+            policy.transformer,
+            list("abcd"),
+            lambda prompts: policy.encode_prompts(prompts, 8),
+            "",
+            latent_shape=policy.latent_shape(32, 32),
+            num_inference_steps=4,
+            guidance_scale=2.0,
+            seed=0,
+            batch_size=4,
+        )
+        assert result["judges"]["test"]["bright"] == pytest.approx(images.mean().item(), abs=1e-6)
+
+
+class TestLoadWorld:
+    def test_says_where_it_looked(self):
+        with pytest.raises(ValueError, match=r"neither nowhere/world.py nor examples/nowhere/world.py"):
+            load_world("nowhere")
+
+    def test_missing_files(self, folder, tmp_path):
+        text = WORLD_FILE.format(folder=folder).replace("pairs.parquet", "no.parquet")
+        (tmp_path / "world.py").write_text(text)
+        with pytest.raises(ValueError, match=r"names files that do not exist: .*no.parquet"):
+            load_world(str(tmp_path))
+
+    def test_no_world_in_the_file(self, tmp_path):
+        (tmp_path / "world.py").write_text("WORLD = 3\n")
+        with pytest.raises(ValueError, match="must define `WORLD`"):
+            load_world(str(tmp_path))
+
+
+def test_results_are_json(tmp_path, tapo):
+    """A result is read back as it is, and a folder without one counts as missing."""
+    queue = RunQueue(None, "", tmp_path)
+    assert queue.result(tapo) is None
+    (tmp_path / tapo.folder).mkdir(parents=True)
+    assert queue.result(tapo) is None
+    (tmp_path / tapo.folder / RESULT).write_text(json.dumps({"judges": {}}))
+    assert queue.result(tapo) == {"judges": {}}
