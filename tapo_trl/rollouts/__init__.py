@@ -13,8 +13,20 @@
 # limitations under the License.
 
 from .pairing import PAIRINGS, Pairing, get_pairing
+from .rollout import Rollout, Transitions
+from .sampler import RolloutSampler
 from .tapo import TAPOSampler
 from .trajectory import TrajectoryPairs, TransitionPairs
 
 
-__all__ = ["PAIRINGS", "Pairing", "TAPOSampler", "TrajectoryPairs", "TransitionPairs", "get_pairing"]
+__all__ = [
+    "PAIRINGS",
+    "Pairing",
+    "Rollout",
+    "RolloutSampler",
+    "TAPOSampler",
+    "TrajectoryPairs",
+    "TransitionPairs",
+    "Transitions",
+    "get_pairing",
+]
