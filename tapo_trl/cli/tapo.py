@@ -40,27 +40,6 @@ def main(script_args, training_args, model_args) -> None:
         return
 
     from ..trainer.tapo_trainer import TAPOTrainer
-    from .arguments import get_lora_config
-    from .builders import (
-        build_callbacks,
-        load_policy_from_args,
-        load_prompt_dataset,
-        load_reward_models,
-        run_training,
-    )
+    from .builders import run_rollout_training
 
-    train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
-    reward_model = load_reward_models(script_args.reward_model)
-    callbacks = build_callbacks(script_args, training_args, train_dataset, eval_dataset)
-
-    policy = load_policy_from_args(model_args, training_args)
-    trainer = TAPOTrainer(
-        model=policy,
-        reward_model=reward_model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=callbacks,
-        peft_config=get_lora_config(model_args, policy),
-    )
-    run_training(trainer, training_args, training_args.dataset_name)
+    run_rollout_training(TAPOTrainer, script_args, training_args, model_args)

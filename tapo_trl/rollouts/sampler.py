@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..policies import FlowPolicy, PromptEmbeddings
 from ..profiling import StageTimer
+from ..rewards.candidates import CleanSamples
 from ..rewards.scoring import WeightedReward
 from ..schedulers import FlowMatchSDEScheduler
 from .rollout import Rollout
@@ -113,6 +114,40 @@ class RolloutSampler(ABC):
                 self.guidance_scale,
             )
         return velocity.view_as(latents)
+
+    def score(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        prompts: list[str],
+        embeds: PromptEmbeddings,
+        columns: dict[str, list[Any]],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Rewards of final samples.
+
+        Args:
+            latents (`torch.Tensor` of shape `(num_generations, B, *latent_shape)`): clean latents.
+            noise (`torch.Tensor`, shaped as `latents`): the noise that they come from.
+            prompts (`list[str]`): B prompts.
+            embeds ([`PromptEmbeddings`]): their embeddings.
+            columns (`dict[str, list]`): further columns of the dataset.
+
+        Returns:
+            `tuple`: rewards of shape `(B, num_generations)`, and the same of each reward by name.
+        """
+        times, batch_size = latents.shape[:2]
+        samples = CleanSamples(
+            latents=latents.flatten(0, 1),
+            initial_noise=noise.flatten(0, 1),
+            prompts=prompts * times,
+            prompt_embeds=embeds.repeat(times),
+            columns={name: values * times for name, values in columns.items()},
+        )
+        with self.timer.stage("reward", latents=len(samples)):
+            rewards = self.reward(samples)
+        parts = {name: part.view(times, batch_size).T for name, part in self.reward.last_scores.items()}
+        return rewards.view(times, batch_size).T, parts
 
 
 def randn(generators: list[torch.Generator], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

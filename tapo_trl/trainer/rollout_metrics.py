@@ -12,9 +12,36 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What trainers with rollouts log of their examples."""
+"""What trainers with rollouts log of them and of their examples."""
 
 import torch
+
+from ..rollouts import Rollout
+
+
+def group_metrics(rollout: Rollout) -> dict[str, torch.Tensor]:
+    """
+    Metrics of the rewards of several samples per prompt.
+
+    Args:
+        rollout ([`~rollouts.rollout.Rollout`]): with `rewards` of shape `(B, num_generations)`.
+
+    Returns:
+        `dict[str, torch.Tensor]` of shape `(B,)`: `reward` and `reward_std` over the samples of a prompt;
+            `frac_reward_zero_std`, 1 where all of them are rewarded alike; and mean and deviation of each reward, if there
+            are several.
+    """
+    rewards = rollout.rewards
+    metrics = {
+        "reward": rewards.mean(1),
+        "reward_std": rewards.std(1),
+        "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float(),
+    }
+    if len(rollout.reward_parts) > 1:
+        for name, scores in rollout.reward_parts.items():
+            metrics[f"rewards/{name}/mean"] = scores.mean(1)
+            metrics[f"rewards/{name}/std"] = scores.std(1)
+    return metrics
 
 
 def metrics_of_steps(

@@ -21,7 +21,7 @@ import torch
 from trl.trainer.utils import RepeatSampler
 
 from ..policies import PromptEmbeddings
-from ..rollouts import Rollout, TrajectoryPairs
+from ..rollouts import Rollout, SamplePairs, TrajectoryGroups, TrajectoryPairs
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -78,7 +78,7 @@ def load_rollouts(folder: str | Path, process: int, device: torch.device) -> lis
         target = location if location == "cpu" else str(device)
         return torch.serialization.default_restore_location(storage, target)
 
-    with torch.serialization.safe_globals([TrajectoryPairs, PromptEmbeddings]):
+    with torch.serialization.safe_globals([TrajectoryPairs, SamplePairs, TrajectoryGroups, PromptEmbeddings]):
         return torch.load(file, map_location=place, weights_only=True)
 
 

@@ -36,7 +36,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import identity
 
 from ..data.prompts import ROW_COLUMN, PromptCache, default_prompts, prepare_prompts
-from ..policies import FlowPolicy, load_policy
+from ..policies import FlowPolicy, PromptEmbeddings, load_policy
 from ..profiling import StageTimer
 from ..rewards.scoring import WeightedReward
 from ..rollouts import Rollout, RolloutSampler, Transitions
@@ -275,7 +275,8 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         """Examples in chunks; `_chunk_prompts` and `_chunk_counts` are those of the current one's examples."""
         num_real = len(prompts) if self.model.training else self._num_real_rows(len(prompts))
         rows = (torch.arange(rollout.num_examples) % len(prompts)).split(chunk_size)
-        for chunk, in_chunk in zip(rollout.transitions(chunk_size), rows, strict=True):
+        is_used_again = self.model.training and self.args.num_iterations > 1
+        for chunk, in_chunk in zip(rollout.transitions(chunk_size, keep_reference=is_used_again), rows, strict=True):
             self._chunk_prompts, self._chunk_counts = [prompts[row] for row in in_chunk], in_chunk < num_real
             yield chunk
         self._chunk_prompts, self._chunk_counts = [], None
@@ -290,6 +291,9 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             elif not self._buffer:
                 process, device = self.args.process_index, self.accelerator.device
                 self._buffer = load_rollouts(self._resumed_from, process, device)
+            if self.args.sync_ref_model and step % self.args.ref_model_sync_steps == 0:
+                for _, rollout in self._buffer:
+                    rollout.ref_velocities = None  # those of the reference before it was synchronised
         slot, self._slot = self._slot, self._slot + 1
 
         rows = [example[ROW_COLUMN] for example in batch]
@@ -325,6 +329,35 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         return rollout
 
     # Loss
+
+    def reference_velocity(
+        self,
+        inputs: Transitions,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        prompt_embeds: PromptEmbeddings,
+        negative_prompt_embeds: PromptEmbeddings | None = None,
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """
+        Velocity of the reference at the latents of `inputs`, without gradient. Computed once for all updates from the same
+        rollout (`num_iterations`): the reference does not change in between.
+
+        Args:
+            inputs ([`~rollouts.rollout.Transitions`]): the examples, on the device of the training.
+
+        The others are those of [`~FlowPolicy.velocity`].
+        """
+        if inputs.ref_velocity is not None:
+            return inputs.ref_velocity
+        with self.timer.stage("reference, training", latents=len(latents)):
+            with torch.no_grad(), self.reference(self.model) as reference:
+                velocity = self.policy.velocity(
+                    reference, latents, sigma, prompt_embeds, negative_prompt_embeds, guidance_scale
+                )
+        if inputs.keep_ref_velocity is not None:
+            inputs.keep_ref_velocity(velocity)
+        return velocity
 
     def compute_loss(
         self,

@@ -142,9 +142,7 @@ class TAPOTrainer(RolloutTrainer):
         # One forward each for the parents of both sides, [win; lose]
         with self.timer.stage("policy, training", latents=len(latents)):
             velocity = self.policy.velocity(model, *arguments)
-        with self.timer.stage("reference, training", latents=len(latents)):
-            with torch.no_grad(), self.reference(self.model) as reference:
-                ref_velocity = self.policy.velocity(reference, *arguments)
+        ref_velocity = self.reference_velocity(inputs, *arguments)
 
         mean, std = self.scheduler.sde_mean_std(latents, velocity, indices)
         ref_mean, _ = self.scheduler.sde_mean_std(latents, ref_velocity, indices)
