@@ -59,6 +59,8 @@ class TrajectoryGroups(Rollout):
     final_latents: torch.Tensor
     advantages: torch.Tensor | None = None
 
+    of_levels: ClassVar[tuple[str, ...]] = ("step_indices", "latents", "next_latents", "means")
+
     @property
     def storage(self) -> torch.device:
         return self.latents.device

@@ -50,6 +50,10 @@ class Rollout(ABC):
     reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
     ref_velocities: dict[tuple[int, int], torch.Tensor] | None = None
 
+    of_levels: ClassVar[
+        tuple[str, ...]
+    ]  # fields that have the n noise levels as their first dimension, beside `weights`
+
     @property
     def num_examples(self) -> int:
         """n x N."""
@@ -75,6 +79,11 @@ class Rollout(ABC):
                 transitions.ref_velocity = (self.ref_velocities or {}).get(key)
                 transitions.keep_ref_velocity = partial(self._keep, key)
             yield transitions
+
+    def of_step(self, step: int) -> "Rollout":
+        """The examples of noise level number `step` alone."""
+        only = slice(step, step + 1)
+        return replace(self, **{name: getattr(self, name)[only] for name in ("weights", *self.of_levels)})
 
     def _keep(self, key: tuple[int, int], ref_velocity: torch.Tensor) -> None:
         self.ref_velocities = (self.ref_velocities or {}) | {key: ref_velocity.to(self.storage)}

@@ -50,6 +50,8 @@ class SamplePairs(Rollout):
     sigmas: torch.Tensor
     noise: torch.Tensor
 
+    of_levels: ClassVar[tuple[str, ...]] = ("sigmas", "noise")
+
     @property
     def storage(self) -> torch.device:
         return self.samples.device

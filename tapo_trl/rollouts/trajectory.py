@@ -55,6 +55,8 @@ class TrajectoryPairs(Rollout):
     pair_rewards: torch.Tensor
     final_latents: torch.Tensor
 
+    of_levels: ClassVar[tuple[str, ...]] = ("step_indices", "latents", "next_latents")
+
     @property
     def num_pairs(self) -> int:
         """Number of transition pairs, n x N."""
