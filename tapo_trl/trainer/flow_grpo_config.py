@@ -126,10 +126,11 @@ class FlowGRPOConfig(RolloutConfig):
         self.check_choices(
             sde_type=("flow", "constant", "cps"), logprob_reduction=("mean", "sum"), scale_rewards=SCALE_REWARDS
         )
-        if self.sde_type == "cps" and self.num_inference_steps - 1 in self.step_indices:
+        steps = self.step_indices
+        if self.sde_type == "cps" and self.num_inference_steps - 1 in steps:
             raise ValueError(
                 '`sde_type="cps"` has no noise at the last sampling step, which the stochastic steps '
-                f"{self.step_indices} include: lower `num_sde_steps` or `t_init`."
+                f"{steps} include: lower `num_sde_steps` or `t_init`."
             )
 
     @property
