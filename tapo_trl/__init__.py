@@ -33,7 +33,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ),
         ".trainer.diffusion_dpo_config": ("DiffusionDPOConfig",),
         ".trainer.diffusion_dpo_trainer": ("DiffusionDPOTrainer",),
+        ".trainer.flow_grpo_config": ("FlowGRPOConfig",),
+        ".trainer.flow_grpo_trainer": ("FlowGRPOTrainer",),
         ".trainer.gradient_share": ("GradientShareCallback",),
+        ".trainer.online_dpo_config": ("OnlineDiffusionDPOConfig",),
+        ".trainer.online_dpo_trainer": ("OnlineDiffusionDPOTrainer",),
         ".trainer.slrm_config": ("SLRMConfig",),
         ".trainer.slrm_trainer": ("SLRMTrainer",),
         ".trainer.tapo_config": ("TAPOConfig",),
@@ -55,7 +59,11 @@ if TYPE_CHECKING:
     )
     from .trainer.diffusion_dpo_config import DiffusionDPOConfig
     from .trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
+    from .trainer.flow_grpo_config import FlowGRPOConfig
+    from .trainer.flow_grpo_trainer import FlowGRPOTrainer
     from .trainer.gradient_share import GradientShareCallback
+    from .trainer.online_dpo_config import OnlineDiffusionDPOConfig
+    from .trainer.online_dpo_trainer import OnlineDiffusionDPOTrainer
     from .trainer.slrm_config import SLRMConfig
     from .trainer.slrm_trainer import SLRMTrainer
     from .trainer.tapo_config import TAPOConfig

@@ -180,6 +180,65 @@ def diffusion_dpo_loss(
     return losses, _implicit_rewards(chosen_rewards, rejected_rewards)
 
 
+def group_advantages(
+    rewards: torch.Tensor, scale_rewards: Literal["group", "batch", "none"] = "group", eps: float = 1e-4
+) -> torch.Tensor:
+    r"""
+    Advantages of GRPO: how much better each sample of a prompt is than the others,
+    \\( A_k = \frac{r_k - \operatorname{mean}(r)}{\operatorname{std} + \mathrm{eps}} \\).
+
+    Args:
+        rewards (`torch.Tensor` of shape `(num_prompts, num_generations)`): rewards, at least two per prompt.
+        scale_rewards (`str`, *optional*, defaults to `"group"`): whose standard deviation divides: that of the prompt's own
+            samples, that of all of `rewards` (`"batch"`), or none (`"none"`).
+        eps (`float`, *optional*, defaults to `1e-4`): added to the standard deviation.
+
+    Returns:
+        `torch.Tensor` of shape `(num_prompts, num_generations)`. Exactly 0 for a prompt whose samples are all rewarded alike.
+    """
+    differ = rewards.amax(1, keepdim=True) != rewards.amin(1, keepdim=True)
+    deviations = torch.where(differ, rewards - rewards.mean(1, keepdim=True), 0.0)
+    if scale_rewards == "group":
+        return deviations / (rewards.std(1, keepdim=True) + eps)
+    if scale_rewards == "batch":
+        return deviations / (rewards.std() + eps)
+    if scale_rewards == "none":
+        return deviations
+    raise ValueError(f"`scale_rewards` must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
+
+
+def flow_grpo_loss(
+    log_ratios: torch.Tensor, advantages: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    r"""
+    Clipped policy gradient of Flow-GRPO for steps of the sampling SDE, with the ratio
+    \\( \rho = \frac{p_\theta(x' | x)}{p_{old}(x' | x)} \\) to the policy that sampled them:
+    \\( -\min \left( \rho A, \operatorname{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A \right) \\).
+
+    Args:
+        log_ratios (`torch.Tensor` of shape `(batch_size,)`):
+            log-ratio of the policy to the one that sampled, float32, see [`~schedulers.gaussian_log_ratio`].
+        advantages (`torch.Tensor` of shape `(batch_size,)`): A, see [`group_advantages`].
+        epsilon (`float`): how far the ratio may move to lower the loss.
+
+    Returns:
+        `tuple`: losses of shape `(batch_size,)` and metrics `ratio`, `clip_ratio/low_mean` and `clip_ratio/high_mean` (1 where
+        the ratio is clipped from below or above, that is where the gradient is 0) and `clip_ratio/region_mean` (either), each
+        of shape `(batch_size,)`.
+    """
+    ratios = log_ratios.exp()
+    losses = -torch.minimum(ratios * advantages, ratios.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    low = (ratios < 1 - epsilon) & (advantages < 0)
+    high = (ratios > 1 + epsilon) & (advantages > 0)
+    metrics = {
+        "ratio": ratios.detach(),
+        "clip_ratio/low_mean": low.float(),
+        "clip_ratio/high_mean": high.float(),
+        "clip_ratio/region_mean": (low | high).float(),
+    }
+    return losses, metrics
+
+
 def _bradley_terry(logits: torch.Tensor, label_smoothing: float | torch.Tensor) -> torch.Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 

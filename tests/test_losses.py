@@ -13,11 +13,20 @@
 # limitations under the License.
 
 import math
+import statistics
 
 import pytest
 import torch
 
-from tapo_trl.losses import diffusion_dpo_loss, slrm_loss, tapo_loss, thurstone_loss, velocity_error_change
+from tapo_trl.losses import (
+    diffusion_dpo_loss,
+    flow_grpo_loss,
+    group_advantages,
+    slrm_loss,
+    tapo_loss,
+    thurstone_loss,
+    velocity_error_change,
+)
 
 
 class TestSLRMLoss:
@@ -178,3 +187,60 @@ class TestDiffusionDPOLoss:
         expected = [math.log(2), (win + lose) / 2, 0.75 * win + 0.25 * lose]
         assert losses.tolist() == pytest.approx(expected, rel=1e-5)
         assert metrics["rewards/margins"].tolist() == pytest.approx([2.0] * 3, rel=1e-5)
+
+
+class TestGroupAdvantages:
+    REWARDS = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 5.0]])
+
+    def test_by_hand(self):
+        found = group_advantages(self.REWARDS, eps=0.0)
+        std = math.sqrt((4 + 1 + 9) / 2)
+        torch.testing.assert_close(found[0], torch.tensor([-2 / std, -1 / std, 3 / std]))
+        torch.testing.assert_close(found[1], torch.tensor([-1.0, -1.0, 2.0]) / math.sqrt(3))
+
+    @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+    def test_scales(self, scale_rewards):
+        found = group_advantages(self.REWARDS, scale_rewards, eps=1e-4)
+        for row, advantages in zip(self.REWARDS.tolist(), found.tolist(), strict=True):
+            values = {"group": row, "batch": self.REWARDS.flatten().tolist(), "none": None}[scale_rewards]
+            scale = 1.0 if values is None else statistics.stdev(values) + 1e-4
+            assert advantages == pytest.approx([(r - statistics.mean(row)) / scale for r in row], abs=1e-6)
+
+    @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+    def test_a_group_that_is_rewarded_alike_learns_nothing(self, scale_rewards):
+        """Also where the mean of equal numbers is not that number."""
+        rewards = torch.cat([torch.full((1, 3), 0.1), torch.rand(1, 3)])
+        found = group_advantages(rewards, scale_rewards)
+        assert found[0].tolist() == [0.0, 0.0, 0.0] and (found[1] != 0).all()
+
+    def test_values_that_are_not_finite_are_passed_on(self):
+        rewards = torch.tensor([[1.0, math.nan, 2.0], [math.inf, math.inf, math.inf], [1.0, 2.0, 3.0]])
+        found = group_advantages(rewards)
+        assert not found[0].isfinite().any() and found[2].isfinite().all()
+
+    def test_unknown_scale(self):
+        with pytest.raises(ValueError, match="scale_rewards"):
+            group_advantages(self.REWARDS, "prompt")
+
+
+class TestFlowGRPOLoss:
+    @pytest.mark.parametrize(
+        ("ratio", "advantage", "loss", "slope", "clipped"),
+        [
+            (1.0, 2.0, -2.0, -2.0, None),
+            (1.2, 2.0, -2.2, 0.0, "high"),
+            (0.8, 2.0, -1.6, -1.6, None),
+            (0.8, -2.0, 1.8, 0.0, "low"),
+            (1.2, -2.0, 2.4, 2.4, None),
+            (1.05, 0.0, 0.0, 0.0, None),
+        ],
+    )
+    def test_by_hand(self, ratio, advantage, loss, slope, clipped):
+        """`slope` is the derivative by the log-ratio, that is times the ratio where it is not clipped."""
+        log_ratio = torch.tensor([ratio], dtype=torch.float64).log().requires_grad_()
+        losses, metrics = flow_grpo_loss(log_ratio, torch.tensor([advantage], dtype=torch.float64), epsilon=0.1)
+        assert losses.item() == pytest.approx(loss)
+        assert torch.autograd.grad(losses.sum(), log_ratio)[0].item() == pytest.approx(slope)
+        assert metrics["ratio"].item() == pytest.approx(ratio)
+        found = {name: metrics[f"clip_ratio/{name}_mean"].item() for name in ("low", "high", "region")}
+        assert found == {"low": clipped == "low", "high": clipped == "high", "region": clipped is not None}

@@ -25,7 +25,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import tapo_trl
-from tapo_trl.cli import diagnose, dpo, evaluate, sample, slrm, tapo
+from tapo_trl.cli import diagnose, dpo, evaluate, grpo, online_dpo, sample, slrm, tapo
 
 
 ROOT = Path(tapo_trl.__file__).parents[1]
@@ -35,6 +35,8 @@ PARSERS = {
     "slrm": slrm.make_parser,
     "tapo": tapo.make_parser,
     "dpo": dpo.make_parser,
+    "online_dpo": online_dpo.make_parser,
+    "grpo": grpo.make_parser,
     "evaluate": evaluate.make_parser,
     "diagnose": diagnose.make_parser,
 }
@@ -47,8 +49,12 @@ PUBLIC_NAMES = [
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
     "EMACallback",
+    "FlowGRPOConfig",
+    "FlowGRPOTrainer",
     "FlowMatchSDEScheduler",
     "GradientShareCallback",
+    "OnlineDiffusionDPOConfig",
+    "OnlineDiffusionDPOTrainer",
     "PolicyCallback",
     "RewardHackingGuardCallback",
     "SLRMConfig",
@@ -216,5 +222,7 @@ class TestDocumentation:
             updated, lines = sorted(module.update(text).splitlines()), sorted(text.splitlines())
             assert updated == lines, f"{name_of(path)} is out of date: run `python docs/update_options.py`"
         configs = ("tapo_config.TAPOConfig", "slrm_config.SLRMConfig", "diffusion_dpo_config.DiffusionDPOConfig")
-        assert {f"trainer.{name}" for name in (*configs, "preference_config.PreferenceDataConfig")} <= documented
+        configs += ("online_dpo_config.OnlineDiffusionDPOConfig", "flow_grpo_config.FlowGRPOConfig")
+        shared = ("preference_config.PreferenceDataConfig", "rollout_config.RolloutConfig")
+        assert {f"trainer.{name}" for name in (*configs, *shared)} <= documented
         assert {f"cli.arguments.{name}" for name in ("TAPOScriptArguments", "EvaluateArguments")} <= documented

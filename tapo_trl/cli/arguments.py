@@ -282,8 +282,8 @@ class DPOScriptArguments(SampleCallbackArguments, SLRMScriptArguments):
 @dataclass
 class TAPOScriptArguments(SampleCallbackArguments):
     """
-    Arguments of `tapo-trl tapo` beside [`TAPOConfig`] (which has `dataset_name` and `dataset_split`) and
-    [`DiffusionModelConfig`]: those of [`SampleCallbackArguments`], and
+    Arguments of `tapo-trl tapo`, `online_dpo` and `grpo` beside [`TAPOConfig`], [`OnlineDiffusionDPOConfig`] or
+    [`FlowGRPOConfig`] (which have `dataset_name` and `dataset_split`) and [`DiffusionModelConfig`]: those of [`SampleCallbackArguments`], and
 
     Parameters:
         > Parameters that control the prompts

@@ -35,16 +35,17 @@ from .arguments import (
     SampleCallbackArguments,
     SLRMScriptArguments,
     TAPOScriptArguments,
+    get_lora_config,
 )
 
 
 if TYPE_CHECKING:
     from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
     from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
+    from ..trainer.rollout_config import RolloutConfig
+    from ..trainer.rollout_trainer import RolloutTrainer
     from ..trainer.slrm_config import SLRMConfig
     from ..trainer.slrm_trainer import SLRMTrainer
-    from ..trainer.tapo_config import TAPOConfig
-    from ..trainer.tapo_trainer import TAPOTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -53,14 +54,14 @@ FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv
 
 
 def load_policy_from_args(
-    model_args: DiffusionModelConfig, training_args: "SLRMConfig | TAPOConfig | DiffusionDPOConfig"
+    model_args: DiffusionModelConfig, training_args: "SLRMConfig | RolloutConfig | DiffusionDPOConfig"
 ) -> FlowPolicy:
     """
     Loads the policy of a training command.
 
     Args:
         model_args ([`DiffusionModelConfig`]): The pipeline, its revision and its precision.
-        training_args ([`SLRMConfig`], [`TAPOConfig`] or [`DiffusionDPOConfig`]): Its `model_init_kwargs` take precedence.
+        training_args ([`SLRMConfig`], [`RolloutConfig`] or [`DiffusionDPOConfig`]): Its `model_init_kwargs` take precedence.
 
     Returns:
         [`FlowPolicy`]: The policy.
@@ -137,14 +138,14 @@ def load_prompts(name: str, config: str | None = None, split: str = "train", pro
 
 
 def load_prompt_dataset(
-    script_args: TAPOScriptArguments, training_args: "TAPOConfig"
+    script_args: TAPOScriptArguments, training_args: "RolloutConfig"
 ) -> tuple[Dataset, Dataset | None]:
     """
     The prompts to train on and the held-out prompts.
 
     Args:
         script_args ([`TAPOScriptArguments`]): Where the prompts are.
-        training_args ([`TAPOConfig`]): Its `dataset_name` and `dataset_split` name the training prompts.
+        training_args ([`RolloutConfig`]): Its `dataset_name` and `dataset_split` name the training prompts.
 
     Returns:
         `tuple[Dataset, Dataset | None]`: Both with the column `prompt`. Without a `dataset_name` the first holds the
@@ -279,7 +280,7 @@ def load_function(spec: str, option: str) -> Callable:
 
 def load_reward_models(specs: list[str] | None) -> str | Callable | list[str | Callable]:
     """
-    The reward models for [`TAPOTrainer`].
+    The reward models for [`RolloutTrainer`].
 
     Args:
         specs (`list[str]`, *optional*): Folders or Hub ids of SLRMs, and `package.module:function` callables.
@@ -321,7 +322,7 @@ def read_prompts(prompts: list[str], option: str) -> list[str]:
 
 def build_sample_callbacks(
     script_args: SampleCallbackArguments,
-    training_args: "TAPOConfig | DiffusionDPOConfig",
+    training_args: "RolloutConfig | DiffusionDPOConfig",
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
 ) -> list[TrainerCallback]:
@@ -330,7 +331,7 @@ def build_sample_callbacks(
 
     Args:
         script_args ([`SampleCallbackArguments`]): The flags.
-        training_args ([`TAPOConfig`] or [`DiffusionDPOConfig`]):
+        training_args ([`RolloutConfig`] or [`DiffusionDPOConfig`]):
             Its `resume_from_checkpoint` tells where a saved average lies.
         train_dataset ([`~datasets.Dataset`]): Training prompts.
         eval_dataset ([`~datasets.Dataset`], *optional*): Held-out prompts.
@@ -360,7 +361,7 @@ def build_sample_callbacks(
 
 def build_callbacks(
     script_args: TAPOScriptArguments,
-    training_args: "TAPOConfig",
+    training_args: "RolloutConfig",
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
 ) -> list[TrainerCallback]:
@@ -387,16 +388,16 @@ def build_callbacks(
 
 
 def run_training(
-    trainer: "SLRMTrainer | TAPOTrainer | DiffusionDPOTrainer",
-    training_args: "SLRMConfig | TAPOConfig | DiffusionDPOConfig",
+    trainer: "SLRMTrainer | RolloutTrainer | DiffusionDPOTrainer",
+    training_args: "SLRMConfig | RolloutConfig | DiffusionDPOConfig",
     dataset_name: str | None,
 ) -> None:
     """
     Trains, writes the result with its model card to `output_dir` and, with `push_to_hub`, uploads it.
 
     Args:
-        trainer ([`SLRMTrainer`], [`TAPOTrainer`] or [`DiffusionDPOTrainer`]): The trainer.
-        training_args ([`SLRMConfig`], [`TAPOConfig`] or [`DiffusionDPOConfig`]): Its configuration.
+        trainer ([`SLRMTrainer`], [`RolloutTrainer`] or [`DiffusionDPOTrainer`]): The trainer.
+        training_args ([`SLRMConfig`], [`RolloutConfig`] or [`DiffusionDPOConfig`]): Its configuration.
         dataset_name (`str`, *optional*): Data set for the card.
     """
     trainer.dataset_name = dataset_name
@@ -407,3 +408,34 @@ def run_training(
     else:
         trainer.save_model(training_args.output_dir)
     trainer.end()
+
+
+def make_rollout_trainer(
+    trainer_class: "type[RolloutTrainer]",
+    script_args: TAPOScriptArguments,
+    training_args: "RolloutConfig",
+    model_args: DiffusionModelConfig,
+) -> "RolloutTrainer":
+    """
+    Loads what a trainer with rollouts needs, and makes it.
+
+    Args:
+        trainer_class (`type`): A [`RolloutTrainer`].
+        script_args ([`TAPOScriptArguments`]): The reward model, the held-out prompts and the callbacks.
+        training_args ([`RolloutConfig`]): Its configuration.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
+    reward_model = load_reward_models(script_args.reward_model)
+    callbacks = build_callbacks(script_args, training_args, train_dataset, eval_dataset)
+
+    policy = load_policy_from_args(model_args, training_args)
+    return trainer_class(
+        model=policy,
+        reward_model=reward_model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        peft_config=get_lora_config(model_args, policy),
+    )

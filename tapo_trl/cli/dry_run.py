@@ -32,7 +32,10 @@ from ..rewards.velocity_targets import MIN_SIGMA
 from ..rollouts import PAIRINGS
 from ..schedulers import sde_step_indices
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
+from ..trainer.flow_grpo_config import FlowGRPOConfig
+from ..trainer.online_dpo_config import OnlineDiffusionDPOConfig
 from ..trainer.reward_loading import store_in_float8
+from ..trainer.rollout_config import RolloutConfig
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.tapo_config import TAPOConfig
 from .arguments import DiffusionModelConfig, TAPOScriptArguments
@@ -255,20 +258,49 @@ def reward_memory(model: LatentRewardModel, layerwise_casting: bool, group_offlo
 # The commands
 
 
-def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args: DiffusionModelConfig) -> DryRun:
+@dataclass
+class _RolloutRun:
     """
-    What `tapo-trl tapo` would do.
+    What all trainings with rollouts have in common.
 
     Args:
-        script_args ([`TAPOScriptArguments`]): The reward models.
-        args ([`TAPOConfig`]): The training.
-        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+        source (`str`): Where the pipeline's configuration is from.
+        policy ([`FlowPolicy`]): The policy on the meta device, with its LoRA.
+        size (`tuple[int, ...]`): Height, width and, for video, frames of a sample.
+        latent_shape (`tuple[int, ...]`): Shape of one latent.
+        tokens (`tuple[int, int]`): Tokens of a sample and of a prompt.
+        parameters (`dict[str, int]`): Number of parameters of each network.
+        memory (`list[Row]`): Memory of all weights.
+        notes (`list[str]`): Remarks.
+        latents_per_score (`int`): Latents that the latent reward model looks at for one score, 0 if there is none.
+        velocity_target (`str`, *optional*): What an SLRM's velocity is compared to.
+        has_function (`bool`): Whether there is a function of decoded samples.
     """
+
+    source: str
+    policy: FlowPolicy
+    size: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    tokens: tuple[int, int]
+    parameters: dict[str, int]
+    memory: list[Row]
+    notes: list[str]
+    latents_per_score: int
+    velocity_target: str | None
+    has_function: bool
+
+    @property
+    def latent_bytes(self) -> int:
+        """Bytes of one latent in float32."""
+        return 4 * math.prod(self.latent_shape)
+
+
+def _rollout_run(
+    script_args: TAPOScriptArguments, args: RolloutConfig, model_args: DiffusionModelConfig
+) -> _RolloutRun:
     policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
     size, latent_shape, tokens = _sizes(policy, args)
-    transformer, latent = policy.transformer, 4 * math.prod(latent_shape)
-    sigmas = policy.build_scheduler(args.num_inference_steps, latent_shape).sigmas.tolist()
-    parameters = {"policy": count_parameters(transformer)}
+    parameters = {"policy": count_parameters(policy.transformer)}
     notes = [_ESTIMATE]
 
     specs = script_args.reward_model or []
@@ -285,51 +317,200 @@ def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args:
         dtype = (args.reward_model_init_kwargs or {}).get("torch_dtype", "float32")
         reward_model = nn.Module.to(reward_model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         memory.append(reward_memory(reward_model, args.reward_layerwise_casting, args.reward_group_offload))
+    return _RolloutRun(
+        source=source,
+        policy=policy,
+        size=size,
+        latent_shape=latent_shape,
+        tokens=tokens,
+        parameters=parameters,
+        memory=memory,
+        notes=notes,
+        latents_per_score=0 if reward_model is None else reward_model.latents_per_score,
+        velocity_target=velocity_target,
+        has_function=bool(functions),
+    )
+
+
+def _rollout_report(
+    command: str,
+    run: _RolloutRun,
+    args: RolloutConfig,
+    model_args: DiffusionModelConfig,
+    forwards: list[Row],
+    drawn: Row,
+    latents_per_chunk: int,
+    stored: Row,
+) -> DryRun:
+    """
+    The report of a training with rollouts.
+
+    Args:
+        command (`str`): Its name.
+        run (`_RolloutRun`): What it has in common with others.
+        args ([`RolloutConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline.
+        forwards (`list[Row]`): Latents through each network for one prompt.
+        drawn (`Row`): Memory of what is drawn at once.
+        latents_per_chunk (`int`): Latents in one training forward.
+        stored (`Row`): Memory of what is kept of a rollout; where it lies is put before its formula.
+    """
+    memory = [*run.memory, drawn]
+    memory += activation_rows(
+        run.policy.transformer, latents_per_chunk, _block_tokens(run.policy, run.tokens), args.activation_checkpointing
+    )
+    memory.append(Row("sum", sum(row.value for row in memory), "on the accelerator"))
+    offload = run.policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
+    place = "on the CPU" if offload else "on the accelerator, beside the sum"
+    memory.append(Row(stored.name, stored.value, f"{place}: {stored.formula}"))
+    return DryRun(
+        title=f"`{command}` with {model_args.model_name_or_path} ({run.source})",
+        size=run.size,
+        latent_shape=run.latent_shape,
+        sample_tokens=run.tokens[0],
+        text_tokens=run.tokens[1],
+        parameters=run.parameters,
+        unit="prompt",
+        per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        forwards=forwards,
+        memory=memory,
+        notes=run.notes,
+    )
+
+
+def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args: DiffusionModelConfig) -> DryRun:
+    """
+    What `tapo-trl tapo` would do.
+
+    Args:
+        script_args ([`TAPOScriptArguments`]): The reward models.
+        args ([`TAPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    run = _rollout_run(script_args, args, model_args)
+    sigmas = run.policy.build_scheduler(args.num_inference_steps, run.latent_shape).sigmas.tolist()
     prompts, pairs = args.per_device_train_batch_size, args.transition_batch_size or args.per_device_train_batch_size
     pairing = PAIRINGS[args.pairing]
     pairs_per_step = prompts * pairing.pairs_per_prompt
-    memory.append(
-        Row(
-            "candidates of a step",
-            5 * pairing.num_branches * args.num_candidates * prompts * latent,
-            f"{prompts} prompts x {pairing.num_branches} x P x 5 (noise, x', parent's estimate, x_T, target) x one latent",
-        )
-    )
     guidance = 2 if args.train_cfg and args.guidance_scale > 1 else 1
-    memory += activation_rows(
-        transformer,
-        pairs * pairing.num_parents * guidance,
-        _block_tokens(policy, tokens),
-        args.activation_checkpointing,
-    )
-    memory.append(Row("sum", sum(row.value for row in memory), "on the accelerator"))
-    offload = policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
-    place = "on the CPU" if offload else "on the accelerator, beside the sum"
-    memory.append(
-        Row(
-            "transitions of a rollout",
-            args.num_sde_steps * pairs_per_step * (pairing.num_parents + 2) * latent,
-            f"{place}: n x {pairs_per_step} pairs x {pairing.num_parents + 2} ends x one latent",
-        )
-    )
-    return DryRun(
-        title=f"`tapo` with {model_args.model_name_or_path} ({source})",
-        size=size,
-        latent_shape=latent_shape,
-        sample_tokens=tokens[0],
-        text_tokens=tokens[1],
-        parameters=parameters,
-        unit="prompt",
-        per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        forwards=tapo_forwards(
-            args,
-            sigmas,
-            velocity_target,
-            0 if reward_model is None else reward_model.latents_per_score,
-            bool(functions),
+    return _rollout_report(
+        "tapo",
+        run,
+        args,
+        model_args,
+        forwards=tapo_forwards(args, sigmas, run.velocity_target, run.latents_per_score, run.has_function),
+        drawn=Row(
+            "candidates of a step",
+            5 * pairing.num_branches * args.num_candidates * prompts * run.latent_bytes,
+            f"{prompts} prompts x {pairing.num_branches} x P x 5 (noise, x', parent's estimate, x_T, target) x one latent",
         ),
-        memory=memory,
-        notes=notes,
+        latents_per_chunk=pairs * pairing.num_parents * guidance,
+        stored=Row(
+            "transitions of a rollout",
+            args.num_sde_steps * pairs_per_step * (pairing.num_parents + 2) * run.latent_bytes,
+            f"n x {pairs_per_step} pairs x {pairing.num_parents + 2} ends x one latent",
+        ),
+    )
+
+
+def sample_forwards(args: OnlineDiffusionDPOConfig | FlowGRPOConfig, latents_per_score: int) -> list[Row]:
+    """
+    Latents that go through each network for the rollout of one prompt whose final samples are rewarded.
+
+    Args:
+        args ([`OnlineDiffusionDPOConfig`] or [`FlowGRPOConfig`]): The training.
+        latents_per_score (`int`): Latents that the latent reward model looks at for one score, 0 if there is none.
+    """
+    guidance, words = (2, "guidance x ") if args.guidance_scale > 1 else (1, "")
+    samples = args.num_generations
+    rows = [Row("policy, rollout", guidance * samples * args.num_inference_steps, f"{words}K x T steps")]
+    if latents_per_score:
+        enhancement = f"{latents_per_score} x " if latents_per_score > 1 else ""
+        rows.append(Row("reward model", latents_per_score * samples, f"{enhancement}K"))
+    return rows
+
+
+def _drawn_samples(args: OnlineDiffusionDPOConfig | FlowGRPOConfig, run: _RolloutRun) -> Row:
+    prompts = args.per_device_train_batch_size
+    value = 4 * args.num_generations * prompts * run.latent_bytes
+    return Row("samples of a step", value, f"{prompts} prompts x K x 4 (x_T, x, velocity, x') x one latent")
+
+
+def online_dpo_forwards(args: OnlineDiffusionDPOConfig, latents_per_score: int) -> list[Row]:
+    """Latents that go through each network for one prompt, see [`sample_forwards`]."""
+    latents, words = 2 * args.num_noise_levels, "noise levels x both sides of a pair"
+    return [
+        *sample_forwards(args, latents_per_score),
+        Row("policy, training (forward and backward)", latents, words),
+        Row("reference, training", latents, words),
+    ]
+
+
+def dry_run_online_dpo(
+    script_args: TAPOScriptArguments, args: OnlineDiffusionDPOConfig, model_args: DiffusionModelConfig
+) -> DryRun:
+    """
+    What `tapo-trl online_dpo` would do.
+
+    Args:
+        script_args ([`TAPOScriptArguments`]): The reward models.
+        args ([`OnlineDiffusionDPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    run = _rollout_run(script_args, args, model_args)
+    prompts = args.per_device_train_batch_size
+    return _rollout_report(
+        "online_dpo",
+        run,
+        args,
+        model_args,
+        forwards=online_dpo_forwards(args, run.latents_per_score),
+        drawn=_drawn_samples(args, run),
+        latents_per_chunk=2 * (args.transition_batch_size or prompts),
+        stored=Row(
+            "pairs of a rollout",
+            (2 + args.num_noise_levels) * prompts * run.latent_bytes,
+            f"{prompts} prompts x (2 samples + noise at {args.num_noise_levels} levels) x one latent",
+        ),
+    )
+
+
+def grpo_forwards(args: FlowGRPOConfig, latents_per_score: int) -> list[Row]:
+    """Latents that go through each network for one prompt, see [`sample_forwards`]."""
+    guidance, words = (2, "guidance x ") if args.guidance_scale > 1 else (1, "")
+    latents = guidance * args.num_generations * len(args.step_indices)
+    rows = [
+        *sample_forwards(args, latents_per_score),
+        Row("policy, training (forward and backward)", latents, f"{words}K x n"),
+    ]
+    return rows if args.beta == 0 else [*rows, Row("reference, training", latents, f"{words}K x n")]
+
+
+def dry_run_grpo(script_args: TAPOScriptArguments, args: FlowGRPOConfig, model_args: DiffusionModelConfig) -> DryRun:
+    """
+    What `tapo-trl grpo` would do.
+
+    Args:
+        script_args ([`TAPOScriptArguments`]): The reward models.
+        args ([`FlowGRPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    run = _rollout_run(script_args, args, model_args)
+    prompts, guidance = args.per_device_train_batch_size, 2 if args.guidance_scale > 1 else 1
+    trajectories = prompts * args.num_generations
+    return _rollout_report(
+        "grpo",
+        run,
+        args,
+        model_args,
+        forwards=grpo_forwards(args, run.latents_per_score),
+        drawn=_drawn_samples(args, run),
+        latents_per_chunk=guidance * (args.transition_batch_size or prompts),
+        stored=Row(
+            "transitions of a rollout",
+            3 * len(args.step_indices) * trajectories * run.latent_bytes,
+            f"n x {trajectories} trajectories x 3 (x, x', mean) x one latent",
+        ),
     )
 
 
@@ -465,7 +646,7 @@ _ESTIMATE = (
 
 
 def _sizes(
-    policy: FlowPolicy, args: SLRMConfig | TAPOConfig | DiffusionDPOConfig
+    policy: FlowPolicy, args: SLRMConfig | RolloutConfig | DiffusionDPOConfig
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]:
     """Size of a sample, shape of its latent, and tokens."""
     height, width = args.height or args.resolution, args.width or args.resolution

@@ -19,6 +19,8 @@ import sys
 COMMANDS = {
     "slrm": "train a latent reward model on preference pairs",
     "tapo": "align a text-to-image or text-to-video model with a reward model",
+    "online_dpo": "the same by Diffusion-DPO on the best and the worst of its own samples",
+    "grpo": "the same by Flow-GRPO, policy gradients on its sampling steps",
     "dpo": "align a text-to-image or text-to-video model with preference pairs",
     "evaluate": "measure a reward model on held-out pairs, or the reward of a model's samples",
     "diagnose": "draw how a reward model ranks pairs at each noise level, and the curves of trainings",
@@ -37,7 +39,7 @@ commands:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `tapo-trl`. Runs one command and returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    usage = USAGE.format(commands="\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
+    usage = USAGE.format(commands="\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items()))
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)
         return 0

@@ -39,28 +39,9 @@ def make_trainer(script_args, training_args, model_args) -> "TAPOTrainer":
         model_args ([`DiffusionModelConfig`]): The pipeline to align.
     """
     from ..trainer.tapo_trainer import TAPOTrainer
-    from .arguments import get_lora_config
-    from .builders import (
-        build_callbacks,
-        load_policy_from_args,
-        load_prompt_dataset,
-        load_reward_models,
-    )
+    from .builders import make_rollout_trainer
 
-    train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
-    reward_model = load_reward_models(script_args.reward_model)
-    callbacks = build_callbacks(script_args, training_args, train_dataset, eval_dataset)
-
-    policy = load_policy_from_args(model_args, training_args)
-    return TAPOTrainer(
-        model=policy,
-        reward_model=reward_model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=callbacks,
-        peft_config=get_lora_config(model_args, policy),
-    )
+    return make_rollout_trainer(TAPOTrainer, script_args, training_args, model_args)
 
 
 def main(script_args, training_args, model_args) -> None:

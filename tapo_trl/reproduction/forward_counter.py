@@ -22,7 +22,7 @@ from torch import nn
 
 from ..rewards.scoring import LatentReward
 from ..trainer.policy_trainer import PolicyTrainerMixin
-from ..trainer.tapo_trainer import TAPOTrainer
+from ..trainer.rollout_trainer import RolloutTrainer
 
 
 BACKWARD_COST = 2  # in forwards
@@ -58,7 +58,7 @@ class ForwardCounter:
         self._count(trainer.policy.transformer, self._add_policy)
         if trainer.ref_model is not None:
             self._count(trainer.ref_model, self._add_policy)
-        for reward in trainer.reward.rewards if isinstance(trainer, TAPOTrainer) else []:
+        for reward in trainer.reward.rewards if isinstance(trainer, RolloutTrainer) else []:
             if isinstance(reward, LatentReward):
                 self._count(reward.model.transformer, self._add_reward)
 

@@ -55,8 +55,10 @@ METHODS: dict[str, Method] = {
     "Diffusion-DPO": Method("dpo", {"variant": "diffusion_dpo"}),
     "Inversion-DPO": Method("dpo", {"variant": "inversion_dpo"}),
     "DenseReward": Method("dpo", {"variant": "dense_reward"}),
-    "Online Diffusion-DPO": Method("online_dpo", {}, "SLRM"),
-    "Flow-GRPO": Method("grpo", {}, "SLRM"),
+    "Online Diffusion-DPO": Method("online_dpo", {"num_generations": 4, "num_noise_levels": 4}, "SLRM"),
+    "Flow-GRPO on 2 of 10 steps": Method(
+        "grpo", {"num_inference_steps": 10, "num_sde_steps": 2, "num_generations": 8}, "SLRM"
+    ),
     "SPO": Method("tapo", {"pairing": "spo", "num_sde_steps": 16, "beta": 10.0, "ratio_clip": 0.1}, "SLRM"),
     "SPO with its own reward, SPM": Method(
         "tapo", {"pairing": "spo", "num_sde_steps": 16, "beta": 10.0, "ratio_clip": 0.1}, "SPM"

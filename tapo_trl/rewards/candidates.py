@@ -75,3 +75,50 @@ class Candidates:
     def has_velocity(self) -> bool:
         """Whether `velocity` was needed, and so costs nothing any more."""
         return "velocity" in self.__dict__
+
+    @property
+    def denoised(self) -> torch.Tensor:
+        """One-step estimate of each candidate's own clean latent, \\( x' - \\sigma' v(x') \\)."""
+        return self.latents - self.sigma * self.velocity
+
+
+class CleanSamples(Candidates):
+    """
+    Samples at the end of their trajectories, as candidates at noise level 0: they are their own clean estimates, and no
+    network is asked for a velocity.
+
+    Args:
+        latents (`torch.Tensor` of shape `(num_samples, *latent_shape)`): clean latents, float32.
+        initial_noise (`torch.Tensor`, shaped as `latents`): x_T of each trajectory.
+        prompts (`list[str]`): prompt of each sample.
+        prompt_embeds ([`PromptEmbeddings`]): their embeddings.
+        columns (`dict[str, list]`): the dataset's further columns, one value per sample.
+    """
+
+    def __init__(
+        self,
+        latents: torch.Tensor,
+        initial_noise: torch.Tensor,
+        prompts: list[str],
+        prompt_embeds: PromptEmbeddings,
+        columns: dict[str, list[Any]],
+    ):
+        super().__init__(
+            latents=latents,
+            sigma=torch.zeros((), device=latents.device),
+            clean_estimate=latents,
+            initial_noise=initial_noise,
+            prompts=prompts,
+            prompt_embeds=prompt_embeds,
+            columns=columns,
+            predict_velocity=_no_velocity,
+            predict_reference_velocity=_no_velocity,
+        )
+
+    @property
+    def denoised(self) -> torch.Tensor:
+        return self.latents
+
+
+def _no_velocity() -> torch.Tensor:
+    raise RuntimeError("A clean sample has no noise whose velocity could be predicted.")

@@ -70,7 +70,7 @@ class LatentReward:
 class PixelReward:
     r"""
     A reward of images or videos, applied to the decoded one-step estimate \( \hat{x}_0 = x' - \sigma' v(x') \) of each
-    candidate.
+    candidate, or to the samples themselves if they are clean.
 
     Args:
         function (`Callable`): `f(images, prompts, **columns) -> scores`, see [`RewardFunction`].
@@ -86,8 +86,7 @@ class PixelReward:
 
     @torch.no_grad()
     def __call__(self, candidates: Candidates) -> torch.Tensor:
-        clean_estimate = candidates.latents - candidates.sigma * candidates.velocity
-        chunks = clean_estimate.split(self.batch_size or len(candidates))
+        chunks = candidates.denoised.split(self.batch_size or len(candidates))
         pixels = torch.cat([self.policy.decode(chunk) for chunk in chunks])
         scores = self.function(pixels, candidates.prompts, **candidates.columns)
         scores = torch.as_tensor(scores, dtype=torch.float32, device=candidates.latents.device)

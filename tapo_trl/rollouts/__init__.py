@@ -12,9 +12,29 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from .groups import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
 from .pairing import PAIRINGS, Pairing, get_pairing
+from .rollout import Rollout, Transitions
+from .sampler import RolloutSampler
+from .samples import NoisedPairs, OnlineDPOSampler, SamplePairs
 from .tapo import TAPOSampler
 from .trajectory import TrajectoryPairs, TransitionPairs
 
 
-__all__ = ["PAIRINGS", "Pairing", "TAPOSampler", "TrajectoryPairs", "TransitionPairs", "get_pairing"]
+__all__ = [
+    "PAIRINGS",
+    "FlowGRPOSampler",
+    "GroupTransitions",
+    "NoisedPairs",
+    "OnlineDPOSampler",
+    "Pairing",
+    "Rollout",
+    "RolloutSampler",
+    "SamplePairs",
+    "TAPOSampler",
+    "TrajectoryGroups",
+    "TrajectoryPairs",
+    "TransitionPairs",
+    "Transitions",
+    "get_pairing",
+]

@@ -16,23 +16,21 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
-from ..policies import FlowPolicy, PromptEmbeddings
-from ..profiling import StageTimer
+from ..policies import PromptEmbeddings
 from ..rewards.candidates import Candidates
-from ..rewards.scoring import WeightedReward
-from ..schedulers import FlowMatchSDEScheduler, draw_candidates
+from ..schedulers import draw_candidates
 from .pairing import PAIRINGS, Pairing
+from .sampler import RolloutSampler, randn
 from .trajectory import TrajectoryPairs
 
 
-@dataclass
-class TAPOSampler:
+@dataclass(kw_only=True)
+class TAPOSampler(RolloutSampler):
     """
     Grows a winning and a losing trajectory per prompt, or what else the pairing asks for.
 
@@ -41,47 +39,25 @@ class TAPOSampler:
     branch its worst (Eq. 12). All other steps follow the ODE.
 
     Args:
-        policy ([`FlowPolicy`]):
-            Model family.
-        scheduler ([`FlowMatchSDEScheduler`]):
-            Scheduler with its grid of T steps set, on the device of the rollout.
         step_indices (`list[int]`):
             Stochastic steps W_T, see [`sde_step_indices`].
         num_candidates (`int`):
             P, at least 2.
-        reward ([`WeightedReward`]):
-            Scores candidates.
-        latent_shape (`tuple[int, ...]`):
-            Shape of one latent.
         pairing ([`~rollouts.pairing.Pairing`], *optional*):
             Which candidates make a pair and which are kept. TAPO's by default.
-        guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Scale of classifier-free guidance, none if at most 1.
         reference (`Callable`, *optional*):
             `model -> context manager` that yields the reference network; needed by the `"reference"` velocity target.
         score_batch_size (`int`, *optional*):
             Candidates per forward where a reward asks for their velocity. All at once by default.
-        store_on (`torch.device` or `str`, *optional*):
-            Where the transitions are kept, such as `"cpu"` for videos. Defaults to the device of the rollout.
-        show_progress (`bool`, *optional*, defaults to `False`):
-            Show a progress bar over the sampling steps of rollouts that take longer than 10 seconds.
-        timer ([`~profiling.StageTimer`], *optional*):
-            Measures where the time goes, if enabled.
+
+    The others are those of [`~rollouts.sampler.RolloutSampler`].
     """
 
-    policy: FlowPolicy
-    scheduler: FlowMatchSDEScheduler
     step_indices: list[int]
     num_candidates: int
-    reward: WeightedReward
-    latent_shape: tuple[int, ...]
     pairing: Pairing = PAIRINGS["tapo"]
-    guidance_scale: float = 1.0
     reference: Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]] | None = None
     score_batch_size: int | None = None
-    store_on: torch.device | str | None = None
-    show_progress: bool = False
-    timer: StageTimer = field(default_factory=StageTimer)
 
     @torch.no_grad()
     def sample(
@@ -108,7 +84,7 @@ class TAPOSampler:
             [`TrajectoryPairs`]
         """
         batch_size, device = len(prompts), prompt_embeds.prompt_embeds.device
-        noise = _randn(generators, self.latent_shape, device)
+        noise = randn(generators, self.latent_shape, device)
         latents = noise.unsqueeze(0)  # (branches, B, *latent_shape): one branch until the first stochastic step
         velocity = None
         pairing, branches = self.pairing, self.pairing.num_branches
@@ -117,16 +93,9 @@ class TAPOSampler:
         parents = torch.empty(len(self.step_indices), pairing.num_parents, *shape, device=self.store_on or device)
         pairs = torch.empty(len(self.step_indices), 2, *shape, device=self.store_on or device)
 
-        progress = tqdm(
-            range(self.scheduler.num_inference_steps),
-            desc="Rollout",
-            delay=10,
-            leave=False,
-            disable=not self.show_progress,
-        )
-        for index in progress:
+        for index in self.steps():
             if velocity is None:
-                velocity = self._velocity(model, latents, index, prompt_embeds, negative_prompt_embeds)
+                velocity = self.velocity(model, latents, index, prompt_embeds, negative_prompt_embeds)
 
             if index not in self.step_indices:
                 latents = self.scheduler.ode_step(latents, velocity, index)
@@ -137,7 +106,7 @@ class TAPOSampler:
             with self.timer.stage("stochastic steps"):
                 mean, std = self.scheduler.sde_mean_std(latents, velocity, index)
                 noise_shape = (branches, self.num_candidates, *self.latent_shape)
-                step_noise = _randn(generators, noise_shape, device).transpose(0, 1)
+                step_noise = randn(generators, noise_shape, device).transpose(0, 1)
                 next_latents = draw_candidates(mean.flatten(0, 1), std, step_noise.flatten(0, 1))
             candidates = self._candidates(
                 model,
@@ -179,19 +148,6 @@ class TAPOSampler:
             final_latents=latents,
             reward_parts={name: torch.stack([part[name] for part in parts]) for name in self.reward.names},
         )
-
-    def _velocity(self, model, latents, index, embeds, negative_embeds) -> torch.Tensor:
-        """Velocity of the branches, `(branches, B, *latent_shape)`, in one forward."""
-        with self.timer.stage("policy", latents=latents.shape[:2].numel()):
-            velocity = self.policy.velocity(
-                model,
-                latents.flatten(0, 1),
-                self.scheduler.sigma(index),
-                embeds.repeat(len(latents)),
-                negative_embeds,
-                self.guidance_scale,
-            )
-        return velocity.view_as(latents)
 
     def _candidates(
         self, model, latents, clean_estimate, noise, index, prompts, embeds, negative_embeds, columns
@@ -239,8 +195,3 @@ def _take(values: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
     values = values.view(choice.numel(), -1, *values.shape[1:])
     chosen = values[torch.arange(choice.numel(), device=values.device), choice.flatten()]
     return chosen.view(*choice.shape, *values.shape[2:])
-
-
-def _randn(generators: list[torch.Generator], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Standard normal noise, row b from generator b, drawn on the CPU so that it is the same on every device."""
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)

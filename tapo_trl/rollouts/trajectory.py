@@ -12,16 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from ..policies import PromptEmbeddings
+from .rollout import Rollout, Transitions
 
 
-@dataclass
-class TrajectoryPairs:
+@dataclass(kw_only=True)
+class TrajectoryPairs(Rollout):
     """
     Preference pairs of a batch of prompts, N at each of the n stochastic steps.
 
@@ -45,43 +45,46 @@ class TrajectoryPairs:
             Clean latents at the end of each trajectory.
         reward_parts (`dict[str, torch.Tensor]`):
             The same as `rewards` for each reward by name.
+        ref_velocities (`dict[tuple[int, int], torch.Tensor]`, *optional*):
+            See [`~rollouts.rollout.Rollout`].
     """
 
-    prompt_embeds: PromptEmbeddings
     step_indices: torch.Tensor
     latents: torch.Tensor
     next_latents: torch.Tensor
     pair_rewards: torch.Tensor
-    weights: torch.Tensor
-    rewards: torch.Tensor
     final_latents: torch.Tensor
-    reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    of_levels: ClassVar[tuple[str, ...]] = ("step_indices", "latents", "next_latents")
 
     @property
     def num_pairs(self) -> int:
         """Number of transition pairs, n x N."""
-        return self.latents.shape[0] * self.latents.shape[2]
+        return self.num_examples
 
-    def transitions(self, chunk_size: int) -> Iterator["TransitionPairs"]:
-        """
-        All n x N transition pairs, step by step, in chunks of at most `chunk_size`. Each is made when it is asked for,
-        where the latents are stored.
-        """
-        num_prompts = self.latents.shape[2]
-        for chunk in torch.arange(self.num_pairs).split(chunk_size):
-            step, prompt = chunk // num_prompts, chunk % num_prompts
-            yield TransitionPairs(
-                prompt_embeds=self.prompt_embeds[prompt],
-                step_indices=self.step_indices[step],
-                latents=self.latents[step, :, prompt].transpose(0, 1),
-                next_latents=self.next_latents[step, :, prompt].transpose(0, 1),
-                weights=self.weights[step, prompt],
-                share=len(chunk) / self.num_pairs,
-            )
+    @property
+    def storage(self) -> torch.device:
+        return self.latents.device
+
+    def _examples(self, level: torch.Tensor, row: torch.Tensor) -> "TransitionPairs":
+        return TransitionPairs(
+            prompt_embeds=self.prompt_embeds[row],
+            step_indices=self.step_indices[level],
+            latents=self.latents[level, :, row].transpose(0, 1),
+            next_latents=self.next_latents[level, :, row].transpose(0, 1),
+            weights=self.weights[level, row],
+        )
+
+    def describe_reward(self, prompts: list[str], index: tuple[int, ...]) -> str:
+        step, _, prompt, _ = index
+        return (
+            f"{self._name_reward(index)} of a candidate for the prompt {prompts[prompt]!r} at step "
+            f"{self.step_indices[step].item()}"
+        )
 
 
-@dataclass
-class TransitionPairs:
+@dataclass(kw_only=True)
+class TransitionPairs(Transitions):
     """
     Pairs of transitions x_t -> x_{t-1}, the examples of Eq. 13. Each side keeps its own parent x_t, or both share one.
 
@@ -92,15 +95,15 @@ class TransitionPairs:
             winning and the losing side, or of both.
         next_latents (`torch.Tensor` of shape `(2, num_pairs, *latent_shape)`): x_{t-1}.
         weights (`torch.Tensor` of shape `(num_pairs,)`): weight of each pair in the loss.
-        share (`float`): share of the rollout's pairs that are in this chunk.
+
+    The others are those of [`~rollouts.rollout.Transitions`].
     """
 
-    prompt_embeds: PromptEmbeddings
     step_indices: torch.Tensor
     latents: torch.Tensor
     next_latents: torch.Tensor
-    weights: torch.Tensor
-    share: float
+
+    on_device: ClassVar[tuple[str, ...]] = ("latents", "next_latents")
 
     @property
     def num_parents(self) -> int:
@@ -111,12 +114,5 @@ class TransitionPairs:
         """Values of the parents, `(num_parents num_pairs, ...)`, as those of [win; lose], `(2 num_pairs, ...)`."""
         return values if self.num_parents == 2 else values.repeat(2, *[1] * (values.ndim - 1))
 
-    def to(self, device: torch.device | str) -> "TransitionPairs":
-        """The same on another device, but for `step_indices`."""
-        return replace(
-            self,
-            prompt_embeds=self.prompt_embeds.to(device),
-            latents=self.latents.to(device),
-            next_latents=self.next_latents.to(device),
-            weights=self.weights.to(device),
-        )
+    def describe_loss(self, prompts: list[str], index: tuple[int, ...]) -> str:
+        return f"the loss for the prompt {prompts[index[0]]!r} at step {self.step_indices[index].item()}"

@@ -15,15 +15,14 @@
 """How much of the gradient comes from each stochastic step."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import DistributedType
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..rollouts import TrajectoryPairs
 from .callbacks import PolicyCallback
+from .flow_grpo_trainer import FlowGRPOTrainer
 from .tapo_trainer import TAPOTrainer
 
 
@@ -35,7 +34,7 @@ PREFIX = "gradient_share/"
 
 class GradientShareCallback(PolicyCallback):
     r"""
-    Measures how much each stochastic step adds to the gradient of TAPO.
+    Measures how much each stochastic step adds to the gradient of TAPO or Flow-GRPO.
 
     Every `every_n_steps` optimizer steps, right before the update, the loss of the rollout's transitions at step \\( i \\)
     alone is differentiated once more, and \\( \|g_i\| / \sum_j \|g_j\| \\) is logged as `gradient_share/step_XX`, beside
@@ -46,7 +45,7 @@ class GradientShareCallback(PolicyCallback):
     A measurement costs as much as the losses and backward passes of one optimizer step, without its rollout, and the memory
     of two more gradients. One that is not finite is left out. With `fp16` the loss is scaled as it is in training.
 
-    For [`TAPOTrainer`], in one process or under DDP.
+    For [`TAPOTrainer`] and [`FlowGRPOTrainer`], in one process or under DDP.
 
     Args:
         every_n_steps (`int`, *optional*, defaults to `50`): Number of optimizer steps between two measurements. The first
@@ -60,10 +59,10 @@ class GradientShareCallback(PolicyCallback):
         self.every_n_steps = every_n_steps
 
     def attach(self, trainer: "TAPOTrainer | DiffusionDPOTrainer") -> None:
-        if not isinstance(trainer, TAPOTrainer):
+        if not isinstance(trainer, (TAPOTrainer, FlowGRPOTrainer)):
             raise ValueError(
                 f"`GradientShareCallback` needs stochastic steps, which `{type(trainer).__name__}` has none of: use it "
-                "with `TAPOTrainer`."
+                "with `TAPOTrainer` or `FlowGRPOTrainer`."
             )
         if trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             raise ValueError(
@@ -108,20 +107,13 @@ class GradientShareCallback(PolicyCallback):
         """The loss of one step, in parts that are made one after the other and add up to it."""
         trainer, args = self.trainer, self.trainer.args
         chunk_size = args.transition_batch_size or args.per_device_train_batch_size
-        rollouts = [pairs for _, pairs in trainer._buffer]
-        for pairs in rollouts:
-            for chunk in _of_step(pairs, step).transitions(chunk_size):
+        rollouts = [rollout for _, rollout in trainer._buffer]
+        for rollout in rollouts:
+            for chunk in rollout.of_step(step).transitions(chunk_size):
                 with trainer.compute_loss_context_manager():
                     chunk = chunk.to(trainer.accelerator.device)
                     _, losses, _ = trainer.transition_losses(trainer.model, chunk)
                 yield losses.mean() * chunk.share / len(rollouts)
-
-
-def _of_step(pairs: TrajectoryPairs, step: int) -> TrajectoryPairs:
-    """The pairs of the stochastic step number `step`."""
-    only = slice(step, step + 1)
-    names = ("step_indices", "latents", "next_latents", "weights")
-    return replace(pairs, **{name: getattr(pairs, name)[only] for name in names})
 
 
 def gradient_share_curves(log_history: list[dict]) -> dict[str, dict[int, float]]:

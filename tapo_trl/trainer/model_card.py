@@ -77,6 +77,51 @@ DIFFUSION_DPO_OPTIONS = (
     "max_steps",
 )
 
+ONLINE_DPO_OPTIONS = (
+    "beta",
+    "label_smoothing",
+    "num_generations",
+    "num_noise_levels",
+    "timestep_sampling",
+    "num_inference_steps",
+    "guidance_scale",
+    "height",
+    "width",
+    "num_frames",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+)
+
+FLOW_GRPO_OPTIONS = (
+    "beta",
+    "epsilon",
+    "scale_rewards",
+    "num_generations",
+    "num_iterations",
+    "num_inference_steps",
+    "num_sde_steps",
+    "noise_level",
+    "sde_type",
+    "guidance_scale",
+    "height",
+    "width",
+    "num_frames",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+)
+
+FLOW_GRPO_PAPER = {
+    "title": "Flow-GRPO: Training Flow Matching Models via Online RL",
+    "citation": """@article{liu2025flow,
+    title   = {{Flow-GRPO: Training Flow Matching Models via Online RL}},
+    author  = {Liu, Jie and Liu, Gongye and Liang, Jiajun and Li, Yangguang and Liu, Jiaheng and Wang, Xintao and Wan, Pengfei and Zhang, Di and Ouyang, Wanli},
+    journal = {arXiv preprint arXiv:2505.05470},
+    year    = {2025},
+}""",
+}
+
 # By `DiffusionDPOConfig.variant`
 DIFFUSION_DPO_PAPERS = {
     "diffusion_dpo": {
@@ -134,6 +179,8 @@ REWARD_MODEL_PAPERS = {
 _KINDS = {
     "TAPO": (["tapo"], "tapo_model_card.md"),
     "Diffusion-DPO": (["diffusion-dpo"], "tapo_model_card.md"),
+    "Online-Diffusion-DPO": (["online-diffusion-dpo"], "tapo_model_card.md"),
+    "Flow-GRPO": (["flow-grpo"], "tapo_model_card.md"),
     "SLRM": (["slrm", "reward-model"], "slrm_model_card.md"),
     "LRM": (["lrm", "reward-model"], "slrm_model_card.md"),
     "DiNa-LRM": (["dina", "reward-model"], "slrm_model_card.md"),
@@ -207,7 +254,7 @@ def _one_line(text: str) -> str:
 def write_model_card(
     path: str | Path,
     *,
-    trainer_name: Literal["TAPO", "Diffusion-DPO", "SLRM", "LRM", "DiNa-LRM"],
+    trainer_name: Literal["TAPO", "Diffusion-DPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM", "LRM", "DiNa-LRM"],
     base_model: str | None,
     model_name: str,
     dataset_name: str | None,
@@ -231,7 +278,8 @@ def write_model_card(
 
     Args:
         path (`str` or `Path`): Where the card goes, `<output folder>/README.md`.
-        trainer_name (`str`): Which card: `"TAPO"`, `"Diffusion-DPO"`, or that of a reward model.
+        trainer_name (`str`): Which card: that of a policy's trainer, such as `"TAPO"`, or that of a reward
+            model.
         base_model (`str`, *optional*): Hub id or folder of the pipeline that was trained.
         model_name (`str`): Title of the card.
         dataset_name (`str`, *optional*): Hub id or path of the training data.

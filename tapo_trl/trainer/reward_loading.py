@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The frozen rewards of a TAPO run: loading them, and keeping them small."""
+"""The frozen rewards of a run with rollouts: loading them, and keeping them small."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from ..policies import FlowPolicy
 from ..rewards import LatentRewardModel, load_reward_model
 from ..rewards.scoring import LatentReward, PixelReward, RewardFunction
-from .tapo_config import TAPOConfig
+from .rollout_config import RolloutConfig
 
 
 RewardModel = str | LatentRewardModel | RewardFunction
@@ -31,7 +31,7 @@ RewardModel = str | LatentRewardModel | RewardFunction
 SCORE_LAYERS = ("score_projections", "score_output", "score_head", "lora_")
 
 
-def check_rewards(rewards: Sequence[RewardModel], args: TAPOConfig) -> None:
+def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
     """
     Refuse what cannot work, before anything is loaded.
 
@@ -61,7 +61,7 @@ def check_rewards(rewards: Sequence[RewardModel], args: TAPOConfig) -> None:
         )
 
 
-def load_reward(reward: RewardModel, policy: FlowPolicy, args: TAPOConfig) -> LatentReward | PixelReward:
+def load_reward(reward: RewardModel, policy: FlowPolicy, args: RolloutConfig) -> LatentReward | PixelReward:
     """
     A reward as the sampler calls it. A latent reward model, of whichever kind a folder holds, is frozen, and stays on the
     CPU until [`place_reward`].
@@ -69,7 +69,7 @@ def load_reward(reward: RewardModel, policy: FlowPolicy, args: TAPOConfig) -> La
     Args:
         reward (`str`, [`LatentRewardModel`] or `Callable`): see [`TAPOTrainer`].
         policy ([`FlowPolicy`]): the policy whose latents will be rated.
-        args ([`TAPOConfig`]): the configuration.
+        args ([`RolloutConfig`]): the configuration.
     """
     if not isinstance(reward, (str, LatentRewardModel)):
         return PixelReward(reward, policy, args.score_batch_size)
@@ -84,7 +84,7 @@ def load_reward(reward: RewardModel, policy: FlowPolicy, args: TAPOConfig) -> La
     return LatentReward(model, model.rollout_target(args.velocity_target), args.score_batch_size)
 
 
-def place_reward(reward: LatentReward | PixelReward, args: TAPOConfig) -> None:
+def place_reward(reward: LatentReward | PixelReward, args: RolloutConfig) -> None:
     """Put a latent reward model where it computes, in the way that the configuration asks for. Pixel rewards have nothing to place."""
     if isinstance(reward, PixelReward):
         return

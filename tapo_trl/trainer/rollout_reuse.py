@@ -21,7 +21,7 @@ import torch
 from trl.trainer.utils import RepeatSampler
 
 from ..policies import PromptEmbeddings
-from ..rollouts import TrajectoryPairs
+from ..rollouts import Rollout, SamplePairs, TrajectoryGroups, TrajectoryPairs
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -42,19 +42,19 @@ class EpochRepeatSampler(RepeatSampler):
         return super().__iter__()
 
 
-def save_rollouts(folder: str | Path, process: int, rollouts: list[tuple[list[int], TrajectoryPairs]]) -> None:
+def save_rollouts(folder: str | Path, process: int, rollouts: list[tuple[list[int], Rollout]]) -> None:
     """
     Write the rollouts of a process into a checkpoint that lies between two updates from them.
 
     Args:
         folder (`str` or `Path`): the checkpoint.
         process (`int`): index of the process.
-        rollouts (`list[tuple[list[int], TrajectoryPairs]]`): rows of the dataset, and what grew from them.
+        rollouts (`list[tuple[list[int], Rollout]]`): rows of the dataset, and what grew from them.
     """
     torch.save(rollouts, _file(folder, process))
 
 
-def load_rollouts(folder: str | Path, process: int, device: torch.device) -> list[tuple[list[int], TrajectoryPairs]]:
+def load_rollouts(folder: str | Path, process: int, device: torch.device) -> list[tuple[list[int], Rollout]]:
     """
     Read what [`save_rollouts`] wrote. Tensors that were on the CPU stay there.
 
@@ -78,7 +78,7 @@ def load_rollouts(folder: str | Path, process: int, device: torch.device) -> lis
         target = location if location == "cpu" else str(device)
         return torch.serialization.default_restore_location(storage, target)
 
-    with torch.serialization.safe_globals([TrajectoryPairs, PromptEmbeddings]):
+    with torch.serialization.safe_globals([TrajectoryPairs, SamplePairs, TrajectoryGroups, PromptEmbeddings]):
         return torch.load(file, map_location=place, weights_only=True)
 
 

@@ -13,58 +13,28 @@
 # limitations under the License.
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from trl.trainer.base_config import _BaseConfig
 
 from ..rewards.velocity_targets import VELOCITY_TARGETS
 from ..rollouts import PAIRINGS, get_pairing
 from ..schedulers import sde_step_indices
+from .rollout_config import RolloutConfig
 
 
 @dataclass
-class TAPOConfig(_BaseConfig):
+class TAPOConfig(RolloutConfig):
     r"""
     Configuration class for the [`TAPOTrainer`].
 
     This class includes only the parameters that are specific to TAPO training. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
-    differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5).
+    differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5). The
+    parameters of all trainers with rollouts are those of [`RolloutConfig`].
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
     command line.
 
     Parameters:
-        > Parameters that control the model
-
-        model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
-            the [`TAPOTrainer`] is a string, for example `{"torch_dtype": "bfloat16", "revision": "main"}`.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether to disable dropout in the policy (LoRA dropout included).
-
-        > Parameters that control the data
-
-        dataset_name (`str`, *optional*):
-            Dataset on the Hub, or its folder, with a `prompt` column. Used when the trainer gets no `train_dataset`;
-            without either, the prompts that ship with the package are used.
-        dataset_split (`str`, *optional*, defaults to `"train"`):
-            Split of `dataset_name`.
-        resolution (`int`, *optional*, defaults to `512`):
-            Height and width of the samples in pixels. `height` and `width` take precedence.
-        height (`int`, *optional*):
-            Height of the samples in pixels.
-        width (`int`, *optional*):
-            Width of the samples in pixels.
-        num_frames (`int`, *optional*):
-            Number of frames, for policies that make videos: one more than a multiple of 4 for Wan2.1.
-        max_sequence_length (`int`, *optional*):
-            Number of tokens of the T5 (or UMT5) text encoder. Defaults to the model family's: 256 for SD3.5 and 512 for
-            Wan2.1.
-        cache_dir (`str`, *optional*):
-            Where prompt embeddings are kept. Defaults to `tapo_trl/prompts` in the Hugging Face home.
-
         > Parameters that control the rollout
 
         pairing (`str`, *optional*, defaults to `"tapo"`):
@@ -78,8 +48,6 @@ class TAPOConfig(_BaseConfig):
             By how much the probabilities of the two sides, a softmax of their rewards, must differ for a pair to count:
             one number, or two for the least and the most noise. Defaults to 0.3 for `"spo"`, 0.35 and 0.5 for `"lpo"`,
             and none otherwise.
-        num_inference_steps (`int`, *optional*, defaults to `20`):
-            Number of sampling steps T.
         num_sde_steps (`int`, *optional*, defaults to `8`):
             Number of stochastic steps n at which candidates are drawn and scored (Eq. 10).
         num_candidates (`int`, *optional*, defaults to `4`):
@@ -90,39 +58,14 @@ class TAPOConfig(_BaseConfig):
             Strength a of the noise of a stochastic step.
         sde_type (`str`, *optional*, defaults to `"flow"`):
             Noise law: `"flow"`, `"constant"` or `"cps"`, see [`FlowMatchSDEScheduler`].
-        guidance_scale (`float`, *optional*, defaults to `4.5`):
-            Scale of classifier-free guidance in rollouts, none if at most 1.
-        negative_prompt (`str`, *optional*, defaults to `""`):
-            Prompt of the unconditional half of the guidance.
-
-        > Parameters that control the samples that are looked at
-
-        fps (`int`, *optional*, defaults to `16`):
-            Frames per second of the videos that are written. The policy itself knows no speed.
-        vae_tiling (`bool`, *optional*, defaults to `False`):
-            Whether to decode large samples in overlapping tiles, which needs less memory and changes them a little.
-        vae_slicing (`bool`, *optional*, defaults to `False`):
-            Whether to decode one sample at a time.
 
         > Parameters that control the reward
 
-        reward_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for [`load_reward_model`], used for reward models that are given by name, for
-            example `{"torch_dtype": "bfloat16"}`, which halves their memory.
-        reward_weights (`list[float]`, *optional*):
-            Weights of several reward models. All 1 by default.
         velocity_target (`str`, *optional*):
             What the SLRM's velocity is compared to for a candidate, whose clean latent is unknown: `"parent"`,
             `"policy"`, `"reference"`, `"initial_noise"` or `"none"`, see
             [`~rewards.velocity_targets.velocity_target`]. By default what fits the SLRM's training: `"reference"` and
             `"none"` stay, and `"parent"` stands in for `"ground_truth"`.
-        score_batch_size (`int`, *optional*):
-            Number of candidates per forward of a reward model. All of a step at once by default.
-        reward_layerwise_casting (`bool`, *optional*, defaults to `False`):
-            Whether to keep the linear layers of an SLRM's backbone in float8, one byte per weight, and cast each for its
-            own forward only. Changes the scores a little.
-        reward_group_offload (`bool`, *optional*, defaults to `False`):
-            Whether to keep an SLRM on the CPU and bring its blocks to the accelerator one by one. Changes no score.
 
         > Parameters that control the training
 
@@ -146,78 +89,9 @@ class TAPOConfig(_BaseConfig):
             of the velocity go. `"velocity"` evens the gradient with respect to the velocity out over the steps.
         train_cfg (`bool`, *optional*, defaults to `True`):
             Whether transitions are scored with the guidance they were sampled with.
-        transition_batch_size (`int`, *optional*):
-            Number of transition pairs per forward and backward. The gradient does not depend on it. Defaults to
-            `per_device_train_batch_size`, that is one stochastic step at a time.
-        offload_transitions (`bool`, *optional*):
-            Whether the transitions of a rollout wait on the CPU and visit the accelerator chunk by chunk. The gradient
-            does not depend on it. Defaults to `True` for video policies, whose transitions are large, else `False`.
-        num_iterations (`int`, *optional*, defaults to `1`):
-            Number of optimiser steps per rollout.
-        sync_ref_model (`bool`, *optional*, defaults to `False`):
-            Whether the reference follows the policy. Needs full fine-tuning.
-        ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
-            Share of the policy in the reference at a synchronisation.
-        ref_model_sync_steps (`int`, *optional*, defaults to `512`):
-            Steps between synchronisations.
-        profile (`bool`, *optional*, defaults to `False`):
-            Whether to print at the end where the time went, see [`~profiling.StageTimer`].
         self_check (`bool`, *optional*, defaults to `True`):
             Whether a run that starts from the reference first checks that its loss is ln 2 on every transition.
-        max_skipped_updates (`int`, *optional*, defaults to `3`):
-            Number of updates in a row that may be skipped because a reward, a loss or a gradient is not finite. After
-            one more the run saves a checkpoint and stops with an error. 0 stops at the first.
-
-    > [!NOTE]
-    > These parameters have default values different from [`~transformers.TrainingArguments`]:
-    > - `logging_steps`: Defaults to `10` instead of `500`.
-    > - `activation_checkpointing`: Defaults to `True` instead of `False`.
-    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
-    > - `learning_rate`: Defaults to `1e-4` instead of `5e-5`.
-    > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
-    > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     """
-
-    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "reward_model_init_kwargs"]
-
-    # Parameters whose default values are overridden from TrainingArguments
-    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay `False`: reward functions get all columns of the dataset."}
-    )
-    activation_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Alias of `activation_checkpointing`, which it overrides if set."}
-    )
-
-    # Parameters that control the model
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, if `model` is a string."},
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the policy."})
-
-    # Parameters that control the data
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Dataset with a `prompt` column, used when the trainer gets no `train_dataset`."},
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`."})
-    resolution: int = field(default=512, metadata={"help": "Height and width of the samples in pixels."})
-    height: int | None = field(default=None, metadata={"help": "Height of the samples. Overrides `resolution`."})
-    width: int | None = field(default=None, metadata={"help": "Width of the samples. Overrides `resolution`."})
-    num_frames: int | None = field(default=None, metadata={"help": "Number of frames, for video policies."})
-    max_sequence_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of tokens of the T5 (or UMT5) text encoder. By default the model family's: 256 for SD3.5, 512 "
-            "for Wan2.1."
-        },
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where prompt embeddings are kept."})
 
     # Parameters that control the rollout
     pairing: str = field(
@@ -238,7 +112,6 @@ class TAPOConfig(_BaseConfig):
             "the least and the most noise. By default what `pairing` brings along."
         },
     )
-    num_inference_steps: int = field(default=20, metadata={"help": "Number of sampling steps T."})
     num_sde_steps: int = field(default=8, metadata={"help": "Number of stochastic steps n, Eq. 10."})
     num_candidates: int = field(
         default=4, metadata={"help": "Number of candidates P per branch and stochastic step, Eq. 12."}
@@ -249,22 +122,8 @@ class TAPOConfig(_BaseConfig):
         default="flow",
         metadata={"help": "Noise law of a stochastic step.", "choices": ["flow", "constant", "cps"]},
     )
-    guidance_scale: float = field(default=4.5, metadata={"help": "Scale of classifier-free guidance."})
-    negative_prompt: str = field(default="", metadata={"help": "Prompt of the unconditional half of the guidance."})
-
-    # Parameters that control the samples that are looked at
-    fps: int = field(default=16, metadata={"help": "Frames per second of the videos that are written."})
-    vae_tiling: bool = field(default=False, metadata={"help": "Whether to decode large samples in overlapping tiles."})
-    vae_slicing: bool = field(default=False, metadata={"help": "Whether to decode one sample at a time."})
 
     # Parameters that control the reward
-    reward_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for `load_reward_model`, if a reward model is a string."},
-    )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of several reward models. All 1 by default."}
-    )
     velocity_target: str | None = field(
         default=None,
         metadata={
@@ -272,16 +131,6 @@ class TAPOConfig(_BaseConfig):
             "what fits the SLRM's training.",
             "choices": list(VELOCITY_TARGETS),
         },
-    )
-    score_batch_size: int | None = field(
-        default=None, metadata={"help": "Candidates per forward of a reward model. All of a step by default."}
-    )
-    reward_layerwise_casting: bool = field(
-        default=False, metadata={"help": "Whether to keep the linear layers of an SLRM's backbone in float8."}
-    )
-    reward_group_offload: bool = field(
-        default=False,
-        metadata={"help": "Whether to keep an SLRM on the CPU and bring its blocks to the accelerator one by one."},
     )
 
     # Parameters that control the training
@@ -310,37 +159,11 @@ class TAPOConfig(_BaseConfig):
     train_cfg: bool = field(
         default=True, metadata={"help": "Whether transitions are scored with the guidance of the rollout."}
     )
-    transition_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Transition pairs per forward and backward. Defaults to `per_device_train_batch_size`."},
-    )
-    offload_transitions: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether transitions wait on the CPU until they are trained on. By default for videos only."
-        },
-    )
-    num_iterations: int = field(default=1, metadata={"help": "Number of optimiser steps per rollout."})
-    sync_ref_model: bool = field(default=False, metadata={"help": "Whether the reference follows the policy."})
-    ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "Share of the policy in the reference at a synchronisation."}
-    )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between synchronisations."})
-    profile: bool = field(default=False, metadata={"help": "Whether to print at the end where the time went."})
     self_check: bool = field(
         default=True, metadata={"help": "Whether to check at the start that the loss is ln 2 on every transition."}
     )
-    max_skipped_updates: int = field(
-        default=3,
-        metadata={
-            "help": "Updates in a row that may be skipped because a reward, a loss or a gradient is not finite. After one "
-            "more the run saves a checkpoint and stops."
-        },
-    )
 
     def __post_init__(self):
-        if self.gradient_checkpointing is not None:
-            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
 
         sde_step_indices(self.num_inference_steps, self.num_sde_steps, self.t_init)
@@ -355,32 +178,12 @@ class TAPOConfig(_BaseConfig):
             raise ValueError(f"`kl_coef` must not be negative, got {self.kl_coef}.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
-        if self.max_skipped_updates < 0:
-            raise ValueError(f"`max_skipped_updates` must not be negative, got {self.max_skipped_updates}.")
         if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:
             raise ValueError(f"`ratio_clip` must be in (0, 1), got {self.ratio_clip}.")
-        positive = ["resolution", "height", "width", "num_frames", "fps", "max_sequence_length"]
-        positive += ["num_iterations", "transition_batch_size", "score_batch_size", "ref_model_sync_steps"]
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        choices = {
-            "sde_type": ("flow", "constant", "cps"),
-            "loss_type": ("sigmoid", "hinge", "ipo"),
-            "logprob_reduction": ("mean", "sum"),
-            "step_weighting": ("none", "velocity"),
-            "velocity_target": (None, *VELOCITY_TARGETS),
-        }
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
-        if self.auto_find_batch_size:
-            raise ValueError("`auto_find_batch_size` is not supported: a retried step would repeat its rollout.")
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` must be `False`: rewards get the columns of the dataset.")
-        if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
-            raise ValueError(
-                f"`save_steps` ({self.save_steps}) must be a multiple of `num_iterations` ({self.num_iterations}): "
-                "a checkpoint holds no rollouts, so it has to lie between two of them."
-            )
+        self.check_choices(
+            sde_type=("flow", "constant", "cps"),
+            loss_type=("sigmoid", "hinge", "ipo"),
+            logprob_reduction=("mean", "sum"),
+            step_weighting=("none", "velocity"),
+            velocity_target=(None, *VELOCITY_TARGETS),
+        )

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What TAPO logs of its rollouts and of its transitions."""
+"""What TAPO logs of its rollouts."""
 
 import torch
 
@@ -51,60 +51,3 @@ def rollout_metrics(pairs: TrajectoryPairs, pairing: Pairing) -> dict[str, torch
             metrics[f"rewards/{name}/mean"] = scores.mean(dim=(0, 1, 3))
             metrics[f"rewards/{name}/std"] = scores.std(dim=-1).mean(dim=(0, 1))
     return metrics
-
-
-def transition_metrics(
-    step_indices: torch.Tensor, losses: torch.Tensor, metrics: dict[str, torch.Tensor], counts: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """
-    Metrics of transition pairs, of all together and of each stochastic step.
-
-    Args:
-        step_indices (`torch.LongTensor` of shape `(num_pairs,)`): step of each pair, on the CPU.
-        losses (`torch.Tensor` of shape `(num_pairs,)`): their losses.
-        metrics (`dict[str, torch.Tensor]`): those of [`~losses.tapo_loss`], of shape `(num_pairs,)` each.
-        counts (`torch.BoolTensor` of shape `(num_pairs,)`): which pairs count, on the CPU.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `metrics`, and `step_XX/loss`, `step_XX/accuracy` and `step_XX/margin`.
-    """
-    rows = {
-        "loss": losses.detach(),
-        "accuracy": metrics["rewards/accuracies"],
-        "margin": metrics["rewards/margins"],
-    }
-    by_step = {}
-    for index in step_indices.unique().tolist():
-        chosen = ((step_indices == index) & counts).nonzero().flatten().to(losses.device)
-        by_step |= {f"step_{index:02d}/{name}": values[chosen] for name, values in rows.items()}
-    if counts.all():
-        return metrics | by_step
-    counted = counts.nonzero().flatten().to(losses.device)
-    return {name: values[counted] for name, values in metrics.items()} | by_step
-
-
-def describe_reward(pairs: TrajectoryPairs, prompts: list[str], index: tuple[int, ...]) -> str:
-    """
-    What `pairs.rewards[index]` is, in words.
-
-    Args:
-        pairs ([`TrajectoryPairs`]): the rollout.
-        prompts (`list[str]`): its prompts.
-        index (`tuple[int, ...]`): stochastic step, trajectory, prompt and candidate.
-    """
-    step, _, prompt, _ = index
-    names = [name for name, scores in pairs.reward_parts.items() if not scores[index].isfinite()]
-    reward = f"the reward `{names[0]}`" if names else "the reward"
-    return f"{reward} of a candidate for the prompt {prompts[prompt]!r} at step {pairs.step_indices[step].item()}"
-
-
-def describe_loss(step_indices: torch.Tensor, prompts: list[str], index: tuple[int, ...]) -> str:
-    """
-    What the loss of a transition pair is, in words.
-
-    Args:
-        step_indices (`torch.LongTensor` of shape `(num_pairs,)`): step of each pair.
-        prompts (`list[str]`): prompt of each pair.
-        index (`tuple[int, ...]`): the pair.
-    """
-    return f"the loss for the prompt {prompts[index[0]]!r} at step {step_indices[index].item()}"

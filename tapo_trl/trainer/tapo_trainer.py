@@ -12,60 +12,18 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
-from typing import Any
-
 import torch
-from accelerate.utils import DistributedType
-from datasets import Dataset, load_dataset
-from diffusers import DiffusionPipeline
-from peft import PeftConfig
-from torch.utils.data import Sampler
-from transformers import TrainerCallback
-from transformers.utils import logging
-from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import identity
 
-from ..data.prompts import ROW_COLUMN, PromptCache, default_prompts, prepare_prompts
 from ..losses import tapo_loss
-from ..policies import FlowPolicy, load_policy
-from ..profiling import StageTimer
-from ..rewards.scoring import WeightedReward
 from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
 from ..schedulers import gaussian_kl, sde_step_indices
-from ..seeding import seeded_generator
-from .base import (
-    DiffusionTrainerMixin,
-    autocast_dtype,
-    check_no_data_parallel,
-    check_writable,
-    fill_in_sizes,
-    whole_weights,
-)
-from .callbacks import PolicyCallback, ProfileCallback
-from .hub import check_hub_strategy
-from .launch_checks import check_launch
 from .model_card import TAPO_OPTIONS
-from .nonfinite import Watched
-from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
-from .reward_loading import RewardModel, check_rewards, load_reward, place_reward
-from .rollout_reuse import EpochRepeatSampler, load_rollouts, save_rollouts
+from .rollout_trainer import RolloutTrainer
 from .tapo_config import TAPOConfig
-from .tapo_metrics import describe_loss, describe_reward, rollout_metrics, transition_metrics
+from .tapo_metrics import rollout_metrics
 
 
-logger = logging.get_logger(__name__)
-
-REFERENCE_FOLDER = "reference"
-
-
-class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
+class TAPOTrainer(RolloutTrainer):
     r"""
     Trainer for Trajectory Advantages Preference Optimization (TAPO).
 
@@ -111,136 +69,36 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             fine-tuned and a frozen copy of it is the reference.
     """
 
-    loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
+    config_class = TAPOConfig
+    _seed_name = "tapo"
     _tag_names = ["trl", "tapo"]
     _name = "TAPO"
     _card_metrics = ("reward", "eval_", "kl")
     _card_options = TAPO_OPTIONS
 
-    def __init__(
-        self,
-        model: str | DiffusionPipeline | FlowPolicy,
-        reward_model: RewardModel | list[RewardModel],
-        args: TAPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        peft_config: PeftConfig | None = None,
-    ):
-        if args is None:
-            args = TAPOConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-TAPO")
-        check_writable(args.output_dir)
-        check_no_data_parallel(args, "TAPOTrainer")
-        check_hub_strategy(args)
-        reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
-        check_rewards(reward_models, args)
+    # Rollout: Algorithm 1, lines 2-13
 
-        # Data
-        if train_dataset is None:
-            train_dataset = (
-                default_prompts()
-                if args.dataset_name is None
-                else load_dataset(args.dataset_name, split=args.dataset_split)
-            )
-        train_dataset = prepare_prompts(train_dataset, "train_dataset")
-        check_launch(args, len(train_dataset))
-        global_batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        if args.num_iterations > 1 and len(train_dataset) < global_batch_size:
-            raise ValueError(
-                f"With `num_iterations={args.num_iterations}` the train dataset needs at least one whole batch of "
-                f"{global_batch_size} prompts, but has {len(train_dataset)}."
-            )
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: prepare_prompts(split, f"eval_dataset[{name!r}]") for name, split in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = prepare_prompts(eval_dataset, "eval_dataset")
-
-        # Policy
-        with whole_weights(args):
-            self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
-        self.latent_shape = fill_in_sizes(args, self.policy)
-        offload = self.policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
-        with whole_weights(args):
-            rewards = [load_reward(reward, self.policy, args) for reward in reward_models]
-        self.reward = WeightedReward(rewards, args.reward_weights)
-
-        if args.sync_ref_model and peft_config is not None:
-            raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
-        transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
-
-        # Prompts are encoded once, then the text encoders leave the memory
-        callbacks = list(callbacks or [])
-        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, autocast_dtype(args))
-        self.timer = StageTimer(args.profile, args.device)
-        with self.timer.stage("encode prompts"), args.main_process_first(desc="encoding prompts"):
-            self.policy.move_text_encoders(args.device)
-            splits = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-            prompts = [args.negative_prompt, *train_dataset["prompt"]]
-            prompts += [prompt for split in splits if split is not None for prompt in split["prompt"]]
-            prompts += [prompt for cb in callbacks if isinstance(cb, PolicyCallback) for prompt in cb.prompts]
-            self.prompt_cache.encode(prompts)
-        self.policy.unload_text_encoders()
-
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._buffer: list[tuple[list[int], TrajectoryPairs]] = []
-        self._buffer_step, self._slot = -1, 0
-        self._chunk_prompts: list[str] = []
-        self._chunk_counts: torch.Tensor | None = None  # all of its pairs do
-
-        super().__init__(
-            model=transformer,
-            args=args,
-            data_collator=identity,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self.can_return_loss = True
-        self.dataset_name = args.dataset_name
-
-        device = self.accelerator.device
-        self._place_frozen_models()
-        for reward in self.reward.rewards:
-            place_reward(reward, args)
-        if args.sync_ref_model:
-            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
-
+    def build_sampler(self, **kwargs) -> TAPOSampler:
+        args = self.args
         self.scheduler = self.policy.build_scheduler(
             args.num_inference_steps,
             self.latent_shape,
-            device,
+            self.accelerator.device,
             noise_level=args.noise_level,
             sde_type=args.sde_type,
             logprob_reduction=args.logprob_reduction,
         )
         self.step_indices = sde_step_indices(args.num_inference_steps, args.num_sde_steps, args.t_init)
         self.step_weights = self._step_weights()
-        self.sampler = TAPOSampler(
-            policy=self.policy,
+        return TAPOSampler(
             scheduler=self.scheduler,
             step_indices=self.step_indices,
             num_candidates=args.num_candidates,
-            reward=self.reward,
-            latent_shape=self.latent_shape,
             pairing=get_pairing(args.pairing, args.continue_with, args.pair_threshold),
-            guidance_scale=args.guidance_scale,
             reference=self.reference,
             score_batch_size=args.score_batch_size,
-            store_on="cpu" if offload else None,
-            show_progress=self.is_world_process_zero() and not args.disable_tqdm,
-            timer=self.timer,
+            **kwargs,
         )
-        self.negative_prompt_embeds = self.prompt_cache.load([args.negative_prompt]).to(device)
-        for callback in callbacks:
-            if isinstance(callback, PolicyCallback):
-                callback.attach(self)
-        if args.profile:
-            self.add_callback(ProfileCallback(self.timer))
-        self._add_run_callbacks(stop_every_n_steps=args.num_iterations)
 
     def _step_weights(self) -> torch.Tensor:
         """Weight of each of the T steps in the loss, `step_weighting`, with mean 1 over the stochastic ones."""
@@ -255,104 +113,10 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             weights[steps] = inverse / inverse.mean()
         return weights
 
-    # Rollout: Algorithm 1, lines 2-13
-
-    def training_step(
-        self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        model.train()  # from here on metrics are those of the training
-        pairs = self._pairs_of_step(inputs)
-        prompts = [example["prompt"] for example in inputs]
-        self.nonfinite_guard.watch(pairs.rewards, partial(describe_reward, pairs, prompts), prompts)
-        chunk_size = self.args.transition_batch_size or self.args.per_device_train_batch_size
-        num_chunks = math.ceil(pairs.num_pairs / chunk_size)
-        loss = torch.zeros((), device=self.accelerator.device)
-        ends_accumulation = self.accelerator.sync_gradients
-        for index, chunk in enumerate(self._chunks(pairs, prompts, chunk_size)):
-            # Only the last backward of an optimiser step shares gradients, and makes DeepSpeed update: it does so in the
-            # backward itself, after every one that it takes for the last.
-            is_last = ends_accumulation and index == num_chunks - 1
-            self.accelerator.gradient_state._set_sync_gradients(is_last)
-            shares = is_last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
-            synchronisation = nullcontext() if shares else self.accelerator.no_sync(model)
-            with self.timer.stage("loss and backward"), synchronisation:
-                loss += super().training_step(model, chunk, num_items_in_batch)
-        self.accelerator.gradient_state._set_sync_gradients(ends_accumulation)
-        return loss
-
-    def _chunks(self, pairs: TrajectoryPairs, prompts: list[str], chunk_size: int) -> Iterator[TransitionPairs]:
-        """Transition pairs in chunks; `_chunk_prompts` and `_chunk_counts` are those of the current one's pairs."""
-        num_real = len(prompts) if self.model.training else self._num_real_rows(len(prompts))
-        rows = (torch.arange(pairs.num_pairs) % len(prompts)).split(chunk_size)
-        for chunk, in_chunk in zip(pairs.transitions(chunk_size), rows, strict=True):
-            self._chunk_prompts, self._chunk_counts = [prompts[row] for row in in_chunk], in_chunk < num_real
-            yield chunk
-        self._chunk_prompts, self._chunk_counts = [], None
-
-    def _pairs_of_step(self, batch: list[dict[str, Any]]) -> TrajectoryPairs:
-        """A new rollout, or the stored one of this batch when `num_iterations` uses it again."""
-        step = self.state.global_step
-        if step != self._buffer_step:
-            self._buffer_step, self._slot = step, 0
-            if step % self.args.num_iterations == 0:
-                self._buffer = []
-            elif not self._buffer:
-                process, device = self.args.process_index, self.accelerator.device
-                self._buffer = load_rollouts(self._resumed_from, process, device)
-        slot, self._slot = self._slot, self._slot + 1
-
-        rows = [example[ROW_COLUMN] for example in batch]
-        if slot == len(self._buffer):
-            pairs = self._generate_and_score_trajectories(batch, seed_step=step)
-            self._buffer.append((rows, pairs))
-        stored_rows, pairs = self._buffer[slot]
-        if stored_rows != rows:
-            raise RuntimeError(f"The rollout of rows {stored_rows} is up for reuse, but the batch has rows {rows}.")
-        return pairs
-
-    def _generate_and_score_trajectories(self, batch: list[dict[str, Any]], seed_step: int) -> TrajectoryPairs:
-        device = self.accelerator.device
-        prompts = [example["prompt"] for example in batch]
-        columns = {
-            name: [example[name] for example in batch] for name in batch[0] if name not in ("prompt", ROW_COLUMN)
-        }
-        generators = [seeded_generator("tapo", self.args.seed, seed_step, example[ROW_COLUMN]) for example in batch]
-        with self.timer.stage("rollout"), self._eval_mode(), self.accelerator.autocast():
-            pairs = self.sampler.sample(
-                self.model,
-                prompts,
-                self.prompt_cache.load(prompts).to(device),
-                self.negative_prompt_embeds,
-                generators,
-                columns,
-            )
-        num_real = len(prompts) if self.model.training else self._num_real_rows(len(prompts))
-        metrics = rollout_metrics(pairs, self.sampler.pairing)
-        self._record({name: values[:num_real] for name, values in metrics.items()})
-        return pairs
+    def rollout_metrics(self, rollout: TrajectoryPairs) -> dict[str, torch.Tensor]:
+        return rollout_metrics(rollout, self.sampler.pairing)
 
     # Loss: Eq. 13
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: TransitionPairs,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        inputs = inputs.to(self.accelerator.device)
-        losses, weighted_losses, metrics = self.transition_losses(model, inputs)
-        if self.args.loss_type == "sigmoid":
-            self._check_start(losses)
-        steps, counts = inputs.step_indices, self._chunk_counts
-        counts = torch.ones_like(steps, dtype=torch.bool) if counts is None else counts
-        self._record(transition_metrics(steps, losses, metrics, counts))
-
-        loss = weighted_losses.mean() * inputs.share
-        if self.model.training:
-            self.nonfinite_guard.watch(losses, partial(describe_loss, inputs.step_indices, self._chunk_prompts))
-            loss = self.nonfinite_guard.mark(loss)
-        return (loss, metrics) if return_outputs else loss
 
     def transition_losses(
         self, model: torch.nn.Module, inputs: TransitionPairs
@@ -378,9 +142,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         # One forward each for the parents of both sides, [win; lose]
         with self.timer.stage("policy, training", latents=len(latents)):
             velocity = self.policy.velocity(model, *arguments)
-        with self.timer.stage("reference, training", latents=len(latents)):
-            with torch.no_grad(), self.reference(self.model) as reference:
-                ref_velocity = self.policy.velocity(reference, *arguments)
+        ref_velocity = self.reference_velocity(inputs, *arguments)
 
         mean, std = self.scheduler.sde_mean_std(latents, velocity, indices)
         ref_mean, _ = self.scheduler.sde_mean_std(latents, ref_velocity, indices)
@@ -400,58 +162,13 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         weighted_losses = weights * (losses + self.args.kl_coef * kl)
         return losses, weighted_losses, metrics | {"kl": kl.detach()}
 
-    # Trainer hooks
+    def step_metrics(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            "loss": losses.detach(),
+            "accuracy": metrics["rewards/accuracies"],
+            "margin": metrics["rewards/margins"],
+        }
 
-    def _save_training_state(self, folder: Path) -> None:
-        if self.state.global_step % self.args.num_iterations:
-            save_rollouts(folder, self.args.process_index, self._buffer)
-        if self.args.sync_ref_model and self.args.should_save:
-            self.accelerator.unwrap_model(self.ref_model).save_pretrained(folder / REFERENCE_FOLDER)
-
-    def _load_training_state(self, folder: Path) -> None:
-        self._buffer, self._buffer_step = [], -1
-        if self.args.sync_ref_model:
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            saved = type(reference).from_pretrained(folder / REFERENCE_FOLDER, torch_dtype=reference.dtype)
-            reference.load_state_dict(saved.state_dict())
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = self.train_dataset.column_names
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        if self.args.num_iterations == 1:
-            return super()._get_train_sampler(dataset)
-        return EpochRepeatSampler(
-            lambda: int(self.state.epoch or 0),
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=1,
-            batch_size=self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
-            repeat_count=self.args.num_iterations,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
-
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: list[dict[str, Any]],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, None, None]:
-        """Loss and rewards on held-out prompts, from the same noise at every evaluation."""
-        pairs = self._generate_and_score_trajectories(inputs, seed_step=-1)
-        prompts = [example["prompt"] for example in inputs]
-        problem = Watched(pairs.rewards, partial(describe_reward, pairs, prompts)).problem()
-        if problem is not None:
-            logger.warning(f"Evaluation: {problem}.")
-        num_real = self._num_real_rows(len(prompts))
-        if 0 < num_real < len(prompts):  # the mean over these alone
-            is_real = torch.arange(pairs.weights.shape[1], device=pairs.weights.device) % len(prompts) < num_real
-            pairs.weights = pairs.weights * is_real * (len(prompts) / num_real)
-        chunk_size = self.args.transition_batch_size or self.args.per_device_eval_batch_size
-        with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [self.compute_loss(model, chunk) for chunk in self._chunks(pairs, prompts, chunk_size)]
-        return torch.stack(losses).sum(), None, None
+    def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
+        if self.args.loss_type == "sigmoid":
+            self._check_start(losses)

@@ -86,6 +86,20 @@ def folder(tmp_path_factory):
     flags = ["--dataset_name", str(folder / "prompts.txt"), "--reward_model", str(folder / "slrm")]
     main(["tapo", "--config", str(recipe), *base, *flags, "--guard_reward", f"{__name__}:held_out_reward"])
 
+    for command, options in (
+        ("online_dpo", "num_noise_levels: 2\n"),
+        ("grpo", "num_sde_steps: 2\ngradient_share_every_steps: 1\n"),
+    ):
+        recipe = folder / f"{command}.yaml"
+        recipe.write_text(
+            COMMON.format(output=folder / command, cache=folder / "cache")
+            + "num_inference_steps: 4\nnum_generations: 2\nuse_peft: true\nlora_r: 2\n"
+            + "dataset_split: 'train[:6]'\ndataset_test_split: 'train[6:]'\neval_strategy: steps\neval_steps: 2\n"
+            + options
+        )
+        flags = ["--dataset_name", str(folder / "prompts.txt"), "--reward_model", f"{__name__}:held_out_reward"]
+        main([command, "--config", str(recipe), *base, *flags])
+
     recipe = folder / "dpo.yaml"
     recipe.write_text(
         COMMON.format(output=folder / "dpo", cache=folder / "cache")
@@ -138,6 +152,21 @@ class TestTAPO:
         card = (folder / "tapo" / "README.md").read_text()
         assert "load_lora_weights" in card
         assert str(folder) not in card
+
+
+class TestOnlineMethods:
+    @pytest.mark.parametrize("command", ["online_dpo", "grpo"])
+    def test_writes_lora_weights_that_diffusers_loads(self, folder, command):
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "base", text_encoder_3=None, tokenizer_3=None)
+        pipeline.load_lora_weights(folder / command)
+        assert any((p != 0).any() for name, p in pipeline.transformer.named_parameters() if ".lora_B" in name)
+        card = (folder / command / "README.md").read_text()
+        assert "on the prompts of" in card and "| `num_generations` | 2 |" in card and str(folder) not in card
+        logs = json.loads((folder / command / "trainer_state.json").read_text())["log_history"]
+        assert any("eval_reward" in log for log in logs)
+        assert any("gradient_share/step_01" in log or "gradient_share/step_00" in log for log in logs) == (
+            command == "grpo"
+        )
 
 
 class TestDPO:

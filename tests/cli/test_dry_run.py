@@ -17,14 +17,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 
 import tapo_trl
-from tapo_trl import TAPOConfig
+from tapo_trl import FlowGRPOConfig, FlowGRPOTrainer, OnlineDiffusionDPOConfig, OnlineDiffusionDPOTrainer, TAPOConfig
 from tapo_trl.cli.dry_run import (
     activation_rows,
     count_bytes,
     count_parameters,
     count_tokens,
+    grpo_forwards,
+    online_dpo_forwards,
     reward_memory,
     tapo_forwards,
 )
@@ -145,6 +149,47 @@ class TestForwards:
         assert sum(policy.latents) == sum(rows.values())
 
 
+class TestSampleForwards:
+    @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+    @pytest.mark.parametrize(
+        ("config", "trainer", "forwards", "kwargs"),
+        [
+            (OnlineDiffusionDPOConfig, OnlineDiffusionDPOTrainer, online_dpo_forwards, {"num_noise_levels": 2}),
+            (FlowGRPOConfig, FlowGRPOTrainer, grpo_forwards, {"num_sde_steps": 2}),
+            (FlowGRPOConfig, FlowGRPOTrainer, grpo_forwards, {"beta": 0.0}),
+        ],
+    )
+    def test_are_those_of_an_update(self, tmp_path, config, trainer, forwards, kwargs, guidance_scale):
+        policy = CountingPolicy(tiny_sd3_pipeline())
+        policy.latents = []
+        slrm, scored = SLRMModel.from_policy(policy, max_sequence_length=3), []
+        slrm.register_forward_pre_hook(lambda module, args: scored.append(len(args[0])))
+        args = config(
+            str(tmp_path),
+            **kwargs,
+            num_generations=3,
+            num_inference_steps=4,
+            guidance_scale=guidance_scale,
+            per_device_train_batch_size=1,
+            max_steps=1,
+            resolution=32,
+            max_sequence_length=3,
+            cache_dir=str(tmp_path / "cache"),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            activation_checkpointing=False,
+        )
+        peft_config = LoraConfig(r=2, lora_alpha=2)
+        dataset = Dataset.from_dict({"prompt": ["cat"]})
+        trainer(policy, slrm, args, train_dataset=dataset, peft_config=peft_config).train()
+        rows = {row.name: row.value for row in forwards(args, latents_per_score=1)}
+        assert sum(scored) == rows.pop("reward model") == 3
+        assert sum(policy.latents) == sum(rows.values())
+        assert ("reference, training" in rows) == (args.beta > 0)
+
+
 class TestMemory:
     def test_activations(self):
         policy, _ = load_meta_policy(WAN)
@@ -196,6 +241,22 @@ class TestCommand:
         assert all(part in text for part in expected), text
         assert "is an estimate" in text
         assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+    @pytest.mark.parametrize("command", ["online_dpo", "grpo"])
+    def test_online_methods(self, capsys, tmp_path, command):
+        model = ["--model_name_or_path", "stabilityai/stable-diffusion-3.5-medium", "--use_peft", "--dry_run"]
+        text = self.run(capsys, command, "--output_dir", str(tmp_path), "--reward_model", "judges:aesthetics", *model)
+        assert f"`{command}` with stabilityai" in text and "16 x 64 x 64" in text and "47,775,744 LoRA" in text
+        expected = {
+            "online_dpo": [
+                "320 policy, rollout",
+                "8 reference, training",
+                "of a rollout",
+                "2 samples + noise at 4 levels",
+            ],
+            "grpo": ["160 policy, rollout", "144 reference, training", "n x 64 trajectories x 3 (x, x', mean)"],
+        }
+        assert all(part in text for part in expected[command]), text
 
     def test_inversions(self, capsys):
         flags = ["--dry_run", "true", "--variant", "inversion_dpo", "--cache_inversions", "true"]

@@ -17,6 +17,7 @@ import torch
 
 from tapo_trl.policies import PromptEmbeddings
 from tapo_trl.rewards import Candidates, LatentReward, SLRMModel, WeightedReward, velocity_target
+from tapo_trl.rewards.candidates import CleanSamples
 
 
 def make_candidates(sigma=0.4, count=4):
@@ -107,3 +108,27 @@ class TestRewards:
     def test_wrong_number_of_weights(self):
         with pytest.raises(ValueError, match="reward_weights"):
             WeightedReward([lambda candidates: None], weights=[1.0, 2.0])
+
+
+class TestCleanSamples:
+    def make(self):
+        candidates = make_candidates()
+        names = ("latents", "initial_noise", "prompts", "prompt_embeds", "columns")
+        return CleanSamples(**{name: getattr(candidates, name) for name in names})
+
+    def test_are_their_own_estimates_and_need_no_velocity(self):
+        samples = self.make()
+        assert torch.equal(samples.denoised, samples.latents)
+        assert all(
+            velocity_target(samples, kind) is None for kind in ("parent", "policy", "reference", "initial_noise")
+        )
+        with pytest.raises(RuntimeError, match="no noise"):
+            samples.velocity  # noqa: B018
+
+    @pytest.mark.parametrize("kind", ["parent", "reference", "none"])
+    def test_a_latent_reward_is_the_models_score_at_noise_level_0(self, tiny_sd3_policy, kind):
+        slrm, samples = SLRMModel.from_policy(tiny_sd3_policy), self.make()
+        embeds = samples.prompt_embeds
+        with torch.no_grad():
+            expected = slrm.score(samples.latents, 0.0, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+        assert torch.equal(LatentReward(slrm, kind)(samples), expected)

@@ -103,7 +103,7 @@ class TestMetadata:
 
 
 class TestText:
-    @pytest.mark.parametrize("trainer_name", ["TAPO", "SLRM"])
+    @pytest.mark.parametrize("trainer_name", ["TAPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM"])
     def test_no_local_path_and_no_token(self, tmp_path, trainer_name):
         (tmp_path / "base").mkdir()
         card = write(
@@ -154,7 +154,7 @@ class TestText:
         assert "slrm.score(" in text
         assert "policy.encode(videos)  # videos: [1, 3, F, H, W]" in write(tmp_path, trainer_name="SLRM", **WAN).text
 
-    @pytest.mark.parametrize("trainer_name", ["TAPO", "SLRM"])
+    @pytest.mark.parametrize("trainer_name", ["TAPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM"])
     @pytest.mark.parametrize("is_lora", [False, True])
     @pytest.mark.parametrize("family", [{}, WAN], ids=["image", "video"])
     def test_code_compiles(self, tmp_path, trainer_name, is_lora, family):
@@ -179,7 +179,7 @@ class TestText:
         assert "vonwerra2020trl" in text
         assert "- diffusers: " in text
 
-    @pytest.mark.parametrize("trainer_name", ["TAPO", "SLRM"])
+    @pytest.mark.parametrize("trainer_name", ["TAPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM"])
     def test_without_anything_optional(self, tmp_path, trainer_name):
         text = write(
             tmp_path,

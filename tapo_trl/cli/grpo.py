@@ -1,0 +1,65 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from typing import TYPE_CHECKING
+
+from .parser import RecipeParser
+
+
+if TYPE_CHECKING:
+    from ..trainer.flow_grpo_trainer import FlowGRPOTrainer
+
+
+def make_parser() -> RecipeParser:
+    """Parser of `tapo-trl grpo`."""
+    from ..trainer.flow_grpo_config import FlowGRPOConfig
+    from .arguments import DiffusionModelConfig, TAPOScriptArguments
+
+    return RecipeParser((TAPOScriptArguments, FlowGRPOConfig, DiffusionModelConfig), prog="tapo-trl grpo")
+
+
+def make_trainer(script_args, training_args, model_args) -> "FlowGRPOTrainer":
+    """
+    The trainer that the flags describe.
+
+    Args:
+        script_args ([`TAPOScriptArguments`]): The reward model, the held-out prompts and the callbacks.
+        training_args ([`FlowGRPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    from ..trainer.flow_grpo_trainer import FlowGRPOTrainer
+    from .builders import make_rollout_trainer
+
+    return make_rollout_trainer(FlowGRPOTrainer, script_args, training_args, model_args)
+
+
+def main(script_args, training_args, model_args) -> None:
+    """
+    Aligns a policy by Flow-GRPO, saves it to `output_dir` and, with `push_to_hub`, uploads it.
+    With `dry_run`, prints what it would do instead.
+
+    Args:
+        script_args ([`TAPOScriptArguments`]): The reward model, the held-out prompts and the callbacks.
+        training_args ([`FlowGRPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    if script_args.dry_run:
+        from .dry_run import dry_run_grpo, print_dry_run
+
+        print_dry_run(dry_run_grpo(script_args, training_args, model_args))
+        return
+
+    from .builders import run_training
+
+    run_training(make_trainer(script_args, training_args, model_args), training_args, training_args.dataset_name)

@@ -1,0 +1,166 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Rollouts of Flow-GRPO: groups of stochastic trajectories, rewarded at their ends."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..policies import PromptEmbeddings
+from .rollout import Rollout, Transitions
+from .sampler import RolloutSampler, randn
+
+
+@dataclass(kw_only=True)
+class TrajectoryGroups(Rollout):
+    """
+    The stochastic steps of K trajectories for each of B prompts, N = K x B at each of the n steps. Row k B + b is
+    trajectory k of prompt b.
+
+    Args:
+        step_indices (`torch.LongTensor` of shape `(n,)`):
+            Index of each stochastic step, on the CPU.
+        latents (`torch.Tensor` of shape `(n, N, *latent_shape)`):
+            x before each step, float32. Not always on the device of the rollout, see
+            [`~rollouts.sampler.RolloutSampler`].
+        next_latents (`torch.Tensor` of shape `(n, N, *latent_shape)`):
+            x' after it.
+        means (`torch.Tensor` of shape `(n, N, *latent_shape)`):
+            Mean of x' under the policy that sampled it.
+        weights (`torch.Tensor` of shape `(n, N)`):
+            Weight of each step in the loss.
+        rewards (`torch.Tensor` of shape `(B, K)`):
+            Rewards of the final samples.
+        advantages (`torch.Tensor` of shape `(B, K)`, *optional*):
+            See [`~losses.group_advantages`].
+        final_latents (`torch.Tensor` of shape `(K, B, *latent_shape)`):
+            Clean latents at the end of each trajectory.
+
+    The others are those of [`~rollouts.rollout.Rollout`].
+    """
+
+    step_indices: torch.Tensor
+    latents: torch.Tensor
+    next_latents: torch.Tensor
+    means: torch.Tensor
+    final_latents: torch.Tensor
+    advantages: torch.Tensor | None = None
+
+    of_levels: ClassVar[tuple[str, ...]] = ("step_indices", "latents", "next_latents", "means")
+
+    @property
+    def storage(self) -> torch.device:
+        return self.latents.device
+
+    def _examples(self, level: torch.Tensor, row: torch.Tensor) -> "GroupTransitions":
+        return GroupTransitions(
+            prompt_embeds=self.prompt_embeds[row],
+            weights=self.weights[level, row],
+            step_indices=self.step_indices[level],
+            latents=self.latents[level, row],
+            next_latents=self.next_latents[level, row],
+            means=self.means[level, row],
+            advantages=self.advantages.T.flatten()[row],
+        )
+
+    def describe_reward(self, prompts: list[str], index: tuple[int, ...]) -> str:
+        prompt, sample = index
+        return f"{self._name_reward(index)} of sample {sample} for the prompt {prompts[prompt]!r}"
+
+
+@dataclass(kw_only=True)
+class GroupTransitions(Transitions):
+    """
+    Stochastic steps x -> x' of trajectories.
+
+    Args:
+        latents (`torch.Tensor` of shape `(num_examples, *latent_shape)`): x.
+        next_latents (`torch.Tensor` of shape `(num_examples, *latent_shape)`): x'.
+        means (`torch.Tensor` of shape `(num_examples, *latent_shape)`): mean of x' under the policy that sampled it.
+        advantages (`torch.Tensor` of shape `(num_examples,)`): of the trajectories.
+
+    The others are those of [`~rollouts.rollout.Transitions`].
+    """
+
+    latents: torch.Tensor
+    next_latents: torch.Tensor
+    means: torch.Tensor
+    advantages: torch.Tensor
+
+    on_device: ClassVar[tuple[str, ...]] = ("latents", "next_latents", "means", "advantages")
+
+    def describe_loss(self, prompts: list[str], index: tuple[int, ...]) -> str:
+        return f"the loss for the prompt {prompts[index[0]]!r} at step {self.step_indices[index].item()}"
+
+
+@dataclass(kw_only=True)
+class FlowGRPOSampler(RolloutSampler):
+    """
+    Draws trajectories that are stochastic at some steps and follow the ODE at the others.
+
+    Args:
+        step_indices (`list[int]`):
+            Stochastic steps W_T, see [`sde_step_indices`].
+        num_generations (`int`):
+            Trajectories per prompt K, at least 2.
+
+    The others are those of [`~rollouts.sampler.RolloutSampler`].
+    """
+
+    step_indices: list[int]
+    num_generations: int
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: torch.nn.Module,
+        prompts: list[str],
+        prompt_embeds: PromptEmbeddings,
+        negative_prompt_embeds: PromptEmbeddings | None,
+        generators: list[torch.Generator],
+        columns: dict[str, list[Any]] | None = None,
+    ) -> TrajectoryGroups:
+        device = prompt_embeds.prompt_embeds.device
+        one_each = (self.num_generations, *self.latent_shape)
+        noise = randn(generators, one_each, device).transpose(0, 1)
+        latents = noise  # (K, B, *latent_shape)
+        shape = (len(self.step_indices), self.num_generations * len(prompts), *self.latent_shape)
+        parents, children, means = (torch.empty(shape, device=self.store_on or device) for _ in range(3))
+
+        for index in self.steps():
+            velocity = self.velocity(model, latents, index, prompt_embeds, negative_prompt_embeds)
+            if index not in self.step_indices:
+                latents = self.scheduler.ode_step(latents, velocity, index)
+                continue
+            with self.timer.stage("stochastic steps"):
+                mean, std = self.scheduler.sde_mean_std(latents, velocity, index)
+                next_latents = mean + std * randn(generators, one_each, device).transpose(0, 1)
+            step = self.step_indices.index(index)
+            parents[step], children[step], means[step] = (x.flatten(0, 1) for x in (latents, next_latents, mean))
+            latents = next_latents
+
+        rewards, parts = self.score(latents, noise, prompts, prompt_embeds, columns or {})
+        return TrajectoryGroups(
+            prompt_embeds=prompt_embeds.repeat(self.num_generations),
+            weights=torch.ones(shape[:2], device=device),
+            rewards=rewards,
+            reward_parts=parts,
+            step_indices=torch.tensor(self.step_indices),
+            latents=parents,
+            next_latents=children,
+            means=means,
+            final_latents=latents,
+        )

@@ -1,0 +1,161 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Rollouts of online Diffusion-DPO: several samples per prompt, of which the best and the worst make a pair."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..policies import PromptEmbeddings
+from .rollout import Rollout, Transitions
+from .sampler import RolloutSampler, randn
+
+
+@dataclass(kw_only=True)
+class SamplePairs(Rollout):
+    """
+    The best and the worst sample of each of B prompts, and at which n noise levels they are compared.
+
+    Args:
+        samples (`torch.Tensor` of shape `(2, B, *latent_shape)`):
+            Clean latents of the best (0) and the worst (1) sample, float32. Not always on the device of the rollout, see
+            [`~rollouts.sampler.RolloutSampler`].
+        sigmas (`torch.Tensor` of shape `(n, B)`):
+            Noise levels, on the CPU.
+        noise (`torch.Tensor` of shape `(n, B, *latent_shape)`):
+            x_1, which both sides share.
+        weights (`torch.Tensor` of shape `(n, B)`):
+            Weight of each pair in the loss.
+        rewards (`torch.Tensor` of shape `(B, num_generations)`):
+            Rewards of all samples.
+
+    The others are those of [`~rollouts.rollout.Rollout`].
+    """
+
+    samples: torch.Tensor
+    sigmas: torch.Tensor
+    noise: torch.Tensor
+
+    of_levels: ClassVar[tuple[str, ...]] = ("sigmas", "noise")
+
+    @property
+    def storage(self) -> torch.device:
+        return self.samples.device
+
+    def _examples(self, level: torch.Tensor, row: torch.Tensor) -> "NoisedPairs":
+        return NoisedPairs(
+            prompt_embeds=self.prompt_embeds[row],
+            weights=self.weights[level, row],
+            samples=self.samples[:, row],
+            sigmas=self.sigmas[level, row],
+            noise=self.noise[level, row],
+        )
+
+    def describe_reward(self, prompts: list[str], index: tuple[int, ...]) -> str:
+        prompt, sample = index
+        return f"{self._name_reward(index)} of sample {sample} for the prompt {prompts[prompt]!r}"
+
+
+@dataclass(kw_only=True)
+class NoisedPairs(Transitions):
+    """
+    Pairs of samples that are compared at a noise level.
+
+    Args:
+        samples (`torch.Tensor` of shape `(2, num_pairs, *latent_shape)`): clean latents of the best and the worst sample.
+        sigmas (`torch.Tensor` of shape `(num_pairs,)`): noise levels.
+        noise (`torch.Tensor` of shape `(num_pairs, *latent_shape)`): x_1 of both sides.
+
+    The others are those of [`~rollouts.rollout.Transitions`].
+    """
+
+    samples: torch.Tensor
+    sigmas: torch.Tensor
+    noise: torch.Tensor
+
+    on_device: ClassVar[tuple[str, ...]] = ("samples", "sigmas", "noise")
+
+    @property
+    def noisy_latents(self) -> torch.Tensor:
+        """x_sigma of both sides, `(2, num_pairs, *latent_shape)`."""
+        sigma = self.sigmas.view(-1, *[1] * (self.noise.ndim - 1))
+        return (1 - sigma) * self.samples + sigma * self.noise
+
+    @property
+    def velocities(self) -> torch.Tensor:
+        """x_1 - x_0 of both sides, `(2, num_pairs, *latent_shape)`."""
+        return self.noise - self.samples
+
+    def describe_loss(self, prompts: list[str], index: tuple[int, ...]) -> str:
+        return f"the loss for the prompt {prompts[index[0]]!r} at the noise level {self.sigmas[index].item():.3f}"
+
+
+@dataclass(kw_only=True)
+class OnlineDPOSampler(RolloutSampler):
+    """
+    Draws samples by the deterministic ODE, and keeps the best and the worst of each prompt.
+
+    Args:
+        num_generations (`int`):
+            Samples per prompt, at least 2.
+        num_noise_levels (`int`):
+            At how many noise levels a pair is compared.
+        draw_sigma (`Callable`):
+            `generator -> noise level`, a tensor of shape `(1,)` on the CPU.
+
+    The others are those of [`~rollouts.sampler.RolloutSampler`].
+    """
+
+    num_generations: int
+    num_noise_levels: int
+    draw_sigma: Callable[[torch.Generator], torch.Tensor]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: torch.nn.Module,
+        prompts: list[str],
+        prompt_embeds: PromptEmbeddings,
+        negative_prompt_embeds: PromptEmbeddings | None,
+        generators: list[torch.Generator],
+        columns: dict[str, list[Any]] | None = None,
+    ) -> SamplePairs:
+        device = prompt_embeds.prompt_embeds.device
+        storage = self.store_on or device
+        noise = randn(generators, (self.num_generations, *self.latent_shape), device).transpose(0, 1)
+        latents = noise  # (num_generations, B, *latent_shape)
+        for index in self.steps():
+            velocity = self.velocity(model, latents, index, prompt_embeds, negative_prompt_embeds)
+            latents = self.scheduler.ode_step(latents, velocity, index)
+
+        rewards, parts = self.score(latents, noise, prompts, prompt_embeds, columns or {})
+        with self.timer.stage("selection"):
+            rows = torch.arange(len(prompts), device=device)
+            pairs = torch.stack([latents[rewards.argmax(1), rows], latents[rewards.argmin(1), rows]])
+        sigmas = [
+            torch.cat([self.draw_sigma(generator) for _ in range(self.num_noise_levels)]) for generator in generators
+        ]
+        sigmas = torch.stack(sigmas, dim=1)
+        return SamplePairs(
+            prompt_embeds=prompt_embeds,
+            weights=torch.ones_like(sigmas),
+            rewards=rewards,
+            reward_parts=parts,
+            samples=pairs.to(storage),
+            sigmas=sigmas,
+            noise=randn(generators, (self.num_noise_levels, *self.latent_shape), storage).transpose(0, 1),
+        )

@@ -1,0 +1,140 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+
+from ..schedulers import sde_step_indices
+from .rollout_config import RolloutConfig
+
+
+SCALE_REWARDS = ("group", "batch", "none")
+
+
+@dataclass
+class FlowGRPOConfig(RolloutConfig):
+    r"""
+    Configuration class for the [`FlowGRPOTrainer`].
+
+    This class includes only the parameters that are specific to Flow-GRPO. For a full list of training arguments, please
+    refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may differ from
+    those in [`~transformers.TrainingArguments`]. The parameters of all trainers with rollouts are those of
+    [`RolloutConfig`]. Options that TRL's GRPO has, too, are called as there.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the rollout
+
+        num_generations (`int`, *optional*, defaults to `8`):
+            Number of trajectories per prompt, the group of GRPO.
+        num_inference_steps (`int`, *optional*, defaults to `10`):
+            Number of sampling steps T. Flow-GRPO trains on few steps, and samples with more.
+        num_sde_steps (`int`, *optional*):
+            Number of stochastic steps n, which are trained on. All but the last one by default, as in Flow-GRPO.
+        t_init (`int`, *optional*, defaults to `0`):
+            Index of the first stochastic step, counted from the noise.
+        noise_level (`float`, *optional*, defaults to `0.7`):
+            Strength a of the noise of a stochastic step.
+        sde_type (`str`, *optional*, defaults to `"flow"`):
+            Noise law: `"flow"`, `"constant"` or `"cps"`, see [`FlowMatchSDEScheduler`].
+
+        > Parameters that control the training
+
+        beta (`float`, *optional*, defaults to `0.004`):
+            Weight of the KL divergence of each step from the reference. Without it, at 0, the reference is not asked.
+        epsilon (`float`, *optional*, defaults to `1e-3`):
+            The ratio to the policy that sampled is clipped to `[1 - epsilon, 1 + epsilon]`. It fits log-probabilities that
+            are averaged over the latent's dimensions (`logprob_reduction="mean"`), whose ratios hardly leave 1.
+        scale_rewards (`str`, *optional*, defaults to `"group"`):
+            By which standard deviation advantages are divided: `"group"`, that of the prompt's own samples; `"batch"`, that of
+            all samples of a micro-step on all processes; `"none"`, by none.
+        logprob_reduction (`str`, *optional*, defaults to `"mean"`):
+            Reduction of log-probabilities over the latent's dimensions, `"mean"` or `"sum"`.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Whether a run first checks, before its first update, that the ratio is 1 up to rounding.
+
+    > [!NOTE]
+    > `num_inference_steps` defaults to `10` instead of the `20` of [`RolloutConfig`].
+    """
+
+    # Parameters whose default values are overridden from RolloutConfig
+    num_inference_steps: int = field(default=10, metadata={"help": "Number of sampling steps T."})
+
+    # Parameters that control the rollout
+    num_generations: int = field(default=8, metadata={"help": "Number of trajectories per prompt, the group of GRPO."})
+    num_sde_steps: int | None = field(
+        default=None, metadata={"help": "Number of stochastic steps n. All but the last one by default."}
+    )
+    t_init: int = field(default=0, metadata={"help": "Index of the first stochastic step."})
+    noise_level: float = field(default=0.7, metadata={"help": "Strength a of the noise of a stochastic step."})
+    sde_type: str = field(
+        default="flow",
+        metadata={"help": "Noise law of a stochastic step.", "choices": ["flow", "constant", "cps"]},
+    )
+
+    # Parameters that control the training
+    beta: float = field(
+        default=0.004, metadata={"help": "Weight of the KL divergence from the reference. 0 does without a reference."}
+    )
+    epsilon: float = field(
+        default=1e-3, metadata={"help": "Clips the ratio to the policy that sampled to `[1 - epsilon, 1 + epsilon]`."}
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={
+            "help": "By which standard deviation advantages are divided: of the prompt's samples (`group`), of all samples "
+            "of a micro-step (`batch`), or by none.",
+            "choices": list(SCALE_REWARDS),
+        },
+    )
+    logprob_reduction: str = field(
+        default="mean",
+        metadata={"help": "Reduction of log-probabilities over the latent's dimensions.", "choices": ["mean", "sum"]},
+    )
+    self_check: bool = field(
+        default=True, metadata={"help": "Whether to check before the first update that the ratio is 1 up to rounding."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+
+        if self.num_generations < 2:
+            raise ValueError(f"`num_generations` must be at least 2 to compare, got {self.num_generations}.")
+        if self.noise_level <= 0:
+            raise ValueError(
+                f"`noise_level` must be positive: without noise nothing is learnt. Got {self.noise_level}."
+            )
+        if self.beta < 0:
+            raise ValueError(f"`beta` must not be negative, got {self.beta}.")
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"`epsilon` must be in (0, 1), got {self.epsilon}.")
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError("`sync_ref_model=True` has no effect without a reference: set `beta` above 0.")
+        self.check_choices(
+            sde_type=("flow", "constant", "cps"), logprob_reduction=("mean", "sum"), scale_rewards=SCALE_REWARDS
+        )
+        steps = self.step_indices
+        if self.sde_type == "cps" and self.num_inference_steps - 1 in steps:
+            raise ValueError(
+                '`sde_type="cps"` has no noise at the last sampling step, which the stochastic steps '
+                f"{steps} include: lower `num_sde_steps` or `t_init`."
+            )
+
+    @property
+    def step_indices(self) -> list[int]:
+        """The stochastic steps W_T, see [`sde_step_indices`]."""
+        num_sde_steps = self.num_inference_steps - 1 if self.num_sde_steps is None else self.num_sde_steps
+        return sde_step_indices(self.num_inference_steps, num_sde_steps, self.t_init)

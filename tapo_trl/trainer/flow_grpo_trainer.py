@@ -1,0 +1,155 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from typing import Any
+
+import torch
+
+from ..losses import flow_grpo_loss, group_advantages
+from ..rollouts import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
+from ..schedulers import gaussian_kl
+from .flow_grpo_config import FlowGRPOConfig
+from .model_card import FLOW_GRPO_OPTIONS, FLOW_GRPO_PAPER
+from .rollout_metrics import group_metrics
+from .rollout_trainer import RolloutTrainer
+
+
+class FlowGRPOTrainer(RolloutTrainer):
+    r"""
+    Trainer for Flow-GRPO, policy gradients on the stochastic steps of a flow-matching sampler.
+
+    Every step draws a group of stochastic trajectories for each prompt and rewards their ends. What a sample is rewarded
+    beyond the mean of its group is the advantage of all of its steps, which become likelier or less likely by it; a KL term
+    keeps the policy near the reference.
+
+    Example:
+
+    ```python
+    from peft import LoraConfig
+    from tapo_trl import FlowGRPOConfig, FlowGRPOTrainer
+
+    trainer = FlowGRPOTrainer(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        reward_model="my-name/sd35-slrm",
+        args=FlowGRPOConfig(output_dir="sd35-grpo"),
+        peft_config=LoraConfig(r=64, lora_alpha=64, init_lora_weights="gaussian"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
+            Hub id or folder of a pipeline, a pipeline, or a policy.
+        reward_model (`str`, [`LatentRewardModel`], `Callable` or a `list` of those):
+            - `str`: Hub id or folder of a [`LatentRewardModel`], such as an [`SLRMModel`].
+            - [`LatentRewardModel`]: scores the final latents, at noise level 0.
+            - `Callable`: `f(images, prompts, **columns) -> scores`, with images as a float tensor in [0, 1] of shape
+              `(N, 3, height, width)`, or `(N, 3, num_frames, height, width)` for video. It is applied to the decoded
+              samples.
+            - `list`: a weighted sum of them, see `args.reward_weights`.
+        args ([`FlowGRPOConfig`], *optional*):
+            Configuration. Defaults to one with a folder named after the model.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Prompts, in the column `prompt`. Other columns are passed to reward callables. Defaults to
+            `args.dataset_name`, else to the prompts that ship with the package.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of those, *optional*):
+            Held-out prompts.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks. Those that are a [`PolicyCallback`] get the trainer and have their prompts encoded.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and learning rate scheduler.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
+            fine-tuned and a frozen copy of it is the reference.
+    """
+
+    config_class = FlowGRPOConfig
+    _seed_name = "flow_grpo"
+    _tag_names = ["trl", "flow-grpo"]
+    _name = "Flow-GRPO"
+    _paper = FLOW_GRPO_PAPER
+    _card_metrics = ("reward", "eval_", "kl")
+    _card_options = FLOW_GRPO_OPTIONS
+
+    # Rollout: groups of trajectories and their advantages
+
+    def build_sampler(self, **kwargs) -> FlowGRPOSampler:
+        args = self.args
+        self.scheduler = self.policy.build_scheduler(
+            args.num_inference_steps,
+            self.latent_shape,
+            self.accelerator.device,
+            noise_level=args.noise_level,
+            sde_type=args.sde_type,
+            logprob_reduction=args.logprob_reduction,
+        )
+        self.step_indices = args.step_indices
+        return FlowGRPOSampler(
+            scheduler=self.scheduler,
+            step_indices=self.step_indices,
+            num_generations=args.num_generations,
+            **kwargs,
+        )
+
+    def _generate_and_score_trajectories(self, batch: list[dict[str, Any]], seed_step: int) -> TrajectoryGroups:
+        rollout = super()._generate_and_score_trajectories(batch, seed_step)
+        rewards, first = rollout.rewards, 0
+        if self.args.scale_rewards == "batch":
+            rewards, first = self.accelerator.gather(rewards), self.accelerator.process_index * len(batch)
+        rollout.advantages = group_advantages(rewards, self.args.scale_rewards)[first : first + len(batch)]
+        return rollout
+
+    def rollout_metrics(self, rollout: TrajectoryGroups) -> dict[str, torch.Tensor]:
+        return group_metrics(rollout)
+
+    # Loss: clipped policy gradient and KL
+
+    def transition_losses(
+        self, model: torch.nn.Module, inputs: GroupTransitions
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        latents, indices = inputs.latents, inputs.step_indices
+        sigma = self.scheduler.sigma(indices.to(self.scheduler.sigmas.device))
+        # With the guidance of the rollout: the ratio is to the policy that sampled
+        arguments = (latents, sigma, inputs.prompt_embeds, self.negative_prompt_embeds, self.args.guidance_scale)
+        with self.timer.stage("policy, training", latents=len(latents)):
+            velocity = self.policy.velocity(model, *arguments)
+        mean, std = self.scheduler.sde_mean_std(latents, velocity, indices)
+
+        log_ratios = self.scheduler.log_ratio(inputs.next_latents, mean, inputs.means, std)
+        losses, metrics = flow_grpo_loss(log_ratios, inputs.advantages, self.args.epsilon)
+        metrics["advantages"] = inputs.advantages.abs()
+        if self.args.beta == 0:
+            return losses, inputs.weights * losses, metrics
+
+        ref_velocity = self.reference_velocity(inputs, *arguments)
+        ref_mean, _ = self.scheduler.sde_mean_std(latents, ref_velocity, indices)
+        kl = gaussian_kl(mean, ref_mean, std, self.args.logprob_reduction)
+        metrics["kl"] = kl.detach()
+        return losses, inputs.weights * (losses + self.args.beta * kl), metrics
+
+    def step_metrics(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = {"ratio": "ratio", "clip_ratio": "clip_ratio/region_mean", "kl": "kl"}
+        return {name: metrics[key] for name, key in names.items() if key in metrics}
+
+    def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
+        if not self.args.self_check or not self.model.training or self.state.global_step > 0:
+            return
+        ratios = metrics["ratio"]
+        if (ratios - 1).abs().mean() > self.args.epsilon:
+            raise RuntimeError(
+                f"Before the first update the ratios to the policy that sampled are {ratios.tolist()}, not 1 up to "
+                f"`epsilon={self.args.epsilon}`: what is trained is not what has sampled, or rounding in half precision is "
+                "larger than the clip range. Is some layer (dropout, batch norm) random? If not, raise `epsilon`, or train "
+                "with `bf16=False`. Set `self_check=False` if the difference is meant."
+            )

@@ -1,0 +1,97 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+
+from .noise_levels import TIMESTEP_SAMPLINGS
+from .rollout_config import RolloutConfig
+
+
+@dataclass
+class OnlineDiffusionDPOConfig(RolloutConfig):
+    r"""
+    Configuration class for the [`OnlineDiffusionDPOTrainer`].
+
+    This class includes only the parameters that are specific to online Diffusion-DPO. For a full list of training
+    arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this
+    class may differ from those in [`~transformers.TrainingArguments`]. The parameters of all trainers with rollouts are
+    those of [`RolloutConfig`].
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the rollout
+
+        num_generations (`int`, *optional*, defaults to `8`):
+            Number of samples per prompt, of which the best and the worst make the pair.
+
+        > Parameters that control the training
+
+        num_noise_levels (`int`, *optional*, defaults to `4`):
+            Number of random noise levels at which a pair is compared. A rollout costs far more than they do.
+        timestep_sampling (`str`, *optional*, defaults to `"logit_normal"`):
+            Distribution of the noise level before the pipeline's shift: `"logit_normal"`, as in the training of SD3, or
+            `"uniform"`.
+        beta (`float`, *optional*, defaults to `100.0`):
+            Strength of the regularisation towards the reference. It fits squared errors that are averaged over the
+            latent's dimensions, as that of [`DiffusionDPOConfig`], which is higher: the two sides of a pair are samples of
+            the policy itself here, and closer to each other.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Probability that a pair is the wrong way round.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Whether a run that starts from the reference first checks that its loss is ln 2 for every pair.
+
+    > [!NOTE]
+    > `learning_rate` defaults to `1e-5` instead of the `1e-4` of [`RolloutConfig`].
+    """
+
+    # Parameters whose default values are overridden from RolloutConfig
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+
+    # Parameters that control the rollout
+    num_generations: int = field(
+        default=8, metadata={"help": "Number of samples per prompt, of which the best and the worst make the pair."}
+    )
+
+    # Parameters that control the training
+    num_noise_levels: int = field(
+        default=4, metadata={"help": "Number of random noise levels at which a pair is compared."}
+    )
+    timestep_sampling: str = field(
+        default="logit_normal",
+        metadata={
+            "help": "Distribution of the noise level before the pipeline's shift.",
+            "choices": list(TIMESTEP_SAMPLINGS),
+        },
+    )
+    beta: float = field(default=100.0, metadata={"help": "Strength of the regularisation to the reference."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a pair is the wrong way round."})
+    self_check: bool = field(
+        default=True, metadata={"help": "Whether to check at the start that the loss is ln 2 for every pair."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+
+        if self.num_generations < 2:
+            raise ValueError(f"`num_generations` must be at least 2 to have a pair, got {self.num_generations}.")
+        if self.num_noise_levels < 1:
+            raise ValueError(f"`num_noise_levels` must be at least 1, got {self.num_noise_levels}.")
+        if self.beta <= 0:
+            raise ValueError(f"`beta` must be positive, got {self.beta}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
+        self.check_choices(timestep_sampling=TIMESTEP_SAMPLINGS)
