@@ -118,6 +118,9 @@ class TAPOConfig(_BaseConfig):
             `"none"` stay, and `"parent"` stands in for `"ground_truth"`.
         score_batch_size (`int`, *optional*):
             Number of candidates per forward of a reward model. All of a step at once by default.
+        share_backbone (`bool`, *optional*, defaults to `False`):
+            Whether the policy, its reference and the reward models use one set of frozen base weights. Needs LoRA in all of
+            them, and reward models that were trained from this very policy. Changes no result.
         reward_layerwise_casting (`bool`, *optional*, defaults to `False`):
             Whether to keep the linear layers of an SLRM's backbone in float8, one byte per weight, and cast each for its
             own forward only. Changes the scores a little.
@@ -275,6 +278,12 @@ class TAPOConfig(_BaseConfig):
     )
     score_batch_size: int | None = field(
         default=None, metadata={"help": "Candidates per forward of a reward model. All of a step by default."}
+    )
+    share_backbone: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether policy, reference and reward models use one set of frozen base weights. Needs LoRA."
+        },
     )
     reward_layerwise_casting: bool = field(
         default=False, metadata={"help": "Whether to keep the linear layers of an SLRM's backbone in float8."}

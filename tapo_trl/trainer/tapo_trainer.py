@@ -54,7 +54,7 @@ from .launch_checks import check_launch
 from .model_card import TAPO_OPTIONS
 from .nonfinite import Watched
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
-from .reward_loading import RewardModel, check_rewards, load_reward, place_reward
+from .reward_loading import RewardModel, check_rewards, check_sharing, load_reward, place_rewards
 from .rollout_reuse import EpochRepeatSampler, load_rollouts, save_rollouts
 from .tapo_config import TAPOConfig
 from .tapo_metrics import describe_loss, describe_reward, rollout_metrics, transition_metrics
@@ -135,6 +135,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         check_hub_strategy(args)
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
         check_rewards(reward_models, args)
+        check_sharing(reward_models, args, peft_config)
 
         # Data
         if train_dataset is None:
@@ -204,8 +205,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
 
         device = self.accelerator.device
         self._place_frozen_models()
-        for reward in self.reward.rewards:
-            place_reward(reward, args)
+        place_rewards(self.reward.rewards, self.policy, args)
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
