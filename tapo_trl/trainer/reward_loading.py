@@ -28,6 +28,7 @@ from ..rewards.scoring import LatentReward, PixelReward, RewardFunction
 from ..rewards.sharing import base_tensors, check_base_stays, check_same, saved_tensors, tie
 from .base import autocast_dtype
 from .launch_checks import uses_fsdp
+from .speed import compile_blocks
 from .tapo_config import TAPOConfig
 
 
@@ -87,6 +88,11 @@ def check_sharing(rewards: Sequence[RewardModel], args: TAPOConfig, peft_config:
             "full fine-tuning changes the weights that the reward model reads: pass a `peft_config`",
         ),
         (
+            args.layerwise_casting,
+            "`layerwise_casting` rounds the policy's weights, which the reward model was not trained with: leave one of the two "
+            "unset",
+        ),
+        (
             args.reward_layerwise_casting,
             "`reward_layerwise_casting` keeps the reward model's weights in another precision than the policy's: leave one of "
             "the two unset",
@@ -134,6 +140,7 @@ def load_reward(reward: RewardModel, policy: FlowPolicy, args: TAPOConfig) -> La
         _check_engine(policy, args)
     model.check_compatible(policy, max_sequence_length=args.max_sequence_length)
     model.requires_grad_(False).eval()
+    compile_blocks(args, [model.transformer])
     return LatentReward(model, model.rollout_target(args.velocity_target), args.score_batch_size)
 
 

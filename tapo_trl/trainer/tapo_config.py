@@ -43,6 +43,12 @@ class TAPOConfig(_BaseConfig):
             the [`TAPOTrainer`] is a string, for example `{"torch_dtype": "bfloat16", "revision": "main"}`.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the policy (LoRA dropout included).
+        attention_backend (`str`, *optional*):
+            Implementation of attention, by its name in diffusers, such as `"flash_hub"` or `"_native_cudnn"`. Applied to the
+            policy, and to latent reward models whose attention asks for one. By default PyTorch chooses.
+        layerwise_casting (`bool`, *optional*, defaults to `False`):
+            Whether to keep the linear layers of the policy's frozen base in float8, one byte per weight, and cast each for
+            its own forward and backward only. Needs LoRA. The policy and its reference are both the rounded base's.
 
         > Parameters that control the data
 
@@ -202,6 +208,13 @@ class TAPOConfig(_BaseConfig):
         metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, if `model` is a string."},
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the policy."})
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "Implementation of attention, by its name in diffusers. PyTorch's by default."}
+    )
+    layerwise_casting: bool = field(
+        default=False,
+        metadata={"help": "Whether to keep the linear layers of the policy's frozen base in float8. Needs LoRA."},
+    )
 
     # Parameters that control the data
     dataset_name: str | None = field(

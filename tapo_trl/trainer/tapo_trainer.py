@@ -56,6 +56,7 @@ from .nonfinite import Watched
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
 from .reward_loading import RewardModel, check_rewards, check_sharing, load_reward, place_rewards
 from .rollout_reuse import EpochRepeatSampler, load_rollouts, save_rollouts
+from .speed import check_speed_options, shrink_and_speed_up
 from .tapo_config import TAPOConfig
 from .tapo_metrics import describe_loss, describe_reward, rollout_metrics, transition_metrics
 
@@ -136,6 +137,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
         check_rewards(reward_models, args)
         check_sharing(reward_models, args, peft_config)
+        check_speed_options(args, peft_config)
 
         # Data
         if train_dataset is None:
@@ -171,6 +173,7 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         if args.sync_ref_model and peft_config is not None:
             raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
         transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
+        shrink_and_speed_up(self.policy, self.ref_model, rewards, args)
 
         # Prompts are encoded once, then the text encoders leave the memory
         callbacks = list(callbacks or [])
