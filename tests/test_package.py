@@ -25,7 +25,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import tapo_trl
-from tapo_trl.cli import diagnose, dpo, evaluate, sample, slrm, tapo
+from tapo_trl.cli import bench, diagnose, dpo, evaluate, sample, slrm, tapo
 
 
 ROOT = Path(tapo_trl.__file__).parents[1]
@@ -37,6 +37,7 @@ PARSERS = {
     "dpo": dpo.make_parser,
     "evaluate": evaluate.make_parser,
     "diagnose": diagnose.make_parser,
+    "bench": bench.make_parser,
 }
 LAUNCHER_FLAGS = {  # of accelerate, torchrun and Slurm
     *("config_file", "machine_rank", "main_process_ip", "mixed_precision", "num_machines", "num_processes"),

@@ -22,6 +22,7 @@ COMMANDS = {
     "dpo": "align a text-to-image or text-to-video model with preference pairs",
     "evaluate": "measure a reward model on held-out pairs, or the reward of a model's samples",
     "diagnose": "draw how a reward model ranks pairs at each noise level, and the curves of trainings",
+    "bench": "measure what a pair of trajectories costs here, with random weights",
     "sample": "draw images or videos, with or without trained weights",
 }
 

@@ -124,7 +124,11 @@ class TestFloat8:
         before = trainable(trainer)
         bytes_before = {name: layer.weight_bytes.clone() for name, layer in layers.items()}
         trainer.train()
-        assert not any(torch.equal(value, before[name]) for name, value in trainable(trainer).items() if "_B" in name and "2.attn.add_q" not in name)
+        assert not any(
+            torch.equal(value, before[name])
+            for name, value in trainable(trainer).items()
+            if "_B" in name and "2.attn.add_q" not in name
+        )
         assert all(torch.equal(layer.weight_bytes, bytes_before[name]) for name, layer in layers.items())
         trainer.save_model()
         PIPELINES[family]().load_lora_weights(trainer.args.output_dir)
