@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .losses import tapo_loss
@@ -125,13 +124,12 @@ class Bench:
     def __post_init__(self):
         transformer = self.policy.transformer.requires_grad_(False).eval()
         slrm = SLRMModel.from_policy(self.policy, max_sequence_length=self.max_sequence_length).requires_grad_(False)
-        lora = LoraConfig(r=self.lora_r, lora_alpha=self.lora_r, target_modules=self.policy.lora_target_modules)
         if self.share_backbone:
-            slrm.add_lora(lora)
+            slrm.add_lora(self._lora())
             slrm.requires_grad_(False)
             tie(slrm.transformer, transformer)
         self.reward = WeightedReward([LatentReward(slrm, "parent", self.score_batch_size)])
-        self.model = get_peft_model(transformer, lora)
+        self.model = get_peft_model(transformer, self._lora())
         transformer.enable_gradient_checkpointing()
 
     @property
@@ -220,29 +218,37 @@ class Bench:
                     self.slrm.score(latents[part], sigma, *texts, velocity_target=latents[part])
 
     def flops(self, size: tuple[int, ...]) -> dict[str, int]:
-        """Floating point operations of one latent through `policy`, `reward` and, forward and backward, `training`."""
-        latents = torch.randn(1, *self.policy.latent_shape(*size), device=self.device)
-        embeds, sigma = self.embeddings(1), torch.tensor(0.5, device=self.device)
+        """
+        Floating point operations of one latent through `policy`, `reward` and, forward and backward without what
+        checkpointing computes again, `training`. They are counted on the meta device, where attention is two products.
+        """
+        transformer = self.policy.transformer
+        with torch.device("meta"):
+            model = get_peft_model(
+                type(transformer).from_config(transformer.config).requires_grad_(False), self._lora()
+            )
+            slrm = SLRMModel.without_weights(self.policy)
+            if self.share_backbone:
+                slrm.add_lora(self._lora())
+            latents = torch.randn(1, *self.policy.latent_shape(*size))
+            sigma = torch.tensor(0.5)
+        model, slrm = (nn.Module.to(network, transformer.dtype) for network in (model, slrm))
+        embeds = self.embeddings(1).to("meta")
         texts = (embeds.prompt_embeds, embeds.pooled_prompt_embeds)
-        self.policy.transformer.disable_gradient_checkpointing()  # what is computed twice is no work done
-
-        def train() -> None:
-            self.policy.velocity(self.model, latents, sigma, embeds).sum().backward()
-
         programs = {
-            "policy": torch.no_grad()(lambda: self.policy.velocity(self.model, latents, sigma, embeds)),
-            "reward": torch.no_grad()(lambda: self.slrm.score(latents, sigma, *texts)),
-            "training": train,
+            "policy": torch.no_grad()(lambda: self.policy.velocity(model, latents, sigma, embeds)),
+            "reward": torch.no_grad()(lambda: slrm.score(latents, sigma, *texts)),
+            "training": lambda: self.policy.velocity(model, latents, sigma, embeds).sum().backward(),
         }
         counts = {}
         for name, program in programs.items():
-            # The attention of every device is counted, but not its fused kernel on a CPU.
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), self.autocast():
+            with FlopCounterMode(display=False) as counter:
                 program()
             counts[name] = counter.get_total_flops()
-        self.model.zero_grad()
-        self.policy.transformer.enable_gradient_checkpointing()
         return counts
+
+    def _lora(self) -> LoraConfig:
+        return LoraConfig(r=self.lora_r, lora_alpha=self.lora_r, target_modules=self.policy.lora_target_modules)
 
     def measure(self, setting: Setting, repeats: int = 3, warm_up: bool = True) -> Measurement:
         """
