@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from peft import PeftConfig
+from transformers import TrainerCallback
 
 from ..policies import FlowPolicy
 from ..rewards import LatentRewardModel, load_reward_model
@@ -195,10 +196,26 @@ def place_rewards(rewards: Sequence[LatentReward | PixelReward], policy: FlowPol
     """[`place_reward`] for each of them. What they share with the policy is at its place before they come."""
     if args.share_backbone:
         policy.transformer.to(args.device)
+        tie_rewards(rewards, policy)
     for reward in rewards:
-        if args.share_backbone and isinstance(reward, LatentReward):
-            tie(reward.model.transformer, policy.transformer)
         place_reward(reward, args)
+
+
+def tie_rewards(rewards: Sequence[LatentReward | PixelReward], policy: FlowPolicy) -> None:
+    """Let all latent reward models have the policy's own base tensors, see [`~rewards.sharing.tie`]."""
+    for reward in rewards:
+        if isinstance(reward, LatentReward):
+            tie(reward.model.transformer, policy.transformer)
+
+
+class TieCallback(TrainerCallback):
+    """Ties once more when the launcher's engine has placed the policy: that makes buffers anew."""
+
+    def __init__(self, rewards: Sequence[LatentReward | PixelReward], policy: FlowPolicy):
+        self.rewards, self.policy = rewards, policy
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        tie_rewards(self.rewards, self.policy)
 
 
 def place_reward(reward: LatentReward | PixelReward, args: TAPOConfig) -> None:

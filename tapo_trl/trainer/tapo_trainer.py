@@ -54,7 +54,7 @@ from .launch_checks import check_launch
 from .model_card import TAPO_OPTIONS
 from .nonfinite import Watched
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
-from .reward_loading import RewardModel, check_rewards, check_sharing, load_reward, place_rewards
+from .reward_loading import RewardModel, TieCallback, check_rewards, check_sharing, load_reward, place_rewards
 from .rollout_reuse import EpochRepeatSampler, load_rollouts, save_rollouts
 from .speed import check_speed_options, shrink_and_speed_up
 from .tapo_config import TAPOConfig
@@ -209,6 +209,8 @@ class TAPOTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         device = self.accelerator.device
         self._place_frozen_models()
         place_rewards(self.reward.rewards, self.policy, args)
+        if args.share_backbone:
+            self.add_callback(TieCallback(self.reward.rewards, self.policy))
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
