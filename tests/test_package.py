@@ -25,7 +25,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import tapo_trl
-from tapo_trl.cli import diagnose, dpo, evaluate, grpo, online_dpo, sample, slrm, tapo
+from tapo_trl.cli import bench, diagnose, dpo, evaluate, grpo, online_dpo, reproduce, sample, slrm, tapo
 
 
 ROOT = Path(tapo_trl.__file__).parents[1]
@@ -39,6 +39,8 @@ PARSERS = {
     "grpo": grpo.make_parser,
     "evaluate": evaluate.make_parser,
     "diagnose": diagnose.make_parser,
+    "reproduce": reproduce.make_parser,
+    "bench": bench.make_parser,
 }
 LAUNCHER_FLAGS = {  # of accelerate, torchrun and Slurm
     *("config_file", "machine_rank", "main_process_ip", "mixed_precision", "num_machines", "num_processes"),

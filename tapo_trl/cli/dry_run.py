@@ -28,6 +28,7 @@ from torch import nn
 
 from ..policies import FlowPolicy, SD3Policy
 from ..rewards import REWARD_MODELS, LatentRewardModel
+from ..rewards.sharing import base_tensors
 from ..rewards.velocity_targets import MIN_SIGMA
 from ..rollouts import PAIRINGS
 from ..schedulers import sde_step_indices
@@ -37,6 +38,7 @@ from ..trainer.online_dpo_config import OnlineDiffusionDPOConfig
 from ..trainer.reward_loading import store_in_float8
 from ..trainer.rollout_config import RolloutConfig
 from ..trainer.slrm_config import SLRMConfig
+from ..trainer.speed import store_base_in_float8
 from ..trainer.tapo_config import TAPOConfig
 from .arguments import DiffusionModelConfig, TAPOScriptArguments
 from .meta_models import add_meta_lora, load_meta_policy, load_meta_reward_model
@@ -255,6 +257,19 @@ def reward_memory(model: LatentRewardModel, layerwise_casting: bool, group_offlo
     return Row("reward model", resident, f"two of {len(blocks)} blocks and what is outside of them; {words}")
 
 
+def shared_reward_memory(model: LatentRewardModel, lora_parameters: int) -> Row:
+    """
+    Memory of a reward model whose backbone is the policy's.
+
+    Args:
+        model ([`LatentRewardModel`]): The reward model on the meta device, without its LoRA.
+        lora_parameters (`int`): Parameters of its LoRA, taken to be as large as the policy's.
+    """
+    own = sum(tensor.numel() for tensor in model.trained_in_full().values()) + lora_parameters
+    words = f"{model.trained_part} and LoRA (as the policy's) x 4 bytes; the backbone is the policy's"
+    return Row("reward model", own * 4, words)
+
+
 # The commands
 
 
@@ -312,8 +327,10 @@ def _rollout_run(
         velocity_target = reward_model.rollout_target(args.velocity_target)
         parameters["reward model"] = count_parameters(reward_model)
 
-    memory = _policy_memory(policy, model_args, parameters)
-    if reward_model is not None:
+    memory = _policy_memory(policy, model_args, parameters, args.layerwise_casting)
+    if reward_model is not None and args.share_backbone:
+        memory.append(shared_reward_memory(reward_model, parameters.get("LoRA", 0)))
+    elif reward_model is not None:
         dtype = (args.reward_model_init_kwargs or {}).get("torch_dtype", "float32")
         reward_model = nn.Module.to(reward_model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         memory.append(reward_memory(reward_model, args.reward_layerwise_casting, args.reward_group_offload))
@@ -661,14 +678,23 @@ def _block_tokens(policy: FlowPolicy, tokens: tuple[int, int]) -> int:
     return sum(tokens) if isinstance(policy, SD3Policy) else tokens[0]
 
 
-def _policy_memory(policy: FlowPolicy, model_args: DiffusionModelConfig, parameters: dict[str, int]) -> list[Row]:
+def _policy_memory(
+    policy: FlowPolicy, model_args: DiffusionModelConfig, parameters: dict[str, int], layerwise_casting: bool = False
+) -> list[Row]:
     """Memory of the policy, its reference and the VAE. With LoRA, which is added to the transformer and `parameters`."""
     transformer, buffers = policy.transformer, _count_buffers(policy.transformer)
     if model_args.use_peft:
         parameters["LoRA"] = add_meta_lora(transformer, model_args, policy)
         element = model_args.dtype.itemsize
+        policy_row = Row(
+            "policy", (parameters["policy"] + buffers) * element, f"parameters and buffers x {element} bytes"
+        )
+        if layerwise_casting:
+            store_base_in_float8(nn.Module.to(transformer, model_args.dtype))
+            base = sum(tensor.numel() * tensor.element_size() for tensor in base_tensors(transformer).values())
+            policy_row = Row("policy", base, f"linear layers x 1 byte and a scale per row, the rest x {element} bytes")
         memory = [
-            Row("policy", (parameters["policy"] + buffers) * element, f"parameters and buffers x {element} bytes"),
+            policy_row,
             Row("LoRA", parameters["LoRA"] * TRAINED_BYTES, f"parameters x {TRAINED_BYTES}: weight, gradient, Adam"),
         ]
     else:

@@ -16,6 +16,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -64,16 +65,30 @@ def load_meta_policy(name: str, revision: str | None = None) -> tuple[FlowPolicy
                 ) from error
             source = "the configuration on the Hub"
 
-    built = dict(tokenizer)
+    policy = make_meta_policy(pipeline_class, components, tokenizer)
+    policy.name_or_path = name
+    return policy, source
+
+
+def make_meta_policy(
+    pipeline_class: str, components: dict[str, tuple[str, dict[str, Any]]], tokenizer: dict[str, Any] | None = None
+) -> FlowPolicy:
+    """
+    A policy without weights and text encoders.
+
+    Args:
+        pipeline_class (`str`): Class of the pipeline in diffusers.
+        components (`dict`): Class and configuration of `transformer`, `vae` and `scheduler`, as in `KNOWN_PIPELINES`.
+        tokenizer (`dict`, *optional*): `tokenizer`, where its length counts.
+    """
+    built = dict(tokenizer or {})
     for component, (class_name, config) in components.items():
         with torch.device("cpu" if component == "scheduler" else "meta"):
             built[component] = getattr(diffusers, class_name).from_config(config)
     pipeline_class = getattr(diffusers, pipeline_class)
     parameters = inspect.signature(pipeline_class.__init__).parameters.values()
     required = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name != "self"]
-    policy = load_policy(pipeline_class(**{**dict.fromkeys(required), **built}))
-    policy.name_or_path = name
-    return policy, source
+    return load_policy(pipeline_class(**{**dict.fromkeys(required), **built}))
 
 
 def _read_configs(name: str, revision: str | None, local_files_only: bool):

@@ -17,7 +17,7 @@
 import inspect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from diffusers import ModelMixin
@@ -54,15 +54,18 @@ class RewardBackboneMixin(ABC):
             if not any(module in name.split(".") for module in kept):
                 tensor.data = tensor.data.to(dtype)
 
-    def _copy_weights(self, source: Mapping[str, torch.Tensor], added: set[str], unused: set[str]) -> None:
+    def _fill(self, transformer: ModelMixin, added: set[str], unused: set[str], share: bool = False) -> None:
         """
-        Copy a transformer's tensors, each in its precision.
+        Give this transformer, which has no weights yet, those of another one, each in its precision.
 
         Args:
-            source (`dict[str, torch.Tensor]`): [`all_tensors`] of the transformer.
-            added (`set[str]`): names of those that it does not have.
+            transformer ([`~diffusers.ModelMixin`]): the other one.
+            added (`set[str]`): names of tensors that it does not have, which are left uninitialised.
             unused (`set[str]`): names of those that this one does not have.
+            share (`bool`, *optional*, defaults to `False`): take its tensors themselves, not copies.
         """
+        nn.Module.to(self, transformer.dtype)
+        source = dict(all_tensors(transformer))
         own = dict(all_tensors(self))
         unexpected = source.keys() - own.keys() - unused
         if unexpected or own.keys() - source.keys() != added:
@@ -70,6 +73,14 @@ class RewardBackboneMixin(ABC):
                 "The transformer's weights do not fit its configuration; merge or detach its adapters first. "
                 f"Unexpected: {sorted(unexpected)[:3]}."
             )
+        if share:
+            for name in added:
+                set_tensor(self, name, nn.Parameter(torch.empty_like(own[name], device=transformer.device)))
+            for name in source.keys() - unused:
+                set_tensor(self, name, source[name])
+            return
+        self.to_empty(device=transformer.device)
+        own = dict(all_tensors(self))  # buffers are new ones
         for name in source.keys() - unused:
             own[name].data = source[name].detach().clone()
 
@@ -77,3 +88,10 @@ class RewardBackboneMixin(ABC):
 def all_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers, those that are not saved included."""
     return itertools.chain(module.named_parameters(), module.named_buffers())
+
+
+def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of the parameter or buffer of this name. The object is kept: whoever else has it shares it."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor

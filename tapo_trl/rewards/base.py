@@ -14,7 +14,6 @@
 """What all reward models of noisy latents have in common: [`LatentRewardModel`]."""
 
 import functools
-import itertools
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -33,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from ..policies import FlowPolicy
-from .backbone import RewardBackboneMixin
+from .backbone import RewardBackboneMixin, all_tensors
+from .sharing import check_base_stays
 
 
 DEFAULT_MAX_SEQUENCE_LENGTH = 256
@@ -89,8 +89,11 @@ class LatentRewardModel(ModelMixin, ConfigMixin, ABC):
         """
 
     @abstractmethod
-    def _copy_base(self, transformer: ModelMixin) -> None:
-        """Put a copy of the transformer in the place of one without weights, and initialise all else beside it."""
+    def _take_base(self, transformer: ModelMixin, share: bool = False) -> None:
+        """
+        Put a copy of the transformer, or one that shares its weights, in the place of one without weights, and initialise
+        all else beside it.
+        """
 
     @abstractmethod
     def trained_in_full(self) -> dict[str, torch.Tensor]:
@@ -165,7 +168,7 @@ class LatentRewardModel(ModelMixin, ConfigMixin, ABC):
             ValueError: if this kind of reward model cannot be made of the policy's transformer.
         """
         model = cls.without_weights(policy, vae_fingerprint=policy.vae_fingerprint(), **config)
-        model._copy_base(policy.transformer)
+        model._take_base(policy.transformer)
         return model.eval()
 
     def _prompt_arguments(
@@ -338,6 +341,7 @@ class LatentRewardModel(ModelMixin, ConfigMixin, ABC):
         pretrained_model_name_or_path: str | os.PathLike,
         base_model: str | DiffusionPipeline | FlowPolicy | None = None,
         torch_dtype: torch.dtype | None = None,
+        share_base: bool = False,
         **kwargs,
     ) -> "LatentRewardModel":
         """
@@ -347,12 +351,16 @@ class LatentRewardModel(ModelMixin, ConfigMixin, ABC):
             pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub id.
             base_model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`], *optional*):
                 for one that was trained with LoRA, the model it was trained from. Defaults to the one it names.
-            torch_dtype (`torch.dtype`, *optional*): precision of the backbone's weights. Defaults to float32.
+            torch_dtype (`torch.dtype`, *optional*):
+                precision of the backbone's weights. Defaults to float32, or to that of a `base_model` in memory.
+            share_base (`bool`, *optional*, defaults to `False`):
+                for one that was trained with LoRA, take the frozen weights of `base_model`, which must be in memory,
+                themselves in place of copies. They must not be trained.
             kwargs: further arguments of [`~diffusers.ModelMixin.from_pretrained`], such as `revision` or `token`.
 
         Raises:
             ValueError: if there is a model of another class, or if the base model is needed and unknown, or is another
-                than the one of the training.
+                than the one of the training, or if there is nothing to share.
         """
         config = cls.load_config(pretrained_model_name_or_path, **_only(kwargs, HUB_ARGUMENTS))
         if config["_class_name"] != cls.__name__:
@@ -360,6 +368,13 @@ class LatentRewardModel(ModelMixin, ConfigMixin, ABC):
                 f"`{pretrained_model_name_or_path}` holds a `{config['_class_name']}`, not a `{cls.__name__}`: load it "
                 "with `load_reward_model`, which finds the class out."
             )
+        if share_base and (not config["lora"] or base_model is None or isinstance(base_model, str)):
+            raise ValueError(
+                f"`share_base=True` needs a {cls.label} that was trained with LoRA, whose backbone is that of its base model, "
+                f"and that one in memory as `base_model`, but `{pretrained_model_name_or_path}` has `lora: "
+                f"{str(config['lora']).lower()}` and `base_model` is {base_model!r}."
+            )
+        shared = set()
         if not config["lora"]:
             model = super().from_pretrained(
                 pretrained_model_name_or_path, dtype=torch.float32, **{**kwargs, "use_safetensors": True}
@@ -368,13 +383,19 @@ class LatentRewardModel(ModelMixin, ConfigMixin, ABC):
         else:
             with torch.device("meta"):
                 model = cls.from_config({**config, "lora": False})
-            model._copy_base(model._load_base(base_model, torch_dtype or torch.float32))
+            base = model._load_base(base_model, torch_dtype or torch.float32)
+            model._take_base(base, share_base)
+            shared = {id(tensor) for _, tensor in all_tensors(base)} if share_base else set()
             local = functools.partial(_local_file, str(pretrained_model_name_or_path), **_only(kwargs, HUB_ARGUMENTS))
-            model.add_lora(LoraConfig.from_pretrained(os.path.dirname(local("adapter_config.json"))))
+            lora_config = LoraConfig.from_pretrained(os.path.dirname(local("adapter_config.json")))
+            if share_base:
+                check_base_stays(lora_config, f"the {cls.label} `{pretrained_model_name_or_path}`")
+            model.add_lora(lora_config)
             model.load_trained_weights(os.path.dirname(local(cls.lora_weights_name())))
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
+        for _, tensor in all_tensors(model):
             # Tensors mapped from a file start anywhere, and matrix products round by the alignment of their inputs.
-            tensor.data = tensor.data.clone()
+            if id(tensor) not in shared:
+                tensor.data = tensor.data.clone()
         return model.eval()
 
     def _load_base(self, base_model: str | DiffusionPipeline | FlowPolicy | None, dtype: torch.dtype) -> ModelMixin:

@@ -93,8 +93,8 @@ class DiNaModel(LatentRewardModel):
     def _make_head(self) -> DiNaHead:
         return DiNaHead(self.transformer.feature_dim, len(self.config.layers), self.config.num_queries)
 
-    def _copy_base(self, transformer: ModelMixin) -> None:
-        self.transformer = type(self.transformer).from_base(transformer, self.config.layers)
+    def _take_base(self, transformer: ModelMixin, share: bool = False) -> None:
+        self.transformer = type(self.transformer).from_base(transformer, self.config.layers, share)
         with torch.device(transformer.device):
             self.head = self._make_head()
 

@@ -67,13 +67,17 @@ class FeatureTransformerMixin(RewardBackboneMixin):
         """The last block of a transformer with `num_layers` blocks after which there are text tokens."""
 
     @classmethod
-    def from_base(cls, transformer: ModelMixin, feature_layers: Sequence[int]) -> "FeatureTransformerMixin":
-        """Copy the layers of `transformer` up to the last of `feature_layers`, each weight in its precision."""
+    def from_base(
+        cls, transformer: ModelMixin, feature_layers: Sequence[int], share: bool = False
+    ) -> "FeatureTransformerMixin":
+        """
+        Copy the layers of `transformer` up to the last of `feature_layers`, each weight in its precision, or share their
+        weights.
+        """
         with torch.device("meta"):
             model = cls(feature_layers, **cls.base_config(transformer))
-        nn.Module.to(model, transformer.dtype).to_empty(device=transformer.device)
-        source = dict(all_tensors(transformer))
-        model._copy_weights(source, added=set(), unused={name for name in source if model._is_unused(name)})
+        unused = {name for name, _ in all_tensors(transformer) if model._is_unused(name)}
+        model._fill(transformer, added=set(), unused=unused, share=share)
         return model
 
     def _is_unused(self, name: str) -> bool:

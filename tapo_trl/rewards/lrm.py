@@ -168,8 +168,8 @@ class LRMModel(LatentRewardModel):
         model.null_pooled_prompt_embeds.copy_(null.pooled_prompt_embeds)
         return model
 
-    def _copy_base(self, transformer: ModelMixin) -> None:
-        self.transformer = type(self.transformer).from_base(transformer, [self.config.layer])
+    def _take_base(self, transformer: ModelMixin, share: bool = False) -> None:
+        self.transformer = type(self.transformer).from_base(transformer, [self.config.layer], share)
         with torch.device(transformer.device):
             self.head = LRMHead(self.transformer.feature_dim, transformer.config.pooled_projection_dim)
             for name, buffer in self.named_buffers(recurse=False):

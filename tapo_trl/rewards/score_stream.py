@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import nn
 
-from .backbone import RewardBackboneMixin, all_tensors
+from .backbone import RewardBackboneMixin
 
 
 class LowRankUpdate(nn.Module):
@@ -108,13 +108,16 @@ class ScoreTransformerMixin(RewardBackboneMixin):
 
     @classmethod
     def from_base(
-        cls, transformer: ModelMixin, num_task_tokens: int, task_projection_rank: int | None = None
+        cls,
+        transformer: ModelMixin,
+        num_task_tokens: int,
+        task_projection_rank: int | None = None,
+        share: bool = False,
     ) -> "ScoreTransformerMixin":
-        """Copy `transformer`, each weight in its precision, and add the score stream to the copy."""
+        """Copy `transformer`, each weight in its precision, or share its weights, and add the score stream."""
         with torch.device("meta"):
             model = cls(num_task_tokens, task_projection_rank, **cls.base_config(transformer))
-        nn.Module.to(model, transformer.dtype).to_empty(device=transformer.device)
-        model._copy_weights(dict(all_tensors(transformer)), added=set(model.score_parameters()), unused=set())
+        model._fill(transformer, added=set(model.score_parameters()), unused=set(), share=share)
         with torch.no_grad():
             model.init_score_stream()
         return model

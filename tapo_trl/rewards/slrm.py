@@ -165,9 +165,9 @@ class SLRMModel(LatentRewardModel):
     def backbone_class(cls, transformer_class: str) -> type[ScoreTransformerMixin]:
         return score_transformer_class(transformer_class)
 
-    def _copy_base(self, transformer: ModelMixin) -> None:
+    def _take_base(self, transformer: ModelMixin, share: bool = False) -> None:
         self.transformer = type(self.transformer).from_base(
-            transformer, self.config.num_task_tokens, self.config.task_projection_rank
+            transformer, self.config.num_task_tokens, self.config.task_projection_rank, share
         )
 
     def trained_in_full(self) -> dict[str, torch.Tensor]:

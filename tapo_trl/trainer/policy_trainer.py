@@ -33,6 +33,7 @@ from ..data.prompts import PromptCache
 from ..policies import FlowPolicy
 from .base import autocast_dtype
 from .generation import generate_samples
+from .speed import compile_blocks
 from .tracking import make_config_trackable
 
 
@@ -107,6 +108,9 @@ def make_trainable(
         ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
     if args.disable_dropout:
         disable_dropout_in_model(transformer)
+    compile_blocks(args, [policy.transformer, ref_model])
+    # Done: `Trainer` would compile the policy, and not its reference
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     if args.activation_checkpointing:
         policy.transformer.enable_gradient_checkpointing()
         args.activation_checkpointing = False  # done: diffusers models lack the method that Trainer would call

@@ -18,11 +18,19 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+from peft import PeftConfig
+from transformers import TrainerCallback
 
 from ..policies import FlowPolicy
 from ..rewards import LatentRewardModel, load_reward_model
+from ..rewards.base import HUB_ARGUMENTS
+from ..rewards.loading import saved_class
 from ..rewards.scoring import LatentReward, PixelReward, RewardFunction
+from ..rewards.sharing import base_tensors, check_base_stays, check_same, saved_tensors, tie
+from .base import autocast_dtype
+from .launch_checks import uses_fsdp
 from .rollout_config import RolloutConfig
+from .speed import compile_blocks
 
 
 RewardModel = str | LatentRewardModel | RewardFunction
@@ -61,6 +69,50 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
         )
 
 
+def check_sharing(rewards: Sequence[RewardModel], args: RolloutConfig, peft_config: PeftConfig | None) -> None:
+    """
+    Refuse a `share_backbone` that cannot work, before anything is loaded.
+
+    Raises:
+        ValueError: if there is nothing to share, or if the weights do not stay as and where they are.
+    """
+    if not args.share_backbone:
+        return
+    zero_stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
+    problems = [
+        (
+            not any(isinstance(reward, (str, LatentRewardModel)) for reward in rewards),
+            "every `reward_model` is a function, which has no backbone",
+        ),
+        (
+            peft_config is None,
+            "full fine-tuning changes the weights that the reward model reads: pass a `peft_config`",
+        ),
+        (
+            args.layerwise_casting,
+            "`layerwise_casting` rounds the policy's weights, which the reward model was not trained with: leave one of the two "
+            "unset",
+        ),
+        (
+            args.reward_layerwise_casting,
+            "`reward_layerwise_casting` keeps the reward model's weights in another precision than the policy's: leave one of "
+            "the two unset",
+        ),
+        (
+            args.reward_group_offload,
+            "`reward_group_offload` keeps the reward model's weights elsewhere than the policy's: leave one of the two unset",
+        ),
+        (
+            zero_stage == 3 or uses_fsdp(args),
+            "ZeRO-3 and FSDP split the policy's weights over the processes: use DDP or ZeRO-2",
+        ),
+    ]
+    for is_problem, reason in problems:
+        if is_problem:
+            raise ValueError(f"`share_backbone=True` cannot work: {reason}.")
+    check_base_stays(peft_config, "`peft_config`")
+
+
 def load_reward(reward: RewardModel, policy: FlowPolicy, args: RolloutConfig) -> LatentReward | PixelReward:
     """
     A reward as the sampler calls it. A latent reward model, of whichever kind a folder holds, is frozen, and stays on the
@@ -78,10 +130,92 @@ def load_reward(reward: RewardModel, policy: FlowPolicy, args: RolloutConfig) ->
         kwargs = dict(args.reward_model_init_kwargs or {})
         if isinstance(kwargs.get("torch_dtype"), str):
             kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
-        model = load_reward_model(reward, **kwargs)
+        model = _load_sharing(reward, policy, **kwargs) if args.share_backbone else load_reward_model(reward, **kwargs)
+    elif args.share_backbone:
+        _check_shares(model.label, model.config.lora, policy, model.transformer.backbone_dtype)
+        base = base_tensors(policy.transformer)
+        own = base_tensors(model.transformer)
+        check_same(((name, own[name]) for name in own if name in base), base, model.label)
+        tie(model.transformer, policy.transformer)
+    if args.share_backbone:
+        _check_engine(policy, args)
     model.check_compatible(policy, max_sequence_length=args.max_sequence_length)
     model.requires_grad_(False).eval()
+    compile_blocks(args, [model.transformer])
     return LatentReward(model, model.rollout_target(args.velocity_target), args.score_batch_size)
+
+
+def _load_sharing(
+    name: str, policy: FlowPolicy, torch_dtype: torch.dtype | None = None, base_model: str | None = None, **kwargs
+) -> LatentRewardModel:
+    """
+    The reward model of a folder or on the Hub on the policy's own weights. The base model that it was trained from is read
+    once, tensor by tensor, to see that it is the policy's.
+    """
+    hub_arguments = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
+    model_class = saved_class(name, **hub_arguments)
+    config = model_class.load_config(name, **hub_arguments)
+    _check_shares(model_class.label, config["lora"], policy, torch_dtype)
+    base_model = base_model or config["base_model_name_or_path"]
+    if not base_model:
+        raise ValueError(
+            f"`share_backbone=True` cannot work: the {model_class.label} `{name}` was trained on a model in memory, whose name "
+            "was not known, so nothing tells whether that was this policy. Load it with `load_reward_model(..., "
+            "base_model=policy, share_base=True)` if it was, and pass it as `reward_model`."
+        )
+    base = base_tensors(policy.transformer)
+    check_same(saved_tensors(base_model, base), base, model_class.label)
+    return model_class.from_pretrained(name, base_model=policy, share_base=True, **kwargs)
+
+
+def _check_shares(label: str, lora: bool, policy: FlowPolicy, dtype: torch.dtype | None) -> None:
+    if not lora:
+        raise ValueError(
+            f"`share_backbone=True` cannot work: the {label} was trained in full, and its backbone is no longer that of the "
+            "policy. Train one with LoRA (`use_peft: true` in its recipe)."
+        )
+    if dtype not in (None, policy.transformer.dtype):
+        raise ValueError(
+            f"`share_backbone=True` cannot work: the policy's weights are {policy.transformer.dtype}, but the {label}'s "
+            f"{dtype}. Leave `torch_dtype` out of `reward_model_init_kwargs`, or load both in the same precision."
+        )
+
+
+def _check_engine(policy: FlowPolicy, args: RolloutConfig) -> None:
+    """DeepSpeed casts all of the policy's weights to its precision, and with them the reward model's."""
+    dtypes = {tensor.dtype for tensor in policy.transformer.parameters()}
+    expected = {autocast_dtype(args) or torch.float32}
+    if args.deepspeed_plugin is not None and dtypes != expected:
+        raise ValueError(
+            f"`share_backbone=True` cannot work: DeepSpeed casts the policy's weights from {dtypes} to {expected}, and the reward "
+            "model's would go with them. Load the policy in that precision, or use DDP."
+        )
+
+
+def place_rewards(rewards: Sequence[LatentReward | PixelReward], policy: FlowPolicy, args: RolloutConfig) -> None:
+    """[`place_reward`] for each of them. What they share with the policy is at its place before they come."""
+    if args.share_backbone:
+        policy.transformer.to(args.device)
+        tie_rewards(rewards, policy)
+    for reward in rewards:
+        place_reward(reward, args)
+
+
+def tie_rewards(rewards: Sequence[LatentReward | PixelReward], policy: FlowPolicy) -> None:
+    """Let all latent reward models have the policy's own base tensors, see [`~rewards.sharing.tie`]."""
+    for reward in rewards:
+        if isinstance(reward, LatentReward):
+            tie(reward.model.transformer, policy.transformer)
+
+
+class TieCallback(TrainerCallback):
+    """Ties once more when the launcher's engine has placed the policy: that makes buffers anew."""
+
+    def __init__(self, rewards: Sequence[LatentReward | PixelReward], policy: FlowPolicy):
+        self.rewards, self.policy = rewards, policy
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        tie_rewards(self.rewards, self.policy)
 
 
 def place_reward(reward: LatentReward | PixelReward, args: RolloutConfig) -> None:

@@ -32,6 +32,12 @@ class RolloutConfig(_BaseConfig):
             the trainer is a string, for example `{"torch_dtype": "bfloat16", "revision": "main"}`.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the policy (LoRA dropout included).
+        attention_backend (`str`, *optional*):
+            Implementation of attention, by its name in diffusers, such as `"flash_hub"` or `"_native_cudnn"`. Applied to the
+            policy, and to latent reward models whose attention asks for one. By default PyTorch chooses.
+        layerwise_casting (`bool`, *optional*, defaults to `False`):
+            Whether to keep the linear layers of the policy's frozen base in float8, one byte per weight, and cast each for
+            its own forward and backward only. Needs LoRA. The policy and its reference are both the rounded base's.
 
         > Parameters that control the data
 
@@ -81,6 +87,9 @@ class RolloutConfig(_BaseConfig):
             Weights of several reward models. All 1 by default.
         score_batch_size (`int`, *optional*):
             Number of candidates per forward of a reward model. All of a step at once by default.
+        share_backbone (`bool`, *optional*, defaults to `False`):
+            Whether the policy, its reference and the reward models use one set of frozen base weights. Needs LoRA in all of
+            them, and reward models that were trained from this very policy. Changes no result.
         reward_layerwise_casting (`bool`, *optional*, defaults to `False`):
             Whether to keep the linear layers of an SLRM's backbone in float8, one byte per weight, and cast each for its
             own forward only. Changes the scores a little.
@@ -142,6 +151,13 @@ class RolloutConfig(_BaseConfig):
         metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, if `model` is a string."},
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the policy."})
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "Implementation of attention, by its name in diffusers. PyTorch's by default."}
+    )
+    layerwise_casting: bool = field(
+        default=False,
+        metadata={"help": "Whether to keep the linear layers of the policy's frozen base in float8. Needs LoRA."},
+    )
 
     # Parameters that control the data
     dataset_name: str | None = field(
@@ -182,6 +198,12 @@ class RolloutConfig(_BaseConfig):
     )
     score_batch_size: int | None = field(
         default=None, metadata={"help": "Candidates per forward of a reward model. All of a step by default."}
+    )
+    share_backbone: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether policy, reference and reward models use one set of frozen base weights. Needs LoRA."
+        },
     )
     reward_layerwise_casting: bool = field(
         default=False, metadata={"help": "Whether to keep the linear layers of an SLRM's backbone in float8."}

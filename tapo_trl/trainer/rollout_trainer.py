@@ -54,10 +54,11 @@ from .hub import check_hub_strategy
 from .launch_checks import check_launch
 from .nonfinite import Watched
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
-from .reward_loading import RewardModel, check_rewards, load_reward, place_reward
+from .reward_loading import RewardModel, TieCallback, check_rewards, check_sharing, load_reward, place_rewards
 from .rollout_config import RolloutConfig
 from .rollout_metrics import metrics_of_steps
 from .rollout_reuse import EpochRepeatSampler, load_rollouts, save_rollouts
+from .speed import check_speed_options, shrink_and_speed_up
 
 
 logger = logging.get_logger(__name__)
@@ -116,6 +117,8 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         check_hub_strategy(args)
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
         check_rewards(reward_models, args)
+        check_sharing(reward_models, args, peft_config)
+        check_speed_options(args, peft_config)
 
         # Data
         if train_dataset is None:
@@ -150,6 +153,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         if args.sync_ref_model and peft_config is not None:
             raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
         transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
+        shrink_and_speed_up(self.policy, self.ref_model, rewards, args)
 
         # Prompts are encoded once, then the text encoders leave the memory
         callbacks = list(callbacks or [])
@@ -184,8 +188,9 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
 
         device = self.accelerator.device
         self._place_frozen_models()
-        for reward in self.reward.rewards:
-            place_reward(reward, args)
+        place_rewards(self.reward.rewards, self.policy, args)
+        if args.share_backbone:
+            self.add_callback(TieCallback(self.reward.rewards, self.policy))
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 

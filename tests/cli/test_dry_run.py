@@ -30,6 +30,7 @@ from tapo_trl.cli.dry_run import (
     grpo_forwards,
     online_dpo_forwards,
     reward_memory,
+    shared_reward_memory,
     tapo_forwards,
 )
 from tapo_trl.cli.main import main
@@ -207,6 +208,13 @@ class TestMemory:
         assert 0.25 * whole < rounded < 0.45 * whole
         assert offloaded < 0.2 * whole
 
+    def test_shared_backbone_is_counted_once(self):
+        policy, _ = load_meta_policy(SD35)
+        slrm = SLRMModel.without_weights(policy)
+        own = shared_reward_memory(slrm, 1000).value
+        in_full = count_parameters(slrm) - count_parameters(policy.transformer)
+        assert own == 4 * (in_full + 1000)
+
 
 class TestCommand:
     def run(self, capsys, *argv):
@@ -225,6 +233,9 @@ class TestCommand:
                 "sd35/dpo",
                 ["16 x 64 x 64", "47,775,744 LoRA", "2 reference, training", "an optimizer step has 16"],
             ),
+            ("sd35/tapo_24gb", ["4.60 policy", "0.93 reward model", "the backbone is the policy's", "7.29 sum"]),
+            ("sd35/slrm_24gb", ["4.18 reward model", "8.48 sum"]),
+            ("wan21/tapo_24gb", ["17 frames of 480 x 832", "the backbone is the policy's", "10.31 sum"]),
             (
                 "wan21/tapo",
                 ["81 frames of 480 x 832", "16 x 21 x 60 x 104", "32,760 of a sample + 512", "1,418,996,800"],
@@ -237,7 +248,8 @@ class TestCommand:
     )
     def test_recipes(self, capsys, tmp_path, monkeypatch, recipe, expected):
         monkeypatch.chdir(tmp_path)
-        text = self.run(capsys, recipe.split("/")[1], "--config", str(RECIPES / f"{recipe}.yaml"), "--dry_run")
+        command = recipe.split("/")[1].removesuffix("_24gb")
+        text = self.run(capsys, command, "--config", str(RECIPES / f"{recipe}.yaml"), "--dry_run")
         assert all(part in text for part in expected), text
         assert "is an estimate" in text
         assert list(tmp_path.iterdir()) == [], "nothing is written"
@@ -257,6 +269,11 @@ class TestCommand:
             "grpo": ["160 policy, rollout", "144 reference, training", "n x 64 trajectories x 3 (x, x', mean)"],
         }
         assert all(part in text for part in expected[command]), text
+
+    def test_weights_in_float8(self, capsys):
+        flags = ["--dry_run", "true", "--layerwise_casting", "true", "--share_backbone", "false"]
+        text = self.run(capsys, "tapo", "--config", str(RECIPES / "sd35" / "tapo_24gb.yaml"), *flags)
+        assert "3.23 policy" in text and "linear layers x 1 byte" in text
 
     def test_inversions(self, capsys):
         flags = ["--dry_run", "true", "--variant", "inversion_dpo", "--cache_inversions", "true"]
