@@ -27,12 +27,12 @@ from accelerate import PartialState
 from torch import nn
 
 from ..policies import FlowPolicy, SD3Policy
-from ..rewards import REWARD_MODELS, LatentRewardModel
+from ..rewards import REWARD_MODELS, StepRewardModel
 from ..rewards.velocity_targets import MIN_SIGMA
 from ..rollouts import PAIRINGS
 from ..schedulers import sde_step_indices
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
-from ..trainer.reward_loading import store_in_float8
+from ..trainer.reward_loading import check_has_transformer, store_in_float8
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.tapo_config import TAPOConfig
 from .arguments import DiffusionModelConfig, TAPOScriptArguments
@@ -159,7 +159,8 @@ def tapo_forwards(
         sigmas (`Sequence[float]`): The grid of noise levels.
         velocity_target (`str`, *optional*): What the SLRM's velocity is compared to.
         latents_per_score (`int`): Latents that the latent reward model looks at for one score, 0 if there is none.
-        has_function (`bool`, *optional*, defaults to `False`): Whether there is a function of decoded samples.
+        has_function (`bool`, *optional*, defaults to `False`):
+            Whether there is a reward of decoded samples, a function or an SPM.
 
     Returns:
         `list[Row]`: Networks and numbers of latents.
@@ -232,12 +233,12 @@ def _blocks(transformer: nn.Module) -> nn.ModuleList:
     return next(module for module in transformer.children() if isinstance(module, nn.ModuleList))
 
 
-def reward_memory(model: LatentRewardModel, layerwise_casting: bool, group_offload: bool) -> Row:
+def reward_memory(model: StepRewardModel, layerwise_casting: bool, group_offload: bool) -> Row:
     """
     Memory of the weights of a frozen latent reward model on the accelerator.
 
     Args:
-        model ([`LatentRewardModel`]): The reward model on the meta device, in the precision it is loaded in. Changed in place.
+        model ([`StepRewardModel`]): The reward model on the meta device, in the precision it is loaded in. Changed in place.
         layerwise_casting (`bool`): See `reward_layerwise_casting` of [`TAPOConfig`].
         group_offload (`bool`): See `reward_group_offload` of [`TAPOConfig`].
     """
@@ -278,6 +279,7 @@ def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args:
         reward_model, note = load_meta_reward_model(policy, next(spec for spec in specs if spec not in functions))
         notes += note
         velocity_target = reward_model.rollout_target(args.velocity_target)
+        check_has_transformer(reward_model, args)
         parameters["reward model"] = count_parameters(reward_model)
 
     memory = _policy_memory(policy, model_args, parameters)
@@ -326,7 +328,7 @@ def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args:
             sigmas,
             velocity_target,
             0 if reward_model is None else reward_model.latents_per_score,
-            bool(functions),
+            bool(functions) or (reward_model is not None and reward_model.reads_estimates),
         ),
         memory=memory,
         notes=notes,
@@ -349,7 +351,7 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
     element = model_args.dtype.itemsize
     if model_args.use_peft:
         in_full = sum(p.numel() for p in model.trained_in_full().values() if isinstance(p, nn.Parameter))
-        parameters["LoRA"] = add_meta_lora(model.transformer, model_args, policy)
+        parameters["LoRA"] = add_meta_lora(model.backbone, model_args, policy, model.lora_target_modules(policy))
         trained = in_full + parameters["LoRA"]
         memory = [
             Row("reward model", (parameters["reward model"] - in_full) * element, f"backbone x {element} bytes"),
@@ -370,17 +372,21 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
     enhancement = f"{model.latents_per_score} x " if model.latents_per_score > 1 else ""
     latents = 2 * model.latents_per_score
     forwards = [Row("reward model (forward and backward)", latents, f"{enhancement}both sides of a pair")]
-    if is_slrm and args.velocity_target == "reference":
+    if model.reads_estimates or (is_slrm and args.velocity_target == "reference"):
         forwards.append(Row("base model", 2, "both sides of a pair"))
         memory.append(Row("base model", parameters["base model"] * element, f"parameters x {element} bytes"))
-    if not args.cache_latents:
+    if model.reads_estimates or not args.cache_latents:
         memory.append(_vae_memory(policy, model_args))
-    memory += activation_rows(
-        model.transformer,
-        latents * args.per_device_train_batch_size,
-        _block_tokens(policy, tokens) + (args.num_task_tokens if is_slrm else 0),
-        args.activation_checkpointing,
-    )
+    notes = [_ESTIMATE]
+    if model.reads_estimates:
+        notes.append("The activations of the CLIP and of the VAE are not estimated: they come on top.")
+    else:
+        memory += activation_rows(
+            model.transformer,
+            latents * args.per_device_train_batch_size,
+            _block_tokens(policy, tokens) + (args.num_task_tokens if is_slrm else 0),
+            args.activation_checkpointing,
+        )
     memory.append(Row("sum", sum(row.value for row in memory), "on the accelerator"))
     return DryRun(
         title=f"`slrm` with {model_args.model_name_or_path} ({source})",
@@ -393,7 +399,7 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
         per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
         forwards=forwards,
         memory=memory,
-        notes=[_ESTIMATE],
+        notes=notes,
     )
 
 

@@ -39,17 +39,19 @@ def main(script_args, training_args, model_args) -> None:
         print_dry_run(dry_run_slrm(training_args, model_args))
         return
 
+    from ..rewards import REWARD_MODELS
     from ..trainer.slrm_trainer import SLRMTrainer
     from .arguments import get_lora_config
     from .builders import load_policy_from_args, load_preference_splits, run_training
 
     train_dataset, eval_dataset = load_preference_splits(script_args)
     policy = load_policy_from_args(model_args, training_args)
+    targets = REWARD_MODELS[training_args.reward_model_type].lora_target_modules(policy)
     trainer = SLRMTrainer(
         model=policy,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=get_lora_config(model_args, policy),
+        peft_config=get_lora_config(model_args, policy, targets),
     )
     run_training(trainer, training_args, script_args.dataset_name)

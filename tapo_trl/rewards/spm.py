@@ -155,6 +155,11 @@ class SPMModel(StepRewardModel):
             clip = copy.deepcopy(base_model)
         else:
             name = self.config.clip_model_name_or_path if base_model is None else base_model
+            if name == "":
+                raise ValueError(
+                    f"This {self.label} was trained with LoRA on a CLIP whose name was not published: pass `base_model`, the "
+                    "Hub id or folder of the CLIP, or a `CLIPModel`."
+                )
             clip = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
         expected, found = _plain_config(CLIPConfig(**self.config.clip_config)), _plain_config(clip.config)
         if expected != found:

@@ -20,12 +20,12 @@ import torch
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 
 from ..policies import FlowPolicy
-from ..rewards import LatentRewardModel, load_reward_model
-from ..rewards.scoring import LatentReward, PixelReward, RewardFunction
+from ..rewards import LatentRewardModel, StepRewardModel, load_reward_model
+from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction
 from .tapo_config import TAPOConfig
 
 
-RewardModel = str | LatentRewardModel | RewardFunction
+RewardModel = str | StepRewardModel | RewardFunction
 
 # Beside norms and embeddings, which diffusers leaves alone: the score stream and LoRA matrices keep their precision.
 SCORE_LAYERS = ("score_projections", "score_output", "score_head", "lora_")
@@ -36,13 +36,13 @@ def check_rewards(rewards: Sequence[RewardModel], args: TAPOConfig) -> None:
     Refuse what cannot work, before anything is loaded.
 
     Raises:
-        ValueError: if a reward is neither a name, a latent reward model nor a callable, or if an option for latent reward
+        ValueError: if a reward is neither a name, a reward model nor a callable, or if an option for latent reward
             models has nothing to act on.
     """
     for reward in rewards:
-        if not isinstance(reward, (str, LatentRewardModel)) and not callable(reward):
+        if not isinstance(reward, (str, StepRewardModel)) and not callable(reward):
             raise ValueError(
-                "`reward_model` must be a folder or Hub id, a `LatentRewardModel`, or a callable, got "
+                "`reward_model` must be a folder or Hub id, a reward model such as `SLRMModel`, or a callable, got "
                 f"`{type(reward).__name__}`."
             )
     has_latent = any(isinstance(reward, (str, LatentRewardModel)) for reward in rewards)
@@ -61,17 +61,22 @@ def check_rewards(rewards: Sequence[RewardModel], args: TAPOConfig) -> None:
         )
 
 
-def load_reward(reward: RewardModel, policy: FlowPolicy, args: TAPOConfig) -> LatentReward | PixelReward:
+def load_reward(
+    reward: RewardModel, policy: FlowPolicy, args: TAPOConfig
+) -> LatentReward | EstimateReward | PixelReward:
     """
-    A reward as the sampler calls it. A latent reward model, of whichever kind a folder holds, is frozen, and stays on the
-    CPU until [`place_reward`].
+    A reward as the sampler calls it. A reward model, of whichever kind a folder holds, is frozen, and stays on the CPU until
+    [`place_reward`].
 
     Args:
-        reward (`str`, [`LatentRewardModel`] or `Callable`): see [`TAPOTrainer`].
+        reward (`str`, [`StepRewardModel`] or `Callable`): see [`TAPOTrainer`].
         policy ([`FlowPolicy`]): the policy whose latents will be rated.
         args ([`TAPOConfig`]): the configuration.
+
+    Raises:
+        ValueError: if a reward model does not fit the policy, or an option not the reward model.
     """
-    if not isinstance(reward, (str, LatentRewardModel)):
+    if not isinstance(reward, (str, StepRewardModel)):
         return PixelReward(reward, policy, args.score_batch_size)
     model = reward
     if isinstance(reward, str):
@@ -81,11 +86,30 @@ def load_reward(reward: RewardModel, policy: FlowPolicy, args: TAPOConfig) -> La
         model = load_reward_model(reward, **kwargs)
     model.check_compatible(policy, max_sequence_length=args.max_sequence_length)
     model.requires_grad_(False).eval()
-    return LatentReward(model, model.rollout_target(args.velocity_target), args.score_batch_size)
+    target = model.rollout_target(args.velocity_target)
+    if isinstance(model, LatentRewardModel):
+        return LatentReward(model, target, args.score_batch_size)
+    check_has_transformer(model, args)
+    return EstimateReward(model, policy, args.score_batch_size)
 
 
-def place_reward(reward: LatentReward | PixelReward, args: TAPOConfig) -> None:
-    """Put a latent reward model where it computes, in the way that the configuration asks for. Pixel rewards have nothing to place."""
+def check_has_transformer(model: StepRewardModel, args: TAPOConfig) -> None:
+    """
+    Check that options for the blocks of a diffusion transformer have one to act on.
+
+    Raises:
+        ValueError: if the reward model is none, and one of them is set.
+    """
+    for option in ("reward_layerwise_casting", "reward_group_offload"):
+        if getattr(args, option) and not isinstance(model, LatentRewardModel):
+            raise ValueError(
+                f"`{option}=True` is for reward models on a diffusion transformer, but the reward model is a {model.label} on "
+                "a CLIP: leave it unset; `reward_model_init_kwargs` can load it in half precision."
+            )
+
+
+def place_reward(reward: LatentReward | EstimateReward | PixelReward, args: TAPOConfig) -> None:
+    """Put a reward model where it computes, in the way that the configuration asks for. Pixel rewards have nothing to place."""
     if isinstance(reward, PixelReward):
         return
     if args.reward_layerwise_casting:
