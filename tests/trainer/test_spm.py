@@ -14,6 +14,7 @@
 """The step-aware preference model in training, evaluation and rollouts."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from tapo_trl.cli.main import main
 from tapo_trl.metrics import diagnose_scores, evaluate_preference_accuracy, score_pairs
 from tapo_trl.policies import SD3Policy, WanPolicy
 from tapo_trl.rewards import EstimateReward
+from tapo_trl.trainer.hub import collect_upload
 from tapo_trl.trainer.reward_loading import load_reward
 
 from ..data.preference_pairs import color_pairs, latent_pairs
@@ -205,7 +207,7 @@ class TestCheckpoints:
         assert difference(weights(resumed.model), weights(straight.model)) == 0
         assert difference(load_reward_model(checkpoint).state_dict(), weights(straight.model)) > 0
 
-    def test_saved_model_is_the_trained_one_and_goes_on(self, lora, make_args, pipeline_folder, clip_folder):
+    def test_saved_model_is_the_trained_one_and_goes_on(self, lora, make_args, pipeline_folder, clip_folder, tmp_path):
         peft_config = LoraConfig(r=2) if lora else None
         trainer = SLRMTrainer(pipeline_folder, make_args(), train_dataset=latent_pairs(8), peft_config=peft_config)
         trainer.train()
@@ -219,6 +221,13 @@ class TestCheckpoints:
         for text in ("step-aware preference model (SPM)", "SPMModel.from_pretrained", "liang2024step", "- spm\n"):
             assert text in card, text
         assert clip_folder not in card and "embeds.pooled_prompt_embeds" not in card and "xian2026" not in card
+
+        collect_upload(tmp_path / "upload", Path(folder), Path(folder), is_final=True)
+        published = json.loads((tmp_path / "upload" / "config.json").read_text())
+        assert published["clip_model_name_or_path"] == published["base_model_name_or_path"] == ""
+        again = load_reward_model(tmp_path / "upload", base_model=clip_folder if lora else None)
+        assert difference(again.state_dict(), loaded.state_dict()) == 0
+        assert torch.equal(again.tokenize(["a fox"]), loaded.tokenize(["a fox"]))
 
         longer = SLRMTrainer(folder, make_args("longer"), train_dataset=latent_pairs(8))
         assert difference(weights(longer.model), weights(trainer.model)) == 0
