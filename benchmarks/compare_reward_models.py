@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-How well does each kind of latent reward model order noisy images, and what does it cost? Measured on the emoji world.
+How well does each kind of reward model order noisy images, and what does it cost? Measured on the emoji world.
 
     python examples/emoji/make_pairs.py
     python benchmarks/compare_reward_models.py
@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,10 +50,14 @@ VARIANTS = {  # recipe and options
     "slrm-reference": ("slrm", {"velocity_target": "reference"}),
     "lrm": ("slrm_lrm", {}),
     "dina": ("slrm_dina", {}),
+    "spm": ("slrm_spm", {}),
     "lrm-not-enhanced": ("slrm_lrm", {"lrm_guidance_scale": 1.0}),
     "slrm-ground_truth": ("slrm", {"velocity_target": "ground_truth"}),
     "slrm-none": ("slrm", {"velocity_target": "none", "score_preservation_coef": 0.0}),
     "dina-bradley_terry": ("slrm_dina", {"loss_type": "bradley_terry"}),
+    "spm-frozen": ("slrm_spm", {"freeze_backbone": True}),
+    # train_clip.py --splits train validation test --output_dir runs/emoji/clip_all
+    "spm-all_captions": ("slrm_spm", {"spm_clip_model": "runs/emoji/clip_all"}),
 }
 
 
@@ -77,6 +82,17 @@ class Stopwatch(TrainerCallback):
         self.seconds.append(time.process_time() - self.start)
 
 
+@torch.no_grad()
+def fastest(function: Callable[[], torch.Tensor], rounds: int = 10) -> float:
+    """Seconds of processor time of the fastest call."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.process_time()
+        function()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
 def train_options(variant: str, **options) -> list[str]:
     recipe, own = VARIANTS[variant]
     flags = [part for name, value in (own | options).items() for part in (f"--{name}", str(value))]
@@ -84,7 +100,10 @@ def train_options(variant: str, **options) -> list[str]:
 
 
 def measure_cost(variant: str, root: Path, policy) -> dict:
-    """Seconds of one thread: of a training step, and of a score of 16 latents; the fastest of some rounds."""
+    """
+    Seconds of one thread: of a training step, of a score and of a velocity of the base model; the fastest of some rounds. The
+    score of a model that reads images counts the decoding; the velocity that some scores need is not counted.
+    """
     result = root / f"{variant}-cost.json"
     if not result.exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -94,14 +113,20 @@ def measure_cost(variant: str, root: Path, policy) -> dict:
             stopwatch = Stopwatch()
             trainer = SLRMTrainer(policy, training_args, train_dataset=pairs, callbacks=[stopwatch])
             trainer.train()
-        model, embeds = trainer.model.eval(), policy.encode_prompts(["cat"] * 16, training_args.max_sequence_length)
-        latents, scoring = torch.randn(16, *policy.latent_shape(64, 64)), []
-        for _ in range(10):
-            start = time.process_time()
-            with torch.no_grad():
-                model.score(latents, 0.5, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
-            scoring.append(time.process_time() - start)
-        cost = {"step": min(stopwatch.seconds), "score": min(scoring) / 16}
+        model, prompts = trainer.model.eval(), ["cat"] * 16
+        embeds = policy.encode_prompts(prompts, training_args.max_sequence_length)
+        latents = torch.randn(16, *policy.latent_shape(64, 64))
+
+        def score() -> torch.Tensor:
+            if model.reads_estimates:
+                return model.score(policy.decode(latents), 0.5, prompts)
+            return model.score(latents, 0.5, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+
+        cost = {
+            "step": min(stopwatch.seconds),
+            "score": fastest(score) / 16,
+            "velocity": fastest(lambda: policy.velocity(policy.transformer, latents, 0.5, embeds)) / 16,
+        }
         result.write_text(json.dumps(cost))
     return json.loads(result.read_text())
 
@@ -134,7 +159,9 @@ def mean_accuracy(metrics: dict, rule: str | None = None) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=["slrm-reference", "lrm", "dina"], choices=list(VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", default=["slrm-reference", "lrm", "dina", "spm"], choices=list(VARIANTS)
+    )
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/rewards"))

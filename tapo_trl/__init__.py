@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         ".policies": ("FlowPolicy", "load_policy"),
-        ".rewards": ("DiNaModel", "LRMModel", "SLRMModel", "load_reward_model"),
+        ".rewards": ("DiNaModel", "LRMModel", "SLRMModel", "SPMModel", "load_reward_model"),
         ".schedulers": ("FlowMatchSDEScheduler",),
         ".trainer.callbacks": (
             "EMACallback",
@@ -48,7 +48,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
 
 if TYPE_CHECKING:
     from .policies import FlowPolicy, load_policy
-    from .rewards import DiNaModel, LRMModel, SLRMModel, load_reward_model
+    from .rewards import DiNaModel, LRMModel, SLRMModel, SPMModel, load_reward_model
     from .schedulers import FlowMatchSDEScheduler
     from .trainer.callbacks import (
         EMACallback,

@@ -14,7 +14,9 @@
 
 """Tiny random pipelines, made in a second, of the same classes as the real ones."""
 
+import json
 import string
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -28,9 +30,12 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
     T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
@@ -58,6 +63,35 @@ def tiny_clip(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextModelWithPr
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModelWithProjection(config).eval()
+
+
+def save_tiny_clip(folder: Path, seed: int = 0, **vision_kwargs) -> str:
+    """A random CLIP of images of 24 x 24 pixels, with tokenizer and image processor."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 24,
+        "patch_size": 8,
+    }
+    text_config = tiny_clip(tokenizer, 12).config.to_dict()
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=text_config,
+            vision_config=CLIPVisionConfig(**vision | vision_kwargs).to_dict(),
+            projection_dim=10,
+            logit_scale_init_value=1.5,
+        )
+    )
+    spread(clip)
+    clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.25]}
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(processor))
+    return str(folder)
 
 
 @torch.no_grad()

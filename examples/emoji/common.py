@@ -27,9 +27,11 @@ HERE = Path(__file__).resolve().parent
 STYLES = ("noto", "twemoji", "fluent")
 
 
-def load_images(path: Path | str) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+def load_images(path: Path | str, split: str | None = None) -> tuple[torch.Tensor, list[str], torch.Tensor]:
     """Reads a parquet file of `build_dataset.py`: images [N, 3, 64, 64] in [0, 1], prompts, style numbers [N]."""
     dataset = load_dataset("parquet", data_files=str(path), split="train")
+    if split is not None:
+        dataset = dataset.select([row for row, value in enumerate(dataset["split"]) if value == split])
     pixels = np.stack([np.asarray(image.convert("RGB")) for image in dataset["image"]])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     return images, list(dataset["prompt"]), torch.tensor([STYLES.index(style) for style in dataset["style"]])

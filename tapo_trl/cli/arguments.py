@@ -124,13 +124,16 @@ class DiffusionModelConfig(PipelineConfig):
             raise ValueError(f"`lora_dropout` must be in [0, 1), but it is {self.lora_dropout}.")
 
 
-def get_lora_config(model_args: DiffusionModelConfig, policy: "FlowPolicy") -> LoraConfig | None:
+def get_lora_config(
+    model_args: DiffusionModelConfig, policy: "FlowPolicy", target_modules: list[str] | None = None
+) -> LoraConfig | None:
     """
     The LoRA configuration that the arguments ask for.
 
     Args:
         model_args ([`DiffusionModelConfig`]): The arguments.
         policy ([`FlowPolicy`]): The policy; it knows the attention projections of its model family.
+        target_modules (`list[str]`, *optional*): Those of another network, if it is not the policy's transformer.
 
     Returns:
         `LoraConfig` or `None`: The configuration for `peft_config=`, or `None` without `use_peft`.
@@ -141,7 +144,7 @@ def get_lora_config(model_args: DiffusionModelConfig, policy: "FlowPolicy") -> L
         r=model_args.lora_r,
         lora_alpha=model_args.lora_r if model_args.lora_alpha is None else model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules or policy.lora_target_modules,
+        target_modules=model_args.lora_target_modules or target_modules or policy.lora_target_modules,
         init_lora_weights=True if model_args.init_lora_weights == "default" else model_args.init_lora_weights,
     )
 

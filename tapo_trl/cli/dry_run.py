@@ -27,7 +27,7 @@ from accelerate import PartialState
 from torch import nn
 
 from ..policies import FlowPolicy, SD3Policy
-from ..rewards import REWARD_MODELS, LatentRewardModel
+from ..rewards import REWARD_MODELS, LatentRewardModel, StepRewardModel
 from ..rewards.sharing import base_tensors
 from ..rewards.velocity_targets import MIN_SIGMA
 from ..rollouts import PAIRINGS
@@ -35,7 +35,7 @@ from ..schedulers import sde_step_indices
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
 from ..trainer.flow_grpo_config import FlowGRPOConfig
 from ..trainer.online_dpo_config import OnlineDiffusionDPOConfig
-from ..trainer.reward_loading import store_in_float8
+from ..trainer.reward_loading import check_has_transformer, store_in_float8
 from ..trainer.rollout_config import RolloutConfig
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.speed import store_base_in_float8
@@ -164,7 +164,8 @@ def tapo_forwards(
         sigmas (`Sequence[float]`): The grid of noise levels.
         velocity_target (`str`, *optional*): What the SLRM's velocity is compared to.
         latents_per_score (`int`): Latents that the latent reward model looks at for one score, 0 if there is none.
-        has_function (`bool`, *optional*, defaults to `False`): Whether there is a function of decoded samples.
+        has_function (`bool`, *optional*, defaults to `False`):
+            Whether there is a reward of decoded samples, a function or an SPM.
 
     Returns:
         `list[Row]`: Networks and numbers of latents.
@@ -237,12 +238,12 @@ def _blocks(transformer: nn.Module) -> nn.ModuleList:
     return next(module for module in transformer.children() if isinstance(module, nn.ModuleList))
 
 
-def reward_memory(model: LatentRewardModel, layerwise_casting: bool, group_offload: bool) -> Row:
+def reward_memory(model: StepRewardModel, layerwise_casting: bool, group_offload: bool) -> Row:
     """
     Memory of the weights of a frozen latent reward model on the accelerator.
 
     Args:
-        model ([`LatentRewardModel`]): The reward model on the meta device, in the precision it is loaded in. Changed in place.
+        model ([`StepRewardModel`]): The reward model on the meta device, in the precision it is loaded in. Changed in place.
         layerwise_casting (`bool`): See `reward_layerwise_casting` of [`TAPOConfig`].
         group_offload (`bool`): See `reward_group_offload` of [`TAPOConfig`].
     """
@@ -290,6 +291,7 @@ class _RolloutRun:
         latents_per_score (`int`): Latents that the latent reward model looks at for one score, 0 if there is none.
         velocity_target (`str`, *optional*): What an SLRM's velocity is compared to.
         has_function (`bool`): Whether there is a function of decoded samples.
+        reads_estimates (`bool`): Whether there is a reward model of them.
     """
 
     source: str
@@ -303,6 +305,7 @@ class _RolloutRun:
     latents_per_score: int
     velocity_target: str | None
     has_function: bool
+    reads_estimates: bool
 
     @property
     def latent_bytes(self) -> int:
@@ -325,6 +328,7 @@ def _rollout_run(
         reward_model, note = load_meta_reward_model(policy, next(spec for spec in specs if spec not in functions))
         notes += note
         velocity_target = reward_model.rollout_target(args.velocity_target)
+        check_has_transformer(reward_model, args)
         parameters["reward model"] = count_parameters(reward_model)
 
     memory = _policy_memory(policy, model_args, parameters, args.layerwise_casting)
@@ -346,6 +350,7 @@ def _rollout_run(
         latents_per_score=0 if reward_model is None else reward_model.latents_per_score,
         velocity_target=velocity_target,
         has_function=bool(functions),
+        reads_estimates=reward_model is not None and reward_model.reads_estimates,
     )
 
 
@@ -415,7 +420,9 @@ def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args:
         run,
         args,
         model_args,
-        forwards=tapo_forwards(args, sigmas, run.velocity_target, run.latents_per_score, run.has_function),
+        forwards=tapo_forwards(
+            args, sigmas, run.velocity_target, run.latents_per_score, run.has_function or run.reads_estimates
+        ),
         drawn=Row(
             "candidates of a step",
             5 * pairing.num_branches * args.num_candidates * prompts * run.latent_bytes,
@@ -547,7 +554,7 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
     element = model_args.dtype.itemsize
     if model_args.use_peft:
         in_full = sum(p.numel() for p in model.trained_in_full().values() if isinstance(p, nn.Parameter))
-        parameters["LoRA"] = add_meta_lora(model.transformer, model_args, policy)
+        parameters["LoRA"] = add_meta_lora(model.backbone, model_args, policy, model.lora_target_modules(policy))
         trained = in_full + parameters["LoRA"]
         memory = [
             Row("reward model", (parameters["reward model"] - in_full) * element, f"backbone x {element} bytes"),
@@ -568,17 +575,21 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
     enhancement = f"{model.latents_per_score} x " if model.latents_per_score > 1 else ""
     latents = 2 * model.latents_per_score
     forwards = [Row("reward model (forward and backward)", latents, f"{enhancement}both sides of a pair")]
-    if is_slrm and args.velocity_target == "reference":
+    if model.reads_estimates or (is_slrm and args.velocity_target == "reference"):
         forwards.append(Row("base model", 2, "both sides of a pair"))
         memory.append(Row("base model", parameters["base model"] * element, f"parameters x {element} bytes"))
-    if not args.cache_latents:
+    if model.reads_estimates or not args.cache_latents:
         memory.append(_vae_memory(policy, model_args))
-    memory += activation_rows(
-        model.transformer,
-        latents * args.per_device_train_batch_size,
-        _block_tokens(policy, tokens) + (args.num_task_tokens if is_slrm else 0),
-        args.activation_checkpointing,
-    )
+    notes = [_ESTIMATE]
+    if model.reads_estimates:
+        notes.append("The activations of the CLIP and of the VAE are not estimated: they come on top.")
+    else:
+        memory += activation_rows(
+            model.transformer,
+            latents * args.per_device_train_batch_size,
+            _block_tokens(policy, tokens) + (args.num_task_tokens if is_slrm else 0),
+            args.activation_checkpointing,
+        )
     memory.append(Row("sum", sum(row.value for row in memory), "on the accelerator"))
     return DryRun(
         title=f"`slrm` with {model_args.model_name_or_path} ({source})",
@@ -591,7 +602,7 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
         per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
         forwards=forwards,
         memory=memory,
-        notes=[_ESTIMATE],
+        notes=notes,
     )
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from ..policies import FlowPolicy, load_policy
-from ..rewards import LatentRewardModel, SLRMModel
+from ..rewards import SLRMModel, StepRewardModel
 from ..rewards.loading import saved_class
 from .arguments import DiffusionModelConfig, get_lora_config
 from .known_pipelines import KNOWN_PIPELINES
@@ -105,14 +105,16 @@ def _read_configs(name: str, revision: str | None, local_files_only: bool):
     return index["_class_name"], components, tokenizer
 
 
-def add_meta_lora(network: nn.Module, model_args: DiffusionModelConfig, policy: FlowPolicy) -> int:
-    """Number of parameters of the LoRA that is added to `network`."""
+def add_meta_lora(
+    network: nn.Module, model_args: DiffusionModelConfig, policy: FlowPolicy, target_modules: list[str] | None = None
+) -> int:
+    """Number of parameters of the LoRA that is added to `network`, see [`get_lora_config`]."""
     with torch.device("meta"):
-        model = get_peft_model(network, get_lora_config(model_args, policy))
+        model = get_peft_model(network, get_lora_config(model_args, policy, target_modules))
     return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
 
 
-def load_meta_reward_model(policy: FlowPolicy, name: str) -> tuple[LatentRewardModel, list[str]]:
+def load_meta_reward_model(policy: FlowPolicy, name: str) -> tuple[StepRewardModel, list[str]]:
     """The reward model of a folder or in the cache, without weights; else an SLRM with default options, and a remark."""
     try:
         model_class = saved_class(name, local_files_only=True)

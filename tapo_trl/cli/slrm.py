@@ -38,18 +38,20 @@ def make_trainer(script_args, training_args, model_args) -> "SLRMTrainer":
         training_args ([`SLRMConfig`]): The training.
         model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from.
     """
+    from ..rewards import REWARD_MODELS
     from ..trainer.slrm_trainer import SLRMTrainer
     from .arguments import get_lora_config
     from .builders import load_policy_from_args, load_preference_splits
 
     train_dataset, eval_dataset = load_preference_splits(script_args)
     policy = load_policy_from_args(model_args, training_args)
+    targets = REWARD_MODELS[training_args.reward_model_type].lora_target_modules(policy)
     return SLRMTrainer(
         model=policy,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=get_lora_config(model_args, policy),
+        peft_config=get_lora_config(model_args, policy, targets),
     )
 
 

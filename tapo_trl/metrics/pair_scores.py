@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Scores that a latent reward model gives to both sides of preference pairs, at several noise levels."""
+"""Scores that a reward model gives to both sides of preference pairs, at several noise levels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..data.preferences import DEFAULT_FPS, PreferencePairCollator, prepare_preference_dataset
 from ..data.prompts import PromptCache
 from ..policies import FlowPolicy, PromptEmbeddings
-from ..rewards import LatentRewardModel
+from ..rewards import StepRewardModel
 from ..seeding import seeded_generator
 
 
@@ -87,7 +87,7 @@ def rule_targets(
 
 @torch.no_grad()
 def score_pairs(
-    slrm: LatentRewardModel,
+    slrm: StepRewardModel,
     policy: FlowPolicy,
     dataset: Dataset,
     sigmas: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
@@ -106,13 +106,13 @@ def score_pairs(
     show_progress: bool = False,
 ) -> PairScores:
     """
-    Scores that a latent reward model gives to preference pairs, by noise level and by rule. Both sides of a pair get the
+    Scores that a reward model gives to preference pairs, by noise level and by rule. Both sides of a pair get the
     same noise at every level. It depends on `seed` and the row alone.
 
     Args:
-        slrm ([`LatentRewardModel`]): reward model.
-        policy ([`FlowPolicy`]): its base model, which encodes pixels and prompts and is the reference; on the same
-            device as `slrm`. Prompts that are in the cache need no text encoders.
+        slrm ([`StepRewardModel`]): reward model.
+        policy ([`FlowPolicy`]): its base model, which encodes pixels and prompts, is the reference, and makes the one-step
+            estimates that an SPM reads; on the same device as `slrm`. Prompts that are in the cache need no text encoders.
         dataset ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, see [`prepare_preference_dataset`].
         sigmas (`Sequence[float]`, *optional*): noise levels; one that is named twice counts once.
         rules (`Sequence[str]`, *optional*):
@@ -171,7 +171,7 @@ def score_pairs(
         for level in sigmas:
             sigma = torch.full((len(clean),), level, device=device)
             noisy = (1 - level) * clean + level * noise
-            output = slrm(noisy, sigma, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+            output = slrm(**slrm.forward_inputs(policy, noisy, sigma, batch["prompt"] * 2, embeds))
             targets = rule_targets(rules, policy, policy.transformer, noisy, noise - clean, sigma, embeds)
             for rule, target in targets.items():
                 of_batch[rule].append(slrm.score_output(output, sigma, target).cpu())

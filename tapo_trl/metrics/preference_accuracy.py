@@ -23,7 +23,7 @@ from datasets import Dataset
 
 from ..data.preferences import TIE
 from ..policies import FlowPolicy
-from ..rewards import LatentRewardModel
+from ..rewards import StepRewardModel
 from .pair_scores import AccuracyRule, score_pairs
 
 
@@ -145,7 +145,7 @@ def calibrated_tie_threshold(margins: torch.Tensor, labels: torch.Tensor) -> flo
 
 
 def evaluate_preference_accuracy(
-    slrm: LatentRewardModel,
+    slrm: StepRewardModel,
     policy: FlowPolicy,
     dataset: Dataset,
     sigmas: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
@@ -156,7 +156,7 @@ def evaluate_preference_accuracy(
     Accuracy of a latent reward model on held-out preference pairs, by noise level and by rule. Ties are left out.
 
     Args:
-        slrm ([`LatentRewardModel`]): reward model.
+        slrm ([`StepRewardModel`]): reward model.
         policy ([`FlowPolicy`]): its base model, see [`score_pairs`].
         dataset ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, see [`prepare_preference_dataset`].
         sigmas (`Sequence[float]`, *optional*): noise levels.

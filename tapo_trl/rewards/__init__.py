@@ -12,19 +12,22 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from .base import LatentRewardModel, RewardOutput
+from .base import LatentRewardModel
 from .candidates import Candidates
 from .dina import DiNaModel
 from .loading import REWARD_MODELS, load_reward_model
 from .lrm import LRMModel
-from .scoring import LatentReward, PixelReward, RewardFunction, WeightedReward
+from .scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, WeightedReward
 from .slrm import SLRMModel, SLRMOutput
+from .spm import SPMModel
+from .step_reward import RewardOutput, StepRewardModel
 from .velocity_targets import VELOCITY_TARGETS, VelocityTarget, velocity_target
 
 
 __all__ = [
     "Candidates",
     "DiNaModel",
+    "EstimateReward",
     "LRMModel",
     "LatentReward",
     "LatentRewardModel",
@@ -34,6 +37,8 @@ __all__ = [
     "RewardOutput",
     "SLRMModel",
     "SLRMOutput",
+    "SPMModel",
+    "StepRewardModel",
     "VELOCITY_TARGETS",
     "VelocityTarget",
     "WeightedReward",

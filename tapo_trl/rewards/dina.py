@@ -19,11 +19,12 @@ import torch
 from diffusers import ModelMixin, SD3Transformer2DModel, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 
-from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel, RewardOutput
+from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel
 from .dina_head import DiNaHead
 from .features import FeatureTransformerMixin, check_layers, proportional_layers
 from .features_sd3 import SD3FeatureTransformer2DModel
 from .features_wan import WanFeatureTransformer3DModel
+from .step_reward import RewardOutput
 
 
 DEFAULT_DEPTHS = (1 / 6, 1 / 3, 1 / 2)  # blocks 4, 8 and 12 of the 24 of SD3

@@ -11,29 +11,35 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reward models of noisy latents by the word for them, and from where they were saved."""
+"""Reward models of states of a trajectory by the word for them, and from where they were saved."""
 
 import os
 
-from .base import HUB_ARGUMENTS, LatentRewardModel
 from .dina import DiNaModel
 from .lrm import LRMModel
 from .slrm import SLRMModel
+from .spm import SPMModel
+from .step_reward import HUB_ARGUMENTS, StepRewardModel
 
 
-REWARD_MODELS: dict[str, type[LatentRewardModel]] = {"slrm": SLRMModel, "lrm": LRMModel, "dina": DiNaModel}
+REWARD_MODELS: dict[str, type[StepRewardModel]] = {
+    "slrm": SLRMModel,
+    "lrm": LRMModel,
+    "dina": DiNaModel,
+    "spm": SPMModel,
+}
 
 
-def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> LatentRewardModel:
+def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> StepRewardModel:
     """
     Load a saved reward model, of whichever kind it is.
 
     Args:
         name_or_path (`str` or `os.PathLike`): folder or Hub id.
-        kwargs: arguments of [`~LatentRewardModel.from_pretrained`], such as `torch_dtype`, `base_model` or `revision`.
+        kwargs: arguments of [`~StepRewardModel.from_pretrained`], such as `torch_dtype`, `base_model` or `revision`.
 
     Returns:
-        [`LatentRewardModel`]: in evaluation mode.
+        [`StepRewardModel`]: in evaluation mode.
 
     Raises:
         ValueError: if there is something else than a reward model.
@@ -42,10 +48,15 @@ def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> LatentReward
     return saved_class(name_or_path, **hub_arguments).from_pretrained(name_or_path, **kwargs)
 
 
-def saved_class(name_or_path: str | os.PathLike, **hub_arguments) -> type[LatentRewardModel]:
-    """The class of a saved reward model, as its `config.json` says."""
-    name = LatentRewardModel.load_config(name_or_path, **hub_arguments)["_class_name"]
+def saved_class(name_or_path: str | os.PathLike, **hub_arguments) -> type[StepRewardModel]:
+    """
+    The class of a saved reward model, as its `config.json` says.
+
+    Raises:
+        ValueError: if there is something else than a reward model.
+    """
+    name = StepRewardModel.load_config(name_or_path, **hub_arguments).get("_class_name")
     classes = {model_class.__name__: model_class for model_class in REWARD_MODELS.values()}
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise ValueError(f"`{name_or_path}` holds a `{name}`, which is no reward model: those are {sorted(classes)}.")
     return classes[name]

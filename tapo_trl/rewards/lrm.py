@@ -23,9 +23,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..policies import FlowPolicy
-from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel, RewardOutput
+from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel
 from .features import check_layers, proportional_layers
 from .features_sd3 import SD3FeatureTransformer2DModel
+from .step_reward import RewardOutput
 
 
 DEFAULT_DEPTH = 0.75  # block 18 of the 24 of SD3

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Rewards as callables `candidates -> scores`: latent ones, pixel ones and their weighted sum."""
+"""Rewards as callables `candidates -> scores`: latent ones, those of one-step estimates, and their weighted sum."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,6 +21,7 @@ import torch
 from ..policies import FlowPolicy
 from .base import LatentRewardModel
 from .candidates import Candidates
+from .spm import SPMModel
 from .velocity_targets import VelocityTarget, velocity_target
 
 
@@ -98,6 +99,45 @@ class PixelReward:
         return scores
 
 
+class EstimateReward:
+    r"""
+    The score of a reward model that reads the decoded one-step estimate \( \hat{x}_0 = x' - \sigma' v(x') \) of each
+    candidate and its prompt, at the candidate's own noise level: an SPM. The next step uses the velocity again.
+
+    Args:
+        model ([`SPMModel`]): frozen reward model.
+        policy ([`FlowPolicy`]): decodes.
+        batch_size (`int`, *optional*): candidates per decoding and forward. All at once by default.
+    """
+
+    def __init__(self, model: SPMModel, policy: FlowPolicy, batch_size: int | None = None):
+        self.model = model
+        self.policy = policy
+        self.batch_size = batch_size
+        self.__name__ = model.kind
+        self._text_features: dict[str, torch.Tensor] = {}  # the model is frozen: each prompt once
+
+    @torch.no_grad()
+    def __call__(self, candidates: Candidates) -> torch.Tensor:
+        estimate = candidates.denoised
+        text = self._encode(candidates.prompts, estimate.device)
+        batch_size = self.batch_size or len(candidates)
+        scores = []
+        for start in range(0, len(candidates), batch_size):
+            chunk = slice(start, start + batch_size)
+            pixel_values = self.model.pixel_values(self.policy.decode(estimate[chunk]))
+            features = self.model.image_features(pixel_values, candidates.sigma)
+            scores.append(self.model.similarity(features, text[chunk]))
+        return torch.cat(scores)
+
+    def _encode(self, prompts: list[str], device: torch.device) -> torch.Tensor:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_features]
+        if new:
+            features = self.model.text_features(self.model.tokenize(new).to(device))
+            self._text_features |= dict(zip(new, features, strict=True))
+        return torch.stack([self._text_features[prompt] for prompt in prompts])
+
+
 class WeightedReward:
     """
     Weighted sum of rewards. The rewards of the last call are kept in `last_scores`, by name, for logging. Values that are
@@ -105,11 +145,13 @@ class WeightedReward:
     [`TAPOTrainer`] skips its update.
 
     Args:
-        rewards (`list`): [`LatentReward`] and [`PixelReward`].
+        rewards (`list`): [`LatentReward`], [`EstimateReward`] and [`PixelReward`].
         weights (`list[float]`, *optional*): one per reward, all 1 by default.
     """
 
-    def __init__(self, rewards: Sequence[LatentReward | PixelReward], weights: Sequence[float] | None = None):
+    def __init__(
+        self, rewards: Sequence[LatentReward | EstimateReward | PixelReward], weights: Sequence[float] | None = None
+    ):
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         if len(weights) != len(rewards):
             raise ValueError(f"`reward_weights` has {len(weights)} entries for {len(rewards)} reward models.")

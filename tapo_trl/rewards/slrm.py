@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from diffusers import ModelMixin, SD3Transformer2DModel, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 
-from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel, RewardOutput
+from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel
 from .score_stream import ScoreTransformerMixin
 from .slrm_sd3 import SD3ScoreTransformer2DModel
 from .slrm_wan import WanScoreTransformer3DModel
+from .step_reward import RewardOutput
 from .velocity_targets import MIN_SIGMA, ROLLOUT_TARGETS
 
 

@@ -45,7 +45,8 @@ from .model_card import is_hub_id
 logger = logging.get_logger(__name__)
 
 UPLOAD_FOLDER = "hub_upload"
-WEIGHT_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "transformer/*")
+WEIGHT_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
+WEIGHT_FOLDERS = ("transformer/*", "tokenizer/*")
 RUN_FILES = ("README.md", "samples/*")
 FINAL_FILES = ("ema/**/*",)
 PRIVATE_FILES = ("ema.safetensors",)  # state of the callback, for resuming
@@ -92,7 +93,7 @@ def collect_upload(folder: Path, weights_from: Path, output_dir: Path, is_final:
         is_final (`bool`): whether the run is over, so that averaged weights are there, too.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    patterns = {weights_from: WEIGHT_FILES}
+    patterns = {weights_from: WEIGHT_FILES + WEIGHT_FOLDERS}
     patterns[output_dir] = (*patterns.get(output_dir, ()), *RUN_FILES, *(FINAL_FILES if is_final else ()))
     for source, names in patterns.items():
         for path in (path for name in names for path in source.glob(name)):
@@ -107,9 +108,9 @@ def collect_upload(folder: Path, weights_from: Path, output_dir: Path, is_final:
 
 
 def _public_json(text: str) -> str:
-    """A configuration in which a base model that is a local folder has no name."""
+    """A configuration in which a base model or a CLIP that is a local folder has no name."""
     config = json.loads(text)
-    for name in ("base_model_name_or_path", "_name_or_path"):
+    for name in ("base_model_name_or_path", "clip_model_name_or_path", "_name_or_path"):
         if config.get(name) and not is_hub_id(config[name]):
             config[name] = ""
     return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -164,6 +164,15 @@ REWARD_MODEL_PAPERS = {
     year    = {2025},
 }""",
     },
+    "spm": {
+        "title": "Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference Optimization",
+        "citation": """@article{liang2024step,
+    title   = {{Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference Optimization}},
+    author  = {Liang, Zhanhao and Yuan, Yuhui and Gu, Shuyang and Chen, Bohan and Hang, Tiankai and Cheng, Mingxi and Li, Ji and Zheng, Liang},
+    journal = {arXiv preprint arXiv:2406.04314},
+    year    = {2024},
+}""",
+    },
     "dina": {
         "title": "Beyond VLM-Based Rewards: Diffusion-Native Latent Reward Modeling",
         "citation": """@misc{liu2026beyond,
@@ -184,10 +193,11 @@ _KINDS = {
     "SLRM": (["slrm", "reward-model"], "slrm_model_card.md"),
     "LRM": (["lrm", "reward-model"], "slrm_model_card.md"),
     "DiNa-LRM": (["dina", "reward-model"], "slrm_model_card.md"),
+    "SPM": (["spm", "reward-model"], "slrm_model_card.md"),
 }
 
 # Class of a reward model, for the code example
-_REWARD_CLASSES = {"SLRM": "SLRMModel", "LRM": "LRMModel", "DiNa-LRM": "DiNaModel"}
+_REWARD_CLASSES = {"SLRM": "SLRMModel", "LRM": "LRMModel", "DiNa-LRM": "DiNaModel", "SPM": "SPMModel"}
 
 # Access tokens, and absolute paths inside of a longer argument, of which the name of the file is kept.
 TOKEN = re.compile(r"\bhf_\w{8,}")
@@ -254,7 +264,9 @@ def _one_line(text: str) -> str:
 def write_model_card(
     path: str | Path,
     *,
-    trainer_name: Literal["TAPO", "Diffusion-DPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM", "LRM", "DiNa-LRM"],
+    trainer_name: Literal[
+        "TAPO", "Diffusion-DPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM", "LRM", "DiNa-LRM", "SPM"
+    ],
     base_model: str | None,
     model_name: str,
     dataset_name: str | None,

@@ -22,18 +22,18 @@ from peft import PeftConfig
 from transformers import TrainerCallback
 
 from ..policies import FlowPolicy
-from ..rewards import LatentRewardModel, load_reward_model
-from ..rewards.base import HUB_ARGUMENTS
+from ..rewards import LatentRewardModel, StepRewardModel, load_reward_model
 from ..rewards.loading import saved_class
-from ..rewards.scoring import LatentReward, PixelReward, RewardFunction
+from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction
 from ..rewards.sharing import base_tensors, check_base_stays, check_same, saved_tensors, tie
+from ..rewards.step_reward import HUB_ARGUMENTS
 from .base import autocast_dtype
 from .launch_checks import uses_fsdp
 from .rollout_config import RolloutConfig
 from .speed import compile_blocks
 
 
-RewardModel = str | LatentRewardModel | RewardFunction
+RewardModel = str | StepRewardModel | RewardFunction
 
 # Beside norms and embeddings, which diffusers leaves alone: the score stream and LoRA matrices keep their precision.
 SCORE_LAYERS = ("score_projections", "score_output", "score_head", "lora_")
@@ -44,13 +44,13 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
     Refuse what cannot work, before anything is loaded.
 
     Raises:
-        ValueError: if a reward is neither a name, a latent reward model nor a callable, or if an option for latent reward
+        ValueError: if a reward is neither a name, a reward model nor a callable, or if an option for latent reward
             models has nothing to act on.
     """
     for reward in rewards:
-        if not isinstance(reward, (str, LatentRewardModel)) and not callable(reward):
+        if not isinstance(reward, (str, StepRewardModel)) and not callable(reward):
             raise ValueError(
-                "`reward_model` must be a folder or Hub id, a `LatentRewardModel`, or a callable, got "
+                "`reward_model` must be a folder or Hub id, a reward model such as `SLRMModel`, or a callable, got "
                 f"`{type(reward).__name__}`."
             )
     has_latent = any(isinstance(reward, (str, LatentRewardModel)) for reward in rewards)
@@ -113,17 +113,22 @@ def check_sharing(rewards: Sequence[RewardModel], args: RolloutConfig, peft_conf
     check_base_stays(peft_config, "`peft_config`")
 
 
-def load_reward(reward: RewardModel, policy: FlowPolicy, args: RolloutConfig) -> LatentReward | PixelReward:
+def load_reward(
+    reward: RewardModel, policy: FlowPolicy, args: RolloutConfig
+) -> LatentReward | EstimateReward | PixelReward:
     """
-    A reward as the sampler calls it. A latent reward model, of whichever kind a folder holds, is frozen, and stays on the
-    CPU until [`place_reward`].
+    A reward as the sampler calls it. A reward model, of whichever kind a folder holds, is frozen, and stays on the CPU until
+    [`place_reward`].
 
     Args:
-        reward (`str`, [`LatentRewardModel`] or `Callable`): see [`TAPOTrainer`].
+        reward (`str`, [`StepRewardModel`] or `Callable`): see [`TAPOTrainer`].
         policy ([`FlowPolicy`]): the policy whose latents will be rated.
         args ([`RolloutConfig`]): the configuration.
+
+    Raises:
+        ValueError: if a reward model does not fit the policy, or an option not the reward model.
     """
-    if not isinstance(reward, (str, LatentRewardModel)):
+    if not isinstance(reward, (str, StepRewardModel)):
         return PixelReward(reward, policy, args.score_batch_size)
     model = reward
     if isinstance(reward, str):
@@ -132,7 +137,8 @@ def load_reward(reward: RewardModel, policy: FlowPolicy, args: RolloutConfig) ->
             kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
         model = _load_sharing(reward, policy, **kwargs) if args.share_backbone else load_reward_model(reward, **kwargs)
     elif args.share_backbone:
-        _check_shares(model.label, model.config.lora, policy, model.transformer.backbone_dtype)
+        dtype = model.transformer.backbone_dtype if isinstance(model, LatentRewardModel) else None
+        _check_shares(type(model), model.config.lora, policy, dtype)
         base = base_tensors(policy.transformer)
         own = base_tensors(model.transformer)
         check_same(((name, own[name]) for name in own if name in base), base, model.label)
@@ -141,8 +147,27 @@ def load_reward(reward: RewardModel, policy: FlowPolicy, args: RolloutConfig) ->
         _check_engine(policy, args)
     model.check_compatible(policy, max_sequence_length=args.max_sequence_length)
     model.requires_grad_(False).eval()
-    compile_blocks(args, [model.transformer])
-    return LatentReward(model, model.rollout_target(args.velocity_target), args.score_batch_size)
+    target = model.rollout_target(args.velocity_target)
+    if isinstance(model, LatentRewardModel):
+        compile_blocks(args, [model.transformer])
+        return LatentReward(model, target, args.score_batch_size)
+    check_has_transformer(model, args)
+    return EstimateReward(model, policy, args.score_batch_size)
+
+
+def check_has_transformer(model: StepRewardModel, args: RolloutConfig) -> None:
+    """
+    Check that options for the blocks of a diffusion transformer have one to act on.
+
+    Raises:
+        ValueError: if the reward model is none, and one of them is set.
+    """
+    for option in ("reward_layerwise_casting", "reward_group_offload"):
+        if getattr(args, option) and not isinstance(model, LatentRewardModel):
+            raise ValueError(
+                f"`{option}=True` is for reward models on a diffusion transformer, but the reward model is a {model.label} on "
+                "a CLIP: leave it unset; `reward_model_init_kwargs` can load it in half precision."
+            )
 
 
 def _load_sharing(
@@ -155,7 +180,7 @@ def _load_sharing(
     hub_arguments = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
     model_class = saved_class(name, **hub_arguments)
     config = model_class.load_config(name, **hub_arguments)
-    _check_shares(model_class.label, config["lora"], policy, torch_dtype)
+    _check_shares(model_class, config["lora"], policy, torch_dtype)
     base_model = base_model or config["base_model_name_or_path"]
     if not base_model:
         raise ValueError(
@@ -168,7 +193,12 @@ def _load_sharing(
     return model_class.from_pretrained(name, base_model=policy, share_base=True, **kwargs)
 
 
-def _check_shares(label: str, lora: bool, policy: FlowPolicy, dtype: torch.dtype | None) -> None:
+def _check_shares(
+    model_class: type[StepRewardModel], lora: bool, policy: FlowPolicy, dtype: torch.dtype | None
+) -> None:
+    label = model_class.label
+    if not issubclass(model_class, LatentRewardModel):
+        raise ValueError(f"`share_backbone=True` cannot work: the backbone of an {label} is no diffusion transformer.")
     if not lora:
         raise ValueError(
             f"`share_backbone=True` cannot work: the {label} was trained in full, and its backbone is no longer that of the "
@@ -218,8 +248,8 @@ class TieCallback(TrainerCallback):
         tie_rewards(self.rewards, self.policy)
 
 
-def place_reward(reward: LatentReward | PixelReward, args: RolloutConfig) -> None:
-    """Put a latent reward model where it computes, in the way that the configuration asks for. Pixel rewards have nothing to place."""
+def place_reward(reward: LatentReward | EstimateReward | PixelReward, args: RolloutConfig) -> None:
+    """Put a reward model where it computes, in the way that the configuration asks for. Pixel rewards have nothing to place."""
     if isinstance(reward, PixelReward):
         return
     if args.reward_layerwise_casting:

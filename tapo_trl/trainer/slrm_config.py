@@ -29,6 +29,7 @@ from ..rewards.slrm import (
     ScoreLink,
     TrainingVelocityTarget,
 )
+from ..rewards.spm import DEFAULT_CLIP_MODEL
 from .noise_levels import TIMESTEP_SAMPLINGS
 from .preference_config import PreferenceDataConfig
 
@@ -41,6 +42,7 @@ MODEL_FIELDS = {
     "slrm": {"num_task_tokens": "num_task_tokens", "task_projection_rank": "task_projection_rank"},
     "lrm": {"lrm_layer": "layer", "lrm_guidance_scale": "guidance_scale"},
     "dina": {"dina_layers": "layers", "dina_num_queries": "num_queries"},
+    "spm": {"spm_clip_model": "clip_model_name_or_path"},
 }
 SLRM_FIELDS = ("score_link", "rho", "velocity_target", "detach_score", "score_preservation_coef")
 
@@ -68,10 +70,11 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
             the [`SLRMTrainer`] is a string, for example `{"torch_dtype": "bfloat16", "revision": "main"}`.
         reward_model_type (`str`, *optional*, defaults to `"slrm"`):
-            Which reward model to train: `"slrm"`, the paper's; `"lrm"`, LPO's; or `"dina"`, DiNa-LRM. Must be the kind of
-            `model`, if that is a reward model already.
+            Which reward model to train: `"slrm"`, the paper's; `"lrm"`, LPO's; `"dina"`, DiNa-LRM; or `"spm"`, SPO's, which
+            reads decoded images. Must be the kind of `model`, if that is a reward model already.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
-            Whether to train only what is beside the transformer: SLRM's score stream, or the head of the others.
+            Whether to train only what is beside the transformer: SLRM's score stream, or the head of LRM and DiNa-LRM; of an
+            SPM, the modulation beside its CLIP.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the model (LoRA dropout included).
 
@@ -101,6 +104,12 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
             a third and a half of the depth, 4, 8 and 12 of SD3's 24. Ignored if `model` is a DiNa-LRM already.
         dina_num_queries (`int`, *optional*, defaults to `4`):
             Number of learned queries of the head. Ignored if `model` is a DiNa-LRM already.
+
+        > Parameters that control the model, if `reward_model_type="spm"`
+
+        spm_clip_model (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`):
+            Hub id or folder of the CLIP that it starts from, with tokenizer and image processor. Ignored if `model` is an SPM
+            already.
 
         > Parameters that control the training
 
@@ -179,7 +188,7 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     )
     freeze_backbone: bool = field(
         default=False,
-        metadata={"help": "Whether to train only what is beside the transformer: SLRM's score stream, or the head."},
+        metadata={"help": "Whether to train only what is beside the backbone: score stream, head or modulation."},
     )
     num_task_tokens: int = field(
         default=DEFAULT_NUM_TASK_TOKENS, metadata={"help": "Number of score tokens n_s (Eq. 5)."}
@@ -207,6 +216,9 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     )
     dina_num_queries: int = field(
         default=DEFAULT_NUM_QUERIES, metadata={"help": "DiNa-LRM: number of learned queries of the head."}
+    )
+    spm_clip_model: str = field(
+        default=DEFAULT_CLIP_MODEL, metadata={"help": "SPM: Hub id or folder of the CLIP that it starts from."}
     )
 
     # Parameters that control the training

@@ -35,7 +35,7 @@ from ..losses import slrm_loss, thurstone_loss
 from ..metrics.pair_scores import evaluation_noise, rule_targets
 from ..metrics.preference_accuracy import pair_accuracies
 from ..policies import FlowPolicy, load_policy
-from ..rewards import REWARD_MODELS, LatentRewardModel, load_reward_model
+from ..rewards import REWARD_MODELS, StepRewardModel, load_reward_model
 from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
 from ..seeding import seeded_generator
 from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable, fill_in_sizes
@@ -71,10 +71,10 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
     ```
 
     Args:
-        model (`str`, [`~diffusers.DiffusionPipeline`], [`FlowPolicy`] or [`LatentRewardModel`]):
+        model (`str`, [`~diffusers.DiffusionPipeline`], [`FlowPolicy`] or [`StepRewardModel`]):
             - `str`: Hub id or folder of a diffusers pipeline, or of a reward model, whose training goes on.
             - [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]: its transformer is copied; it is not trained itself.
-            - [`LatentRewardModel`]: its base model is loaded by the name in its configuration.
+            - [`StepRewardModel`]: its base model is loaded by the name in its configuration.
         args ([`SLRMConfig`], *optional*):
             Configuration. Defaults to the paper's, with a folder named after the model.
         train_dataset ([`~datasets.Dataset`]):
@@ -90,8 +90,8 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning rate scheduler.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            LoRA of the backbone, beside which the score stream or the head is trained in full. `target_modules` defaults to
-            the policy's. Without it the whole model is trained.
+            LoRA of the backbone, beside which the score stream, the head or the modulation is trained in full.
+            `target_modules` defaults to the attention projections. Without it the whole model is trained.
     """
 
     _tag_names = ["trl", "slrm"]
@@ -100,7 +100,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
 
     def __init__(
         self,
-        model: str | DiffusionPipeline | FlowPolicy | LatentRewardModel,
+        model: str | DiffusionPipeline | FlowPolicy | StepRewardModel,
         args: SLRMConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -123,7 +123,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         check_launch(args, len(train_dataset))
 
         # Model
-        set_seed(args.seed)  # the score stream or the head starts at random
+        set_seed(args.seed)  # what is beside the backbone starts at random
         self.policy, model = _load_model(model, args, peft_config)
         self.latent_shape = fill_in_sizes(args, self.policy)
         recorded = ("rho", "score_link", "velocity_target") if model.compares_velocities else ()
@@ -133,7 +133,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         self._paper = REWARD_MODEL_PAPERS.get(model.kind, self._paper)
         if peft_config is not None:
             if peft_config.target_modules is None:
-                peft_config.target_modules = self.policy.lora_target_modules
+                peft_config.target_modules = model.lora_target_modules(self.policy)
             model.add_lora(peft_config)
         elif not model.config.lora:
             model.train_whole()
@@ -146,7 +146,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         # Data: prompts and pixels are encoded once, then the encoders leave the accelerator
         train_dataset, eval_dataset = self._prepare_splits(train_dataset, eval_dataset, args)
         self.policy.move_text_encoders("cpu")
-        if args.cache_latents:
+        if args.cache_latents and not model.reads_estimates:
             self.policy.vae.to("cpu")
 
         _BaseTrainer.__init__(
@@ -171,7 +171,8 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             self.maybe_activation_offload_context = contextlib.nullcontext()
 
         self.reference = self.policy.transformer
-        if model.compares_velocities and "reference" in (args.velocity_target, *args.eval_rules):
+        compares_reference = model.compares_velocities and "reference" in (args.velocity_target, *args.eval_rules)
+        if model.reads_estimates or compares_reference:
             self.reference.to(self.accelerator.device).eval()
         self._add_run_callbacks()
 
@@ -228,13 +229,10 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         broadcast = sigmas.view(-1, *[1] * (clean.ndim - 1))
         noisy = (1 - broadcast) * clean + broadcast * noise
         velocity = noise - clean
+        with self.accelerator.autocast():  # as the model's own forward
+            read = self.model.forward_inputs(self.policy, noisy, sigmas, inputs["prompt"] * 2, embeds)
         # By name: DeepSpeed casts what is passed by position to float16, in which noise levels collapse
-        output = model(
-            latents=noisy,
-            sigma=sigmas,
-            prompt_embeds=embeds.prompt_embeds,
-            pooled_prompt_embeds=embeds.pooled_prompt_embeds,
-        )
+        output = model(**read)
 
         own_rule = args.velocity_target if self.model.compares_velocities else "none"
         rules = {own_rule} if mode == "train" else {own_rule, *args.eval_rules}
@@ -336,6 +334,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
     def _method_table(self) -> dict[str, Any]:
         args, config = self.args, self.model.config
         table = {name: config[name] for name in (*args.model_config(), "lora")}
+        table |= {name: Path(value).name for name, value in table.items() if Path(str(value)).is_dir()}  # no path
         names = (
             "reward_model_type",
             "loss_type",
@@ -364,8 +363,8 @@ def _check_sharding(args: SLRMConfig) -> None:
 
 
 def _load_model(
-    model: str | DiffusionPipeline | FlowPolicy | LatentRewardModel, args: SLRMConfig, peft_config: LoraConfig | None
-) -> tuple[FlowPolicy, LatentRewardModel]:
+    model: str | DiffusionPipeline | FlowPolicy | StepRewardModel, args: SLRMConfig, peft_config: LoraConfig | None
+) -> tuple[FlowPolicy, StepRewardModel]:
     """The base policy and the reward model to train."""
     init_kwargs = dict(args.model_init_kwargs or {})
     dtype = init_kwargs.pop("torch_dtype", None)
@@ -377,7 +376,7 @@ def _load_model(
 
     if isinstance(model, str) and _is_reward_model(model):
         model = load_reward_model(model, torch_dtype=dtype)
-    if isinstance(model, LatentRewardModel):
+    if isinstance(model, StepRewardModel):
         if model.kind != args.reward_model_type:
             raise ValueError(
                 f"`model` is a {model.label}, but `reward_model_type={args.reward_model_type!r}`: set "

@@ -62,6 +62,22 @@ def sample(pipeline, prompts, **kwargs):
     return pipeline(prompts, generator=torch.Generator().manual_seed(0), **{**arguments, **kwargs}).images
 
 
+class TestClip:
+    def test_knows_the_training_captions_and_no_others(self):
+        from train_clip import load_split, recall
+        from transformers import CLIPModel, CLIPTokenizer
+
+        clip = CLIPModel.from_pretrained(EMOJI / "clip", dtype=torch.float32).eval()
+        tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "clip")
+        assert sum(parameter.numel() for parameter in clip.parameters()) < 1.5e6
+        for split in ("train", "validation", "test"):
+            images, captions = load_split(EMOJI / "data" / "emoji.parquet", split)
+            assert images.shape == (len(captions), 3, 3, 64, 64)
+            tokens = tokenizer(captions, padding="max_length", max_length=12, return_tensors="pt").input_ids
+            hits = recall(clip, images, tokens)
+            assert hits > 0.95 if split == "train" else hits < 0.1
+
+
 class TestDataset:
     def test_columns_and_values(self, dataset):
         assert dataset.column_names == ["prompt", "category", "style", "image", "split"]

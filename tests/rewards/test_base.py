@@ -19,7 +19,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tapo_trl import DiNaModel, LRMModel, SLRMModel, load_reward_model
+from tapo_trl import DiNaModel, LRMModel, SLRMModel, SPMModel, load_reward_model
 from tapo_trl.policies import SD3Policy, WanPolicy, load_policy
 from tapo_trl.rewards import REWARD_MODELS, LatentReward
 from tapo_trl.rewards.loading import saved_class
@@ -58,7 +58,7 @@ def make(kind: str, policy, lora: bool = False, **config):
 
 
 def test_words():
-    assert REWARD_MODELS == {"slrm": SLRMModel, "lrm": LRMModel, "dina": DiNaModel}
+    assert REWARD_MODELS == {"slrm": SLRMModel, "lrm": LRMModel, "dina": DiNaModel, "spm": SPMModel}
     assert all(model_class.kind == word for word, model_class in REWARD_MODELS.items())
 
 
@@ -222,6 +222,12 @@ class TestSaveAndLoad:
     def test_no_reward_model(self, policy, tmp_path):
         policy.transformer.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="holds a `SD3Transformer2DModel`, which is no reward model"):
+            saved_class(tmp_path)
+
+    @pytest.mark.parametrize("name", [["SLRMModel"], {"SLRMModel": 1}, None])
+    def test_class_that_is_no_name(self, name, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(ValueError, match="which is no reward model: those are"):
             saved_class(tmp_path)
 
     @pytest.mark.parametrize("kind", KINDS)

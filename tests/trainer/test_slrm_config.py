@@ -116,6 +116,9 @@ def test_kinds_of_reward_models(kind, loss_type, rules, model_config, tmp_path):
         ("dina", "lrm_guidance_scale", 1.0),
         ("slrm", "dina_layers", [4, 8, 12]),
         ("lrm", "dina_num_queries", 2),
+        ("slrm", "spm_clip_model", "my-name/clip"),
+        ("spm", "lrm_layer", 18),
+        ("spm", "velocity_target", "none"),
     ],
 )
 def test_fields_of_another_kind(kind, field, value, tmp_path):
@@ -132,6 +135,7 @@ def test_fields_of_another_kind(kind, field, value, tmp_path):
         ({"reward_model_type": "dina", "dina_num_queries": 0}, "^`dina_num_queries` must be at least 1"),
         ({"reward_model_type": "dina", "dina_layers": [4, 4]}, "^`dina_layers` must be .* in ascending order"),
         ({"reward_model_type": "dina", "eval_rules": ["reference"]}, "^`eval_rules=.* only SLRM has a velocity"),
+        ({"reward_model_type": "spm", "eval_rules": ["reference"]}, "^`eval_rules=.* only SLRM has a velocity"),
         ({"loss_type": "thurstone", "eta": 2.0}, '^`eta` is for `loss_type="bradley_terry"`'),
     ],
 )

@@ -1,0 +1,388 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What all reward models of samples at a noise level have in common: [`StepRewardModel`]."""
+
+import functools
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import BaseOutput
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+from ..policies import FlowPolicy, PromptEmbeddings
+from .backbone import all_tensors
+from .sharing import check_base_stays
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+@dataclass
+class RewardOutput(BaseOutput):
+    """
+    Output of a [`StepRewardModel`].
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size,)`): what the model says of each latent, float32. Higher is better.
+    """
+
+    logits: torch.Tensor
+
+
+class StepRewardModel(ModelMixin, ConfigMixin, ABC):
+    """
+    A reward model of the states of a sampling trajectory. Make one with [`~StepRewardModel.from_policy`] or
+    [`~StepRewardModel.from_pretrained`] and train it with [`SLRMTrainer`]. A [`LatentRewardModel`] reads the noisy latents
+    themselves; an [`SPMModel`] reads the image that they would become.
+
+    A subclass has a pretrained network, its backbone, and further modules and buffers beside it. Its configuration holds
+    `base_model_name_or_path`, `vae_fingerprint`, `max_sequence_length`, `resolution`, `height`, `width`, `num_frames` and
+    `lora`, see [`SLRMModel`].
+
+    Attributes:
+        kind (`str`): the word for it, as in `reward_model_type` of [`SLRMConfig`].
+        label (`str`): its name in messages.
+        trained_part (`str`): what is trained in full beside a LoRA, in messages.
+        compares_velocities (`bool`): whether the score depends on a velocity of its own, see [`SLRMModel`].
+        reads_estimates (`bool`):
+            whether it reads the decoded one-step estimate, for which the policy predicts a velocity and its VAE decodes.
+    """
+
+    kind: ClassVar[str]
+    label: ClassVar[str]
+    trained_part: ClassVar[str]
+    compares_velocities: ClassVar[bool] = False
+    reads_estimates: ClassVar[bool] = False
+
+    _supports_gradient_checkpointing = True
+
+    @property
+    @abstractmethod
+    def backbone(self) -> torch.nn.Module:
+        """The pretrained network, on which LoRA is put."""
+
+    @classmethod
+    @abstractmethod
+    def without_weights(cls, policy: FlowPolicy, **config) -> "StepRewardModel":
+        """The model for a policy on the meta device, see [`~StepRewardModel.from_policy`]."""
+
+    @classmethod
+    @abstractmethod
+    def from_policy(cls, policy: FlowPolicy, **config) -> "StepRewardModel":
+        """
+        A model for the latents of a policy that is untrained, but for its backbone.
+
+        Args:
+            policy ([`FlowPolicy`]): the policy whose samples will be rated.
+            config: fields of the configuration that do not follow from the policy.
+
+        Returns:
+            [`StepRewardModel`]: in evaluation mode.
+        """
+
+    @abstractmethod
+    def check_compatible(self, policy: FlowPolicy, max_sequence_length: int | None = None) -> None:
+        """
+        Check that this model can rate the samples of `policy`.
+
+        Args:
+            policy ([`FlowPolicy`]): the policy to be trained.
+            max_sequence_length (`int`, *optional*): length at which its prompts will be encoded.
+
+        Raises:
+            ValueError: if it was trained for another one.
+        """
+
+    @abstractmethod
+    def forward_inputs(
+        self,
+        policy: FlowPolicy,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        prompts: list[str],
+        prompt_embeds: PromptEmbeddings,
+    ) -> dict[str, torch.Tensor]:
+        """
+        What the forward reads of noisy latents, by name, without gradients.
+
+        Args:
+            policy ([`FlowPolicy`]): the base model, whose transformer is frozen; on the device of the latents.
+            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): noisy latents, float32.
+            sigma (`torch.Tensor` of shape `(batch_size,)`): their noise levels in [0, 1], float32.
+            prompts (`list[str]`): one prompt per latent.
+            prompt_embeds ([`PromptEmbeddings`]): their embeddings.
+        """
+
+    @classmethod
+    @abstractmethod
+    def lora_target_modules(cls, policy: FlowPolicy) -> list[str]:
+        """Layers of the backbone that get a LoRA unless told otherwise."""
+
+    @abstractmethod
+    def _cast_backbone(self, dtype: torch.dtype) -> None:
+        """Cast the weights of the backbone, but for those that lose too much."""
+
+    @abstractmethod
+    def _take_base(self, base: torch.nn.Module, share: bool = False) -> None:
+        """
+        Put a copy of the backbone's base, or one that shares its weights, in the place of one without weights, and
+        initialise all else beside it.
+        """
+
+    @abstractmethod
+    def _load_base(self, base_model: Any, dtype: torch.dtype) -> torch.nn.Module:
+        """The base that a LoRA was trained on: `base_model` or, if `None`, the one that the configuration names."""
+
+    @abstractmethod
+    def trained_in_full(self) -> dict[str, torch.Tensor]:
+        """What is trained and saved beside a LoRA of the backbone, and buffers that belong to it, by name."""
+
+    def score_output(
+        self, output: RewardOutput, sigma: torch.Tensor, velocity_target: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Scores of a forward: the logits, where nothing else enters them.
+
+        Args:
+            output ([`RewardOutput`]): what the forward returned.
+            sigma (`torch.Tensor` of shape `()` or `(batch_size,)`): noise levels of the latents.
+            velocity_target (`torch.Tensor` of the shape of the latents, *optional*): see [`~SLRMModel.score`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`.
+        """
+        if velocity_target is not None:
+            raise ValueError(f"A {self.label} predicts no velocity to compare `velocity_target` to: leave it out.")
+        return output.logits
+
+    def rollout_target(self, velocity_target: str | None) -> str:
+        """
+        The `velocity_target` with which candidates of a rollout are scored.
+
+        Args:
+            velocity_target (`str`, *optional*): what the configuration of the rollout asks for.
+
+        Raises:
+            ValueError: if this model can do nothing with it.
+        """
+        if velocity_target not in (None, "none"):
+            raise ValueError(
+                f"`velocity_target={velocity_target!r}` is for SLRMs, but the reward model is a {self.label}, which predicts "
+                "no velocity: leave it unset."
+            )
+        return "none"
+
+    @property
+    def latents_per_score(self) -> int:
+        """Latents that go through the backbone for one score."""
+        return 1
+
+    # Training
+
+    def add_lora(self, lora_config: LoraConfig) -> None:
+        """
+        Freeze the backbone, add LoRA to it, and leave all else trainable in full. What is trained is float32.
+
+        Raises:
+            ValueError: if there is a LoRA already, or if `lora_config` reaches into what is trained in full.
+        """
+        if self.config.lora:
+            raise ValueError(f"This {self.label} has a LoRA already: drop `peft_config` to go on training that one.")
+        self.backbone.requires_grad_(False)
+        self.backbone.add_adapter(lora_config)
+        adapted = [name for name in self.trained_in_full() if "lora_" in name]
+        if adapted:
+            raise ValueError(
+                f"`target_modules` of the LoRA must name layers of the backbone only; the {self.trained_part}, which is "
+                f"trained in full, has {adapted[0].split('.lora_')[0]!r}."
+            )
+        self._train_in_full()
+        self._freeze_unread()
+        cast_training_params(self, dtype=torch.float32)
+        self.register_to_config(lora=True)
+
+    def train_whole(self) -> None:
+        """Make every weight that the score depends on trainable, in float32."""
+        self.float().requires_grad_(True)
+        self._freeze_unread()
+
+    def freeze_backbone(self) -> None:
+        """Leave nothing trainable but what is beside the backbone."""
+        self.backbone.requires_grad_(False)
+        self._train_in_full()
+
+    def _freeze_unread(self) -> None:
+        """Freeze what no score depends on: DDP expects a gradient of all that is trainable. Nothing, by default."""
+
+    def _train_in_full(self) -> None:
+        for tensor in self.trained_in_full().values():
+            if isinstance(tensor, torch.nn.Parameter):
+                tensor.requires_grad_(True)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """What `Trainer` calls if `args.gradient_checkpointing`. Non-reentrant by default."""
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                f"{self.label} checkpoints every block, on its device: leave `every_n_layers` and `offload` unset."
+            )
+        kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        self.enable_gradient_checkpointing(functools.partial(checkpoint, **kwargs))
+
+    def activation_checkpointing_disable(self) -> None:
+        self.disable_gradient_checkpointing()
+
+    # Saving and loading
+
+    @classmethod
+    def lora_weights_name(cls) -> str:
+        """File of what was trained with a LoRA."""
+        return f"{cls.kind}_lora.safetensors"
+
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
+        """
+        Save `config.json` and the weights. With LoRA, only what was trained: `adapter_config.json` and
+        `<kind>_lora.safetensors` (the adapter and what was trained in full); the backbone is then named in `config.json`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder, made if it does not exist.
+            safe_serialization (`bool`, *optional*, defaults to `True`): must be `True`; nothing is ever pickled.
+            kwargs: further arguments of [`~diffusers.ModelMixin.save_pretrained`].
+        """
+        if not safe_serialization:
+            raise ValueError(f"{self.label} is only saved as safetensors: leave `safe_serialization=True`.")
+        if not self.config.lora:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        if not kwargs.get("is_main_process", True):
+            return
+        self.save_config(save_directory)
+        self.backbone.peft_config["default"].save_pretrained(save_directory)
+        weights = self.trained_in_full() | get_peft_model_state_dict(self.backbone)
+        weights = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+        save_file(weights, Path(save_directory) / self.lora_weights_name(), metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        base_model: Any = None,
+        torch_dtype: torch.dtype | None = None,
+        share_base: bool = False,
+        **kwargs,
+    ) -> "StepRewardModel":
+        """
+        Load a saved reward model of this class, in evaluation mode. [`load_reward_model`] finds the class out.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub id.
+            base_model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`], *optional*):
+                for one that was trained with LoRA, the model it was trained from; of an [`SPMModel`], the CLIP. Defaults to
+                the one it names.
+            torch_dtype (`torch.dtype`, *optional*):
+                precision of the backbone's weights. Defaults to float32, or to that of a `base_model` in memory.
+            share_base (`bool`, *optional*, defaults to `False`):
+                for a [`LatentRewardModel`] that was trained with LoRA, take the frozen weights of `base_model`, which must be
+                in memory, themselves in place of copies. They must not be trained.
+            kwargs: further arguments of [`~diffusers.ModelMixin.from_pretrained`], such as `revision` or `token`.
+
+        Raises:
+            ValueError: if there is a model of another class, or if the base model is needed and unknown, or is another
+                than the one of the training, or if there is nothing to share.
+        """
+        config = cls.load_config(pretrained_model_name_or_path, **_only(kwargs, HUB_ARGUMENTS))
+        if config["_class_name"] != cls.__name__:
+            raise ValueError(
+                f"`{pretrained_model_name_or_path}` holds a `{config['_class_name']}`, not a `{cls.__name__}`: load it "
+                "with `load_reward_model`, which finds the class out."
+            )
+        if share_base and (not config["lora"] or base_model is None or isinstance(base_model, str)):
+            raise ValueError(
+                f"`share_base=True` needs a {cls.label} that was trained with LoRA, whose backbone is that of its base model, "
+                f"and that one in memory as `base_model`, but `{pretrained_model_name_or_path}` has `lora: "
+                f"{str(config['lora']).lower()}` and `base_model` is {base_model!r}."
+            )
+        shared = set()
+        if not config["lora"]:
+            model = super().from_pretrained(
+                pretrained_model_name_or_path, dtype=torch.float32, **{**kwargs, "use_safetensors": True}
+            )
+            model._cast_backbone(torch_dtype or torch.float32)
+        else:
+            with torch.device("meta"):
+                model = cls.from_config({**config, "lora": False})
+            base = model._load_base(base_model, torch_dtype or torch.float32)
+            model._take_base(base, share_base)
+            shared = {id(tensor) for _, tensor in all_tensors(base)} if share_base else set()
+            local = functools.partial(_local_file, str(pretrained_model_name_or_path), **_only(kwargs, HUB_ARGUMENTS))
+            lora_config = LoraConfig.from_pretrained(os.path.dirname(local("adapter_config.json")))
+            if share_base:
+                check_base_stays(lora_config, f"the {cls.label} `{pretrained_model_name_or_path}`")
+            model.add_lora(lora_config)
+            model.load_trained_weights(os.path.dirname(local(cls.lora_weights_name())))
+        for _, tensor in all_tensors(model):
+            # Tensors mapped from a file start anywhere, and matrix products round by the alignment of their inputs.
+            if id(tensor) not in shared:
+                tensor.data = tensor.data.clone()
+        return model.eval()
+
+    def load_trained_weights(self, folder: str | os.PathLike) -> None:
+        """Load weights that [`~StepRewardModel.save_pretrained`] wrote into this model, in place and exactly."""
+        folder = Path(folder)
+        if self.config.lora:
+            weights = load_file(folder / self.lora_weights_name())
+            own = self.trained_in_full()
+            missing = own.keys() - weights.keys()
+            adapter = {name: tensor for name, tensor in weights.items() if name not in own}
+            result = set_peft_model_state_dict(self.backbone, adapter)
+            with torch.no_grad():
+                for name in own.keys() - missing:
+                    own[name].copy_(weights[name])
+            missing |= {name for name in result.missing_keys if "lora_" in name}
+            unexpected = result.unexpected_keys
+        else:
+            weights = {}
+            for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+                weights |= load_file(file)
+            missing, unexpected = self.load_state_dict(weights, strict=False)
+        if missing or unexpected:
+            raise ValueError(
+                f"The weights in `{folder}` are not those of this {self.label}. Missing: {sorted(missing)[:3]}, unexpected: "
+                f"{sorted(unexpected)[:3]}."
+            )
+
+
+def _only(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def _local_file(name_or_path: str, filename: str, subfolder: str | None = None, **hub_arguments) -> str:
+    if os.path.isdir(name_or_path):
+        return os.path.join(name_or_path, subfolder or "", filename)
+    return hf_hub_download(name_or_path, filename, subfolder=subfolder, **hub_arguments)
