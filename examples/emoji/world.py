@@ -47,6 +47,7 @@ WORLD = World(
         "slrm": "recipes/emoji/slrm.yaml",
         "slrm_lrm": "recipes/emoji/slrm_lrm.yaml",
         "slrm_dina": "recipes/emoji/slrm_dina.yaml",
+        "slrm_spm": "recipes/emoji/slrm_spm.yaml",
         "tapo": "recipes/emoji/tapo.yaml",
         "dpo": "recipes/emoji/dpo.yaml",
         "online_dpo": "recipes/emoji/online_dpo.yaml",

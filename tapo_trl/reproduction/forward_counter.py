@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..rewards.scoring import LatentReward
+from ..rewards.scoring import EstimateReward, LatentReward
 from ..trainer.policy_trainer import PolicyTrainerMixin
 from ..trainer.rollout_trainer import RolloutTrainer
 
@@ -50,7 +50,7 @@ class ForwardCounter:
 
     def watch(self, trainer: PolicyTrainerMixin) -> None:
         """
-        Count the forwards of a trainer's policy, of its reference where that is a copy, and of its latent reward models.
+        Count the forwards of a trainer's policy, of its reference where that is a copy, and of its reward models.
 
         Args:
             trainer ([`TAPOTrainer`] or another one of a policy): a trainer that has not begun.
@@ -61,6 +61,9 @@ class ForwardCounter:
         for reward in trainer.reward.rewards if isinstance(trainer, RolloutTrainer) else []:
             if isinstance(reward, LatentReward):
                 self._count(reward.model.transformer, self._add_reward)
+            elif isinstance(reward, EstimateReward):
+                embeddings = reward.model.clip.vision_model.embeddings
+                embeddings.register_forward_hook(lambda module, args, output: self._add_reward(len(output)))
 
     @staticmethod
     def _count(network: nn.Module, add: Callable[[int], None]) -> None:

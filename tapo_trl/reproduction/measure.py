@@ -89,8 +89,10 @@ def measure_policy(
                     ],
                 )
                 judged = world.judge(policy.decode(latents), batch)
+                clean = torch.zeros(len(latents))
                 for reward in rewards:
-                    judged["reward"] = reward.score(latents, 0.0, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+                    output = reward(**reward.forward_inputs(policy, latents, clean, batch, embeds))
+                    judged["reward"] = reward.score_output(output, clean)
                 for name, scores in judged.items():
                     values.setdefault(name, []).append(scores)
         results[split] = {name: torch.cat(parts).mean().item() for name, parts in values.items()}
