@@ -96,6 +96,7 @@ def main(args: ReproduceArguments) -> None:
     """
     from ..metrics.plots import check_matplotlib
     from ..reproduction import EXPERIMENTS, Lab, RunQueue, load_world
+    from ..reproduction.report import write_index
 
     check_matplotlib()
     world = load_world(args.world)
@@ -107,5 +108,6 @@ def main(args: ReproduceArguments) -> None:
         report = EXPERIMENTS[name](lab)
         command = f"tapo-trl reproduce {name} --world {args.world} --seeds {args.seeds}"
         report.write(reports, name, command)
+        write_index(reports, EXPERIMENTS)
         print(report.markdown(command))
         print(f"Written: {reports / name}.md, .json" + (", .png" if report.panels else ""))

@@ -15,7 +15,7 @@
 """What an experiment found, as Markdown, JSON and a picture."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,24 @@ class Report:
         for axes, draw in zip(figure.subplots(1, len(self.panels), squeeze=False)[0], self.panels, strict=True):
             draw(axes)
         figure.savefig(path)
+
+
+def write_index(folder: Path, names: Iterable[str]) -> None:
+    """
+    Write `README.md`, which has the claims of all reports in a folder.
+
+    Args:
+        folder (`Path`): where reports were written.
+        names (`Iterable[str]`): the reports, in order; those that are missing are left out.
+    """
+    lines = ["# Claims of the paper, measured here", ""]
+    lines += ["Written by `tapo-trl reproduce`, see [Reproducing the paper](../../../docs/reproduction.md).", ""]
+    for name in names:
+        file = folder / f"{name}.json"
+        if file.is_file():
+            report = json.loads(file.read_text(encoding="utf-8"))
+            lines += [f"## [{report['title']}]({name}.md)", "", *(f"- {claim}" for claim in report["claims"]), ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _cell(value: Any) -> str:

@@ -26,6 +26,7 @@ from tapo_trl.metrics.pair_scores import PairScores
 from tapo_trl.reproduction import EXPERIMENTS, Lab, Run, World
 from tapo_trl.reproduction.lab import METHODS
 from tapo_trl.reproduction.measure import SIGMAS
+from tapo_trl.reproduction.report import write_index
 
 
 RECIPES = {"slrm": "slrm", "slrm_lrm": "slrm", "tapo": "tapo", "dpo": "dpo"}
@@ -111,6 +112,17 @@ def test_every_experiment_writes_its_report(world, tmp_path, name, seeds):
     content = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert len(content["rows"]) == len(report.rows)
     assert (tmp_path / "out" / f"{name}.png").is_file() == bool(report.panels)
+
+
+def test_the_index_has_the_claims_of_what_was_written(world, tmp_path):
+    reports = {name: EXPERIMENTS[name](lab_of(world)) for name in ("fig10", "table1")}
+    for name, report in reports.items():
+        report.panels = []
+        report.write(tmp_path, name, "the command")
+    write_index(tmp_path, EXPERIMENTS)
+    text = (tmp_path / "README.md").read_text()
+    assert all(claim in text for report in reports.values() for claim in report.claims)
+    assert text.index("(table1.md)") < text.index("(fig10.md)") and "table2" not in text
 
 
 class TestFairness:
