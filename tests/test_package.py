@@ -227,4 +227,4 @@ class TestDocumentation:
         configs += ("online_dpo_config.OnlineDiffusionDPOConfig", "flow_grpo_config.FlowGRPOConfig")
         shared = ("preference_config.PreferenceDataConfig", "rollout_config.RolloutConfig")
         assert {f"trainer.{name}" for name in (*configs, *shared)} <= documented
-        assert {f"cli.arguments.{name}" for name in ("TAPOScriptArguments", "EvaluateArguments")} <= documented
+        assert {"cli.script_arguments.TAPOScriptArguments", "cli.evaluation_arguments.EvaluateArguments"} <= documented

@@ -197,7 +197,8 @@ class TestPickles:
         assert not evil.ran
 
     def test_of_lora_weights(self, repository, folders):
-        from tapo_trl.cli.arguments import PipelineConfig, SampleArguments
+        from tapo_trl.cli.evaluation_arguments import SampleArguments
+        from tapo_trl.cli.model_arguments import PipelineConfig
         from tapo_trl.cli.sample import load_sampling_policy
 
         evil = repository("slrm")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl bench`."""
-    from .arguments import BenchArguments
+    from .bench_arguments import BenchArguments
 
     return RecipeParser((BenchArguments,), prog="tapo-trl bench")
 

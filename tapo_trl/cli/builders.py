@@ -29,13 +29,12 @@ from ..data import default_prompts
 from ..data.dimensions import LABEL_PREFIX
 from ..policies import FlowPolicy, load_policy
 from ..trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
-from .arguments import (
-    DiffusionModelConfig,
+from .model_arguments import DiffusionModelConfig, get_lora_config
+from .script_arguments import (
     PreferenceDatasetArguments,
     SampleCallbackArguments,
     SLRMScriptArguments,
     TAPOScriptArguments,
-    get_lora_config,
 )
 
 

@@ -19,7 +19,8 @@ from .parser import RecipeParser
 
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl diagnose`."""
-    from .arguments import DiagnoseArguments, PipelineConfig
+    from .evaluation_arguments import DiagnoseArguments
+    from .model_arguments import PipelineConfig
 
     return RecipeParser((DiagnoseArguments, PipelineConfig), prog="tapo-trl diagnose")
 

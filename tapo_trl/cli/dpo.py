@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl dpo`."""
     from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
-    from .arguments import DiffusionModelConfig, DPOScriptArguments
+    from .model_arguments import DiffusionModelConfig
+    from .script_arguments import DPOScriptArguments
 
     return RecipeParser((DPOScriptArguments, DiffusionDPOConfig, DiffusionModelConfig), prog="tapo-trl dpo")
 
@@ -39,8 +40,8 @@ def make_trainer(script_args, training_args, model_args) -> "DiffusionDPOTrainer
         model_args ([`DiffusionModelConfig`]): The pipeline to align.
     """
     from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
-    from .arguments import get_lora_config
     from .builders import build_sample_callbacks, load_policy_from_args, load_preference_splits
+    from .model_arguments import get_lora_config
 
     train_dataset, eval_dataset = load_preference_splits(script_args)
     policy = load_policy_from_args(model_args, training_args)
@@ -65,7 +66,8 @@ def main(script_args, training_args, model_args) -> None:
         model_args ([`DiffusionModelConfig`]): The pipeline to align.
     """
     if script_args.dry_run:
-        from .dry_run import dry_run_dpo, print_dry_run
+        from .dry_run import print_dry_run
+        from .dry_run_pairs import dry_run_dpo
 
         print_dry_run(dry_run_dpo(training_args, model_args))
         return

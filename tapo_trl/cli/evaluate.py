@@ -17,7 +17,8 @@ from .parser import RecipeParser
 
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl evaluate`."""
-    from .arguments import EvaluateArguments, PipelineConfig
+    from .evaluation_arguments import EvaluateArguments
+    from .model_arguments import PipelineConfig
 
     return RecipeParser((EvaluateArguments, PipelineConfig), prog="tapo-trl evaluate")
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl grpo`."""
     from ..trainer.flow_grpo_config import FlowGRPOConfig
-    from .arguments import DiffusionModelConfig, TAPOScriptArguments
+    from .model_arguments import DiffusionModelConfig
+    from .script_arguments import TAPOScriptArguments
 
     return RecipeParser((TAPOScriptArguments, FlowGRPOConfig, DiffusionModelConfig), prog="tapo-trl grpo")
 
@@ -55,7 +56,8 @@ def main(script_args, training_args, model_args) -> None:
         model_args ([`DiffusionModelConfig`]): The pipeline to align.
     """
     if script_args.dry_run:
-        from .dry_run import dry_run_grpo, print_dry_run
+        from .dry_run import print_dry_run
+        from .dry_run_rollouts import dry_run_grpo
 
         print_dry_run(dry_run_grpo(script_args, training_args, model_args))
         return

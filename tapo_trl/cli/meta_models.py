@@ -15,6 +15,8 @@
 """Policies and reward models without weights, on the meta device: their shapes, and nothing else."""
 
 import inspect
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,14 @@ from peft import get_peft_model
 from torch import nn
 from transformers import CLIPTokenizer
 
-from ..policies import FlowPolicy, load_policy
+from ..policies import FlowPolicy, SD3Policy, load_policy
 from ..rewards import SLRMModel, StepRewardModel
 from ..rewards.loading import saved_class
-from .arguments import DiffusionModelConfig, get_lora_config
+from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
+from ..trainer.rollout_config import RolloutConfig
+from ..trainer.slrm_config import SLRMConfig
 from .known_pipelines import KNOWN_PIPELINES
+from .model_arguments import DiffusionModelConfig, get_lora_config
 
 
 def load_meta_policy(name: str, revision: str | None = None) -> tuple[FlowPolicy, str]:
@@ -125,3 +130,38 @@ def load_meta_reward_model(policy: FlowPolicy, name: str) -> tuple[StepRewardMod
         ]
     with torch.device("meta"):
         return model_class.from_config({**config, "lora": False}), []
+
+
+def count_tokens(policy: FlowPolicy, latent_shape: Sequence[int], max_sequence_length: int) -> tuple[int, int]:
+    """
+    Tokens of a sample and of a prompt.
+
+    Args:
+        policy ([`FlowPolicy`]): The policy.
+        latent_shape (`Sequence[int]`): Shape of one latent, channels first.
+        max_sequence_length (`int`): Tokens of the T5 or UMT5 text encoder.
+
+    Returns:
+        `tuple[int, int]`: The number of patches, and that of text tokens (with CLIP's, where the family has them).
+    """
+    _, *sides = latent_shape
+    patch = policy.transformer.config.patch_size
+    patches = [patch] * len(sides) if isinstance(patch, int) else patch
+    clip = policy.pipeline.tokenizer_max_length if isinstance(policy, SD3Policy) else 0
+    return math.prod(side // size for side, size in zip(sides, patches, strict=True)), clip + max_sequence_length
+
+
+def sample_sizes(
+    policy: FlowPolicy, args: SLRMConfig | RolloutConfig | DiffusionDPOConfig
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]:
+    """Size of a sample, shape of its latent, and tokens."""
+    height, width = args.height or args.resolution, args.width or args.resolution
+    latent_shape = policy.latent_shape(height, width, args.num_frames)
+    size = (height, width) if args.num_frames is None else (height, width, args.num_frames)
+    tokens = count_tokens(policy, latent_shape, args.max_sequence_length or policy.max_sequence_length)
+    return size, latent_shape, tokens
+
+
+def block_tokens(policy: FlowPolicy, tokens: tuple[int, int]) -> int:
+    """Tokens of the stream that a block transforms: SD3 joins the text to the image, Wan only looks at it."""
+    return sum(tokens) if isinstance(policy, SD3Policy) else tokens[0]

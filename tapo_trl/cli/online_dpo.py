@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl online_dpo`."""
     from ..trainer.online_dpo_config import OnlineDiffusionDPOConfig
-    from .arguments import DiffusionModelConfig, TAPOScriptArguments
+    from .model_arguments import DiffusionModelConfig
+    from .script_arguments import TAPOScriptArguments
 
     return RecipeParser(
         (TAPOScriptArguments, OnlineDiffusionDPOConfig, DiffusionModelConfig), prog="tapo-trl online_dpo"
@@ -57,7 +58,8 @@ def main(script_args, training_args, model_args) -> None:
         model_args ([`DiffusionModelConfig`]): The pipeline to align.
     """
     if script_args.dry_run:
-        from .dry_run import dry_run_online_dpo, print_dry_run
+        from .dry_run import print_dry_run
+        from .dry_run_rollouts import dry_run_online_dpo
 
         print_dry_run(dry_run_online_dpo(script_args, training_args, model_args))
         return

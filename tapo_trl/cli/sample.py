@@ -17,7 +17,8 @@ from .parser import RecipeParser
 
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl sample`."""
-    from .arguments import PipelineConfig, SampleArguments
+    from .evaluation_arguments import SampleArguments
+    from .model_arguments import PipelineConfig
 
     return RecipeParser((SampleArguments, PipelineConfig), prog="tapo-trl sample")
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl slrm`."""
     from ..trainer.slrm_config import SLRMConfig
-    from .arguments import DiffusionModelConfig, SLRMScriptArguments
+    from .model_arguments import DiffusionModelConfig
+    from .script_arguments import SLRMScriptArguments
 
     return RecipeParser((SLRMScriptArguments, SLRMConfig, DiffusionModelConfig), prog="tapo-trl slrm")
 
@@ -40,8 +41,8 @@ def make_trainer(script_args, training_args, model_args) -> "SLRMTrainer":
     """
     from ..rewards import REWARD_MODELS
     from ..trainer.slrm_trainer import SLRMTrainer
-    from .arguments import get_lora_config
     from .builders import load_policy_from_args, load_preference_splits
+    from .model_arguments import get_lora_config
 
     train_dataset, eval_dataset = load_preference_splits(script_args)
     policy = load_policy_from_args(model_args, training_args)
@@ -66,7 +67,8 @@ def main(script_args, training_args, model_args) -> None:
         model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from.
     """
     if script_args.dry_run:
-        from .dry_run import dry_run_slrm, print_dry_run
+        from .dry_run import print_dry_run
+        from .dry_run_pairs import dry_run_slrm
 
         print_dry_run(dry_run_slrm(training_args, model_args))
         return

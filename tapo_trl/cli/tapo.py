@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl tapo`."""
     from ..trainer.tapo_config import TAPOConfig
-    from .arguments import DiffusionModelConfig, TAPOScriptArguments
+    from .model_arguments import DiffusionModelConfig
+    from .script_arguments import TAPOScriptArguments
 
     return RecipeParser((TAPOScriptArguments, TAPOConfig, DiffusionModelConfig), prog="tapo-trl tapo")
 
@@ -55,7 +56,8 @@ def main(script_args, training_args, model_args) -> None:
         model_args ([`DiffusionModelConfig`]): The pipeline to align.
     """
     if script_args.dry_run:
-        from .dry_run import dry_run_tapo, print_dry_run
+        from .dry_run import print_dry_run
+        from .dry_run_rollouts import dry_run_tapo
 
         print_dry_run(dry_run_tapo(script_args, training_args, model_args))
         return

@@ -21,7 +21,6 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-from tapo_trl.cli.arguments import DiffusionModelConfig, PreferenceDatasetArguments, TAPOScriptArguments
 from tapo_trl.cli.builders import (
     build_callbacks,
     load_function,
@@ -33,6 +32,8 @@ from tapo_trl.cli.builders import (
     load_split,
     read_prompts,
 )
+from tapo_trl.cli.model_arguments import DiffusionModelConfig
+from tapo_trl.cli.script_arguments import PreferenceDatasetArguments, TAPOScriptArguments
 from tapo_trl.data import default_prompts
 from tapo_trl.trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
 from tapo_trl.trainer.gradient_share import GradientShareCallback

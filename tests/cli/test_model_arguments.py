@@ -18,14 +18,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tapo_trl.cli.arguments import (
-    DiffusionModelConfig,
-    EvaluateArguments,
-    PreferenceDatasetArguments,
-    SampleArguments,
-    SLRMScriptArguments,
-    get_lora_config,
-)
+from tapo_trl.cli.model_arguments import DiffusionModelConfig, get_lora_config
 
 
 class TestDiffusionModelConfig:
@@ -75,46 +68,3 @@ class TestGetLoraConfig:
         matrices = [p for name, p in transformer.named_parameters() if ".lora_B" in name]
         assert matrices
         assert all((matrix == 0).all() for matrix in matrices)
-
-
-class TestDatasetArguments:
-    def test_pair_columns_need_two_names(self):
-        with pytest.raises(ValueError, match="two columns, but it names 1"):
-            PreferenceDatasetArguments(pair_columns=["image_0"], label_column="label")
-
-    @pytest.mark.parametrize(
-        ("options", "missing"),
-        [({"pair_columns": ["a", "b"]}, "label_column"), ({"label_column": "label"}, "pair_columns")],
-    )
-    def test_pair_columns_and_label_go_together(self, options, missing):
-        with pytest.raises(ValueError, match=f"`{missing}` is not"):
-            PreferenceDatasetArguments(**options)
-
-    def test_slrm_needs_a_dataset(self):
-        with pytest.raises(ValueError, match="`dataset_name` is missing"):
-            SLRMScriptArguments()
-
-
-class TestEvaluateArguments:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({}, "`slrm` .* `reward_model`"),
-            ({"slrm": "x"}, "`slrm` needs `dataset_name`"),
-            ({"reward_model": ["a:b"]}, "`reward_model` needs `prompts`"),
-            ({"slrm": "x", "dataset_name": "y", "sigmas": [0.5, 1.0]}, "`sigmas` must lie"),
-        ],
-    )
-    def test_bad_combinations(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            EvaluateArguments(**options)
-
-
-class TestSampleArguments:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [({}, "`prompts` is missing"), ({"prompts": ["a"], "batch_size": 0}, "`batch_size` must be at least 1")],
-    )
-    def test_bad_values(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            SampleArguments(**options)

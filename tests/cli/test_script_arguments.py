@@ -1,0 +1,35 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import pytest
+
+from tapo_trl.cli.script_arguments import PreferenceDatasetArguments, SLRMScriptArguments
+
+
+class TestDatasetArguments:
+    def test_pair_columns_need_two_names(self):
+        with pytest.raises(ValueError, match="two columns, but it names 1"):
+            PreferenceDatasetArguments(pair_columns=["image_0"], label_column="label")
+
+    @pytest.mark.parametrize(
+        ("options", "missing"),
+        [({"pair_columns": ["a", "b"]}, "label_column"), ({"label_column": "label"}, "pair_columns")],
+    )
+    def test_pair_columns_and_label_go_together(self, options, missing):
+        with pytest.raises(ValueError, match=f"`{missing}` is not"):
+            PreferenceDatasetArguments(**options)
+
+    def test_slrm_needs_a_dataset(self):
+        with pytest.raises(ValueError, match="`dataset_name` is missing"):
+            SLRMScriptArguments()
