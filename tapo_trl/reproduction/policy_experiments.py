@@ -101,7 +101,9 @@ def table3(lab: Lab) -> Report:
     return Report(
         title="Table 3: components of SLRM, and the number of stochastic steps n",
         method=_method_text(
-            lab, f"All runs have {lab.world.num_steps} steps, so that more stochastic steps cost more."
+            lab,
+            f"All runs have {lab.world.num_steps} steps, so that more stochastic steps cost more; `tapo-trl bench` measures "
+            "the seconds per pair.",
         ),
         header=["", "accuracy of the reward, deployable rule", *TRAINING_HEADER, *lab.world.describe],
         rows=rows,
@@ -296,7 +298,8 @@ def _method_text(lab: Lab, more: str = "") -> str:
     judges = "; ".join(f"`{name}`: {text}" for name, text in world.describe.items())
     return (
         f"World `{world.name}`. Policy forwards count every row through the policy's network, a backward as two of them; "
-        f"a method gets as many steps as {lab.budget()} of them pay for, unless the table shows other steps. Each method has "
+        f"a method gets as many steps as {lab.budget()} of them pay for (up to some smaller batches at the end of an epoch), unless "
+        "the table shows other steps. Each method has "
         f"the best of the learning rates {', '.join(f'{rate:g}' for rate in world.learning_rates['tapo'])}, by `{world.primary}` on "
         f"the prompts of `validation` with the first seed; the table shows the prompts of `test`, "
         f"{lab.queue.samples_per_prompt} samples each, the mean over {len(lab.seeds)} training seeds (of reward model and policy) "
