@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from ..metrics.plots import check_matplotlib
@@ -26,6 +27,8 @@ from .statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+TITLE_WIDTH = 40  # of a panel, letters
 
 
 @dataclass
@@ -117,7 +120,7 @@ def bars(title: str, values: dict[str, Estimate], start: float | None = None) ->
         if start is not None:
             axes.axvline(start, color="black", linestyle=":", linewidth=1)
         axes.invert_yaxis()
-        axes.set_title(title)
+        axes.set_title(fill(title, TITLE_WIDTH))
         axes.tick_params(labelsize="small")
 
     return draw
@@ -142,7 +145,7 @@ def lines(
             axes.set_xscale("log")
         if chance is not None:
             axes.axhline(chance, color="black", linestyle=":", linewidth=1)
-        axes.set(title=title, xlabel=x)
+        axes.set(title=fill(title, TITLE_WIDTH), xlabel=x)
         axes.legend(fontsize="small")
 
     return draw
@@ -158,6 +161,6 @@ def grid(title: str, rows: list, columns: list, values: list[list[float]], x: st
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white", fontsize="small")
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
-        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.set(title=fill(title, TITLE_WIDTH), xlabel=x, ylabel=y)
 
     return draw
