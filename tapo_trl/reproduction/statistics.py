@@ -40,7 +40,12 @@ class Estimate:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean with the interval of Student's t, which takes the runs for draws of a Gaussian."""
-    from scipy.stats import t
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise ImportError(
+            "Confidence intervals need SciPy, which is not installed: `pip install tapo-trl[demo]` or `pip install scipy`."
+        ) from error
 
     values = tuple(values)
     if len(values) == 1:
