@@ -17,7 +17,6 @@ What a pair of trajectories costs: seconds of sampling, scoring and updating, fo
 on random weights. `tapo-trl bench` writes it down.
 """
 
-import math
 import resource
 import statistics
 import time
@@ -33,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .losses import tapo_loss
 from .policies import FlowPolicy, PromptEmbeddings
-from .profiling import StageTimer
+from .profiling import StageTimer, on_forward
 from .rewards import LatentReward, SLRMModel, WeightedReward
 from .rewards.backbone import all_tensors
 from .rewards.sharing import tie
@@ -304,9 +303,7 @@ class Bench:
 def _latents_through(network: nn.Module) -> Iterator[list[int]]:
     """Batch sizes of a network's forwards."""
     sizes: list[int] = []
-    hook = network.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
-    )
+    hook = on_forward(network, sizes.append)
     try:
         yield sizes
     finally:
@@ -375,12 +372,11 @@ def linear_fit(x: list[float], y: list[float]) -> dict[str, float]:
     Returns:
         `dict[str, float]`: `intercept`, `slope` and `r2`, the share of the variance that the line explains.
     """
-    mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
-    spread = math.fsum((value - mean_x) ** 2 for value in x)
-    if len(x) < 2 or spread == 0:
+    if len(set(x)) < 2:
         raise ValueError("A line needs points at two places at least: measure more settings.")
-    slope = math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
-    intercept = mean_y - slope * mean_x
-    residual = math.fsum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    total = math.fsum((value - mean_y) ** 2 for value in y)
-    return {"intercept": intercept, "slope": slope, "r2": 1 - residual / total if total else 1.0}
+    slope, intercept = statistics.linear_regression(x, y)
+    return {
+        "intercept": intercept,
+        "slope": slope,
+        "r2": statistics.correlation(x, y) ** 2 if len(set(y)) > 1 else 1.0,
+    }

@@ -15,11 +15,20 @@
 """Where the time of a training goes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+def on_forward(network: nn.Module, add: Callable[[int], None]) -> RemovableHandle:
+    """Call `add` with the number of latents of every forward of a diffusers transformer."""
+    return network.register_forward_pre_hook(
+        lambda module, args, kwargs: add(len(kwargs["hidden_states"])), with_kwargs=True
+    )
 
 
 @dataclass

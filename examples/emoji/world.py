@@ -14,10 +14,11 @@
 
 """The emoji world for `tapo-trl reproduce ... --world emoji`."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
-from judges import load_judges
+from judges import StyleJudge, SubjectJudge, load_judges
 
 from tapo_trl.reproduction.world import World
 
@@ -26,8 +27,13 @@ HERE = Path("examples/emoji")
 PREFERRED_STYLE = "fluent"
 
 
+@cache
+def judges() -> tuple[StyleJudge, SubjectJudge]:
+    return load_judges(HERE / "judges")
+
+
 def judge(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-    style_judge, subject_judge = load_judges(HERE / "judges")
+    style_judge, subject_judge = judges()
     styles = style_judge.style_probabilities(images)
     preferred = style_judge.styles.index(PREFERRED_STYLE)
     caption = subject_judge.probabilities(images, prompts)

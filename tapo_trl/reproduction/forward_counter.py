@@ -14,12 +14,11 @@
 
 """Counts what a training spends."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from ..profiling import on_forward
 from ..rewards.scoring import EstimateReward, LatentReward
 from ..trainer.policy_trainer import PolicyTrainerMixin
 from ..trainer.rollout_trainer import RolloutTrainer
@@ -55,21 +54,15 @@ class ForwardCounter:
         Args:
             trainer ([`TAPOTrainer`] or another one of a policy): a trainer that has not begun.
         """
-        self._count(trainer.policy.transformer, self._add_policy)
+        on_forward(trainer.policy.transformer, self._add_policy)
         if trainer.ref_model is not None:
-            self._count(trainer.ref_model, self._add_policy)
+            on_forward(trainer.ref_model, self._add_policy)
         for reward in trainer.reward.rewards if isinstance(trainer, RolloutTrainer) else []:
             if isinstance(reward, LatentReward):
-                self._count(reward.model.transformer, self._add_reward)
+                on_forward(reward.model.transformer, self._add_reward)
             elif isinstance(reward, EstimateReward):
                 embeddings = reward.model.clip.vision_model.embeddings
                 embeddings.register_forward_hook(lambda module, args, output: self._add_reward(len(output)))
-
-    @staticmethod
-    def _count(network: nn.Module, add: Callable[[int], None]) -> None:
-        network.register_forward_pre_hook(
-            lambda module, args, kwargs: add(len(kwargs["hidden_states"])), with_kwargs=True
-        )
 
     def _add_policy(self, rows: int) -> None:
         if torch.is_grad_enabled():

@@ -20,6 +20,7 @@ from typing import Any
 
 from .runs import BASE_COMMAND, REWARD_COMMAND, Run, RunQueue
 from .statistics import Estimate, estimate
+from .world import World
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Lab:
     seeds: Sequence[int]
 
     @property
-    def world(self):
+    def world(self) -> World:
         return self.queue.world
 
     def reward(self, name: str, seed: int) -> Run:

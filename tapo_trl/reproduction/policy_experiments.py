@@ -21,7 +21,7 @@ from .lab import METHODS, TAPO, Lab, Method
 from .report import Report, bars, grid, lines
 from .reward_experiments import accuracy_by_seed, available, deployable_rule
 from .runs import Run
-from .statistics import Estimate, difference, verdict
+from .statistics import Estimate, compare, difference, verdict
 
 
 BETAS = (20.0, 100.0, 500.0, 1000.0, 2000.0, 5000.0)
@@ -62,7 +62,7 @@ def table1(lab: Lab) -> Report:
         rows.append([name, *_training_cells(lab, of_seeds), *_judge_cells(lab, of_seeds)])
     base = lab.judged([lab.base(None, seed) for seed in lab.seeds])
     claims = [
-        f"TAPO against {name}: {_compare(primary['TAPO'], value)}"
+        f"TAPO against {name}: {compare(primary['TAPO'], value)}"
         for name, value in {"the base model": base, **primary}.items()
         if name != "TAPO"
     ]
@@ -94,10 +94,10 @@ def table3(lab: Lab) -> Report:
         if name in ("SLRM without score enhancement", "LRM"):
             claims += [
                 f"SLRM is the better reward model than {name} (accuracy, deployable rule): "
-                + _compare(accuracies["SLRM"], accuracies[name]),
-                f"TAPO is better with SLRM than with {name}: " + _compare(judged["SLRM"], judged[name]),
+                + compare(accuracies["SLRM"], accuracies[name]),
+                f"TAPO is better with SLRM than with {name}: " + compare(judged["SLRM"], judged[name]),
             ]
-    claims += [f"n = 8 is better than n = {steps}: {_compare(judged[8], judged[steps])}" for steps in (2, 4, 16)]
+    claims += [f"n = 8 is better than n = {steps}: {compare(judged[8], judged[steps])}" for steps in (2, 4, 16)]
     return Report(
         title="Table 3: components of SLRM, and the number of stochastic steps n",
         method=_method_text(
@@ -130,8 +130,8 @@ def figure10(lab: Lab) -> Report:
         header=["beta", *TRAINING_HEADER, *lab.world.describe],
         rows=[[beta, *_training_cells(lab, run), *_judge_cells(lab, run)] for beta, run in runs.items()],
         claims=[
-            f"beta = 1000 is better than 20: {_compare(judged[1000.0], judged[20.0])}",
-            f"beta = 1000 is better than 5000: {_compare(judged[1000.0], judged[5000.0])}",
+            f"beta = 1000 is better than 20: {compare(judged[1000.0], judged[20.0])}",
+            f"beta = 1000 is better than 5000: {compare(judged[1000.0], judged[5000.0])}",
             f"The best is 500 or 1000 in the paper; here it is {best:g} ({judged[best]}).",
         ],
         panels=[
@@ -169,7 +169,7 @@ def figure11(lab: Lab) -> Report:
         header=["n", "P", *TRAINING_HEADER, "reward of the samples", *lab.world.describe],
         rows=rows,
         claims=[
-            f"More stochastic steps are better at P = 4 (16 against 2): {_compare(judged[16, 4], judged[2, 4])}",
+            f"More stochastic steps are better at P = 4 (16 against 2): {compare(judged[16, 4], judged[2, 4])}",
             f"The corner of the largest n and P is hacked, its judges fall while its reward rises: **{lower_judge}** ({hacked}).",
         ],
         panels=[
@@ -199,7 +199,7 @@ def pairings(lab: Lab) -> Report:
             judged[name] = lab.judged(of_seeds)
             rows.append([condition, name, *_training_cells(lab, of_seeds), *_judge_cells(lab, of_seeds)])
         claims += [
-            f"{condition}: TAPO against {name}: {_compare(judged['TAPO'], value)}"
+            f"{condition}: TAPO against {name}: {compare(judged['TAPO'], value)}"
             for name, value in judged.items()
             if name != "TAPO"
         ]
@@ -231,7 +231,7 @@ def recipe(lab: Lab) -> Report:
         header=["variant", *TRAINING_HEADER, *lab.world.describe],
         rows=[[name, *_training_cells(lab, run), *_judge_cells(lab, run)] for name, run in runs.items()],
         claims=[
-            f"{name}, against the paper's: {_compare(value, judged[first])}"
+            f"{name}, against the paper's: {compare(value, judged[first])}"
             for name, value in judged.items()
             if name != first
         ],
@@ -287,10 +287,6 @@ def _rate(lab: Lab, method: Method) -> float:
 def _grid(title: str, values: dict[tuple[int, int], Estimate]):
     table = [[values[steps, candidates].mean for candidates in CANDIDATES] for steps in SDE_STEPS]
     return grid(title, list(SDE_STEPS), list(CANDIDATES), table, "candidates P", "stochastic steps n")
-
-
-def _compare(first: Estimate, second: Estimate) -> str:
-    return f"**{verdict(difference(first.values, second.values))}** ({first} against {second})."
 
 
 def _method_text(lab: Lab, more: str = "") -> str:

@@ -21,7 +21,7 @@ from ..metrics.plots import draw_distributions
 from .lab import REWARDS, Lab
 from .measure import SIGMAS
 from .report import Report, lines
-from .statistics import Estimate, difference, estimate, verdict
+from .statistics import Estimate, compare, difference, estimate
 
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def table2(lab: Lab) -> Report:
     ]
     claims = [
         f"SLRM reads noisy latents better than {other} ({RULES[rule].split(':')[0].split(',')[0]}, {RANGES[name]}): "
-        + _compare(cells["SLRM", rule][name], cells[other, "none"][name])
+        + compare(cells["SLRM", rule][name], cells[other, "none"][name])
         for other in available(lab)
         if other in ("LRM", "DiNa-LRM", "SPM")
         for rule in ("ground_truth", "reference")
@@ -81,11 +81,11 @@ def table4(lab: Lab) -> Report:
             }
     paper, without = curves[f"SLRM ({RULES['ground_truth']})"], curves[NO_ENHANCEMENT]
     claims = [
-        f"Score enhancement helps at t = {t} (paper's rule): {_compare(paper[t], without[t])}" for t in (101, 501, 901)
+        f"Score enhancement helps at t = {t} (paper's rule): {compare(paper[t], without[t])}" for t in (101, 501, 901)
     ]
     deployable = curves[f"SLRM ({RULES['reference']})"]
     claims += [
-        f"It still does under the deployable rule at t = {t}: {_compare(deployable[t], without[t])}"
+        f"It still does under the deployable rule at t = {t}: {compare(deployable[t], without[t])}"
         for t in (101, 501, 901)
     ]
     peak = max(paper, key=lambda t: paper[t].mean)
@@ -123,8 +123,8 @@ def figure12(lab: Lab) -> Report:
         rows=rows,
         claims=[
             f"The ranking of a pair depends on the timestep: {1 - without.mean:.0%} of the pairs flip without enhancement.",
-            f"Enhancement makes rankings consistent (paper's rule, pairs that never flip): {_compare(paper, without)}",
-            f"It still does under the deployable rule: {_compare(deployable, without)}",
+            f"Enhancement makes rankings consistent (paper's rule, pairs that never flip): {compare(paper, without)}",
+            f"It still does under the deployable rule: {compare(deployable, without)}",
         ],
         panels=[lines("rankings other than at the cleanest level", "t", curves, chance=0.5)],
     )
@@ -157,8 +157,8 @@ def figure14(lab: Lab) -> Report:
         header=["reward model", "AUC at t = 0", "AUC at t = 501", "AUC at t = 901"],
         rows=rows,
         claims=[
-            f"Enhancement keeps the two apart under noise (paper's rule, t = 901): {_compare(with_[high], without[high])}",
-            f"It still does under the deployable rule: {_compare(deployable[high], without[high])}",
+            f"Enhancement keeps the two apart under noise (paper's rule, t = 901): {compare(with_[high], without[high])}",
+            f"It still does under the deployable rule: {compare(deployable[high], without[high])}",
         ],
         panels=panels,
     )
@@ -209,10 +209,6 @@ def _accuracy(lab: Lab, name: str, rule: str, sigma: str) -> Estimate:
 def _means(values: dict[str, Estimate]) -> list[float]:
     seeds = zip(*(value.values for value in values.values()), strict=True)
     return [sum(seed) / len(seed) for seed in seeds]
-
-
-def _compare(first: Estimate, second: Estimate) -> str:
-    return f"**{verdict(difference(first.values, second.values))}** ({first} against {second})."
 
 
 def _level(curve: dict[str, Estimate], sigma: float) -> str:

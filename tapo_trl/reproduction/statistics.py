@@ -59,6 +59,11 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
     return estimate([a - b for a, b in zip(first, second, strict=True)])
 
 
+def compare(first: Estimate, second: Estimate) -> str:
+    """Whether a claim that the first is higher holds, of runs with the same seeds, in words and numbers."""
+    return f"**{verdict(difference(first.values, second.values))}** ({first} against {second})."
+
+
 def verdict(change: Estimate) -> str:
     """Whether a claim that something is higher than something else holds, of their [`difference`]."""
     if change.half_width is None:

@@ -50,9 +50,9 @@ class OnlineDiffusionDPOTrainer(RolloutTrainer):
     Args:
         model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
             Hub id or folder of a pipeline, a pipeline, or a policy.
-        reward_model (`str`, [`LatentRewardModel`], `Callable` or a `list` of those):
-            - `str`: Hub id or folder of a [`LatentRewardModel`], such as an [`SLRMModel`].
-            - [`LatentRewardModel`]: scores the final latents, at noise level 0.
+        reward_model (`str`, [`StepRewardModel`], `Callable` or a `list` of those):
+            - `str`: Hub id or folder of a [`StepRewardModel`], such as an [`SLRMModel`].
+            - [`StepRewardModel`]: scores the final latents, at noise level 0.
             - `Callable`: `f(images, prompts, **columns) -> scores`, with images as a float tensor in [0, 1] of shape
               `(N, 3, height, width)`, or `(N, 3, num_frames, height, width)` for video. It is applied to the decoded
               samples.

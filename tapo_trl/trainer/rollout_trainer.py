@@ -77,7 +77,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     Args:
         model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
             Hub id or folder of a pipeline, a pipeline, or a policy.
-        reward_model (`str`, [`LatentRewardModel`], `Callable` or a `list` of those):
+        reward_model (`str`, [`StepRewardModel`], `Callable` or a `list` of those):
             See [`TAPOTrainer`].
         args ([`RolloutConfig`], *optional*):
             Configuration. Defaults to one with a folder named after the model.
