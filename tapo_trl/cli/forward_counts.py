@@ -68,8 +68,10 @@ def tapo_forwards(
             rows.append(Row(f"{name}, at the candidates", value, f"{words}{len(indices)} steps x {branches} x P"))
     if latents_per_score:
         enhancement = f"{latents_per_score} x " if latents_per_score > 1 else ""
-        value = latents_per_score * candidates * args.num_sde_steps
-        rows.append(Row("reward model", value, f"{enhancement}n x {branches} x P"))
+        scored, scored_words = candidates * args.num_sde_steps, f"n x {branches} x P"
+        if args.consistent_pairs:
+            scored, scored_words = scored + branches, f"({scored_words} + {branches} samples)"
+        rows.append(Row("reward model", latents_per_score * scored, f"{enhancement}{scored_words}"))
     train_guidance, train_words = (guidance, words) if args.train_cfg else (1, "")
     parents = branches * args.num_sde_steps * train_guidance
     rows.append(Row("policy, training (forward and backward)", parents, f"{train_words}n x {branches}"))

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .runs import BASE_COMMAND, REWARD_COMMAND, Run, RunQueue
+from .runs import BASE_COMMAND, PROMPTS_COMMAND, REWARD_COMMAND, Run, RunQueue
 from .statistics import Estimate, estimate
 from .world import World
 
@@ -32,11 +32,14 @@ class Method:
         command (`str`): of `tapo-trl`.
         options (`Mapping[str, Any]`): what makes it this method.
         reward (`str`, *optional*): name of a reward in [`REWARDS`], for those that learn from one.
+        hard_prompts (`bool`, *optional*, defaults to `False`):
+            Whether it learns from the half of the prompts alone for which the base has the least reward.
     """
 
     command: str
     options: Mapping[str, Any] = field(default_factory=dict)
     reward: str | None = None
+    hard_prompts: bool = False
 
 
 REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe and options
@@ -99,6 +102,11 @@ class Lab:
         options = {"reward_model": None if reward is None else self.reward(reward, seed)}
         return Run(BASE_COMMAND, "base", self.world.recipes["tapo"], options, seed)
 
+    def hard_prompts(self, reward: str, seed: int) -> Run:
+        """The prompts for which the base has the least reward."""
+        options = {"reward_model": self.reward(reward, seed)}
+        return Run(PROMPTS_COMMAND, "hard-prompts", self.world.recipes["tapo"], options, seed)
+
     def policy(self, name: str, method: Method, seed: int, **options) -> Run:
         """The training of a policy, with the world's size and further options."""
         world = self.world
@@ -115,6 +123,8 @@ class Lab:
                 "per_device_train_batch_size": world.prompts_per_step,
                 "transition_batch_size": None,
             }
+        if method.hard_prompts:
+            common["dataset_name"] = self.hard_prompts(method.reward, seed)
         if method.command == "tapo":
             common |= {"num_sde_steps": 8, "num_candidates": 4, "step_weighting": "none", "beta": 1000.0}
             common |= {"velocity_target": _rollout_target(method.reward)}

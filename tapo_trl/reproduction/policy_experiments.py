@@ -41,6 +41,7 @@ CONDITIONS: dict[str, dict] = {
     "fewer stochastic steps, n = 2": {"options": {"num_sde_steps": 2}},
     "more candidates, P = 8": {"options": {"num_candidates": 8}},
     "a reward model of 20 training steps": {"reward": "SLRM, 20 steps"},
+    "the harder half of the prompts": {"hard_prompts": True},
 }
 VARIANTS: dict[str, dict] = {
     "TAPO as in the paper": {},
@@ -49,6 +50,8 @@ VARIANTS: dict[str, dict] = {
     "with that and pairs within branches": {"step_weighting": "velocity", "pairing": "tapo_within"},
     "with that and the reference's velocity as target": {"step_weighting": "velocity", "velocity_target": "reference"},
     "with that and beta 200": {"step_weighting": "velocity", "beta": 200.0},
+    "with that and a margin (pair_threshold 0.5)": {"step_weighting": "velocity", "pair_threshold": [0.5]},
+    "with that and consistent pairs alone": {"step_weighting": "velocity", "consistent_pairs": True},
 }
 
 
@@ -187,6 +190,7 @@ def pairings(lab: Lab) -> Report:
             "tapo",
             {**options, "step_weighting": "velocity", **changes.get("options", {})},
             changes.get("reward", "SLRM"),
+            changes.get("hard_prompts", False),
         )
         for condition, changes in CONDITIONS.items()
         for name, options in PAIRINGS.items()
@@ -209,7 +213,8 @@ def pairings(lab: Lab) -> Report:
         method=_method_text(
             lab,
             "All pairings have beta = 1000, no clipping, no threshold and `step_weighting: velocity`, so that they differ in "
-            "their pairs alone, and the learning rate that is best for TAPO.",
+            "their pairs alone, and the learning rate that is best for TAPO. The harder half of the prompts is that whose samples "
+            "by the base have the least reward.",
         ),
         header=["condition", "pairs", *TRAINING_HEADER, *lab.world.describe],
         rows=rows,
@@ -224,16 +229,15 @@ def recipe(lab: Lab) -> Report:
         {name: replace(TAPO, options={**TAPO.options, **options}) for name, options in VARIANTS.items()}
     )
     judged = {name: lab.judged(of_seeds) for name, of_seeds in runs.items()}
-    first = next(iter(VARIANTS))
+    first, second, *others = judged
     return Report(
         title="Changes of TAPO, at the same cost",
         method=_method_text(lab),
         header=["variant", *TRAINING_HEADER, *lab.world.describe],
         rows=[[name, *_training_cells(lab, run), *_judge_cells(lab, run)] for name, run in runs.items()],
         claims=[
-            f"{name}, against the paper's: {compare(value, judged[first])}"
-            for name, value in judged.items()
-            if name != first
+            *(f"{name}, against the paper's: {compare(judged[name], judged[first])}" for name in (second, *others)),
+            *(f"{name}, against step_weighting alone: {compare(judged[name], judged[second])}" for name in others),
         ],
         panels=[bars(lab.world.describe[lab.world.primary], judged)],
     )

@@ -41,7 +41,7 @@ def table2(lab: Lab) -> Report:
     """Reward models by range of timesteps."""
     cells = {
         (name, rule): {split_range: _by_range(lab, name, rule, split_range) for split_range in RANGES}
-        for name in available(lab)
+        for name in _trained(lab)
         for rule in _rules(lab, name)
     }
     rows = [
@@ -73,7 +73,7 @@ def table2(lab: Lab) -> Report:
 def table4(lab: Lab) -> Report:
     """Accuracy at ten timesteps."""
     curves = {}
-    for name in available(lab, TABLE_4_REWARDS):
+    for name in _trained(lab, TABLE_4_REWARDS):
         for rule in _rules(lab, name):
             label = name if rule == "none" else f"{name} ({RULES[rule]})"
             curves[label] = {
@@ -103,7 +103,7 @@ def table4(lab: Lab) -> Report:
 def figure12(lab: Lab) -> Report:
     """How often the ranking of a pair flips along the noise levels."""
     curves, rows, never = {}, [], {}
-    for name in available(lab):
+    for name in _trained(lab):
         for rule in _rules(lab, name)[:2]:
             parts = [part for result in lab.rewards(name) for part in _splits(result, rule, "consistency")]
             label = name if rule == "none" else f"{name} ({RULES[rule]})"
@@ -170,6 +170,13 @@ COMPARED_REWARDS = tuple(name for name in REWARDS if name != "SLRM, 20 steps")
 def available(lab: Lab, names: "Sequence[str]" = COMPARED_REWARDS) -> list[str]:
     """The reward models for which the world has a recipe."""
     return [name for name in names if REWARDS[name][0] in lab.world.recipes]
+
+
+def _trained(lab: Lab, names: "Sequence[str]" = COMPARED_REWARDS) -> list[str]:
+    """The same, once they are trained, all in one go."""
+    names = available(lab, names)
+    lab.queue.make([lab.reward(name, seed) for name in names for seed in lab.seeds])
+    return names
 
 
 def accuracy_by_seed(lab: Lab, name: str, rule: str) -> Estimate:

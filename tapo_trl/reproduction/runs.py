@@ -36,22 +36,23 @@ from tqdm.auto import tqdm
 from .world import World, load_world
 
 
-RESULT, RECIPE, LOG = "result.json", "recipe.yaml", "log.txt"
+RESULT, RECIPE, LOG, PROMPTS = "result.json", "recipe.yaml", "log.txt", "prompts.txt"
 
 REWARD_COMMAND = "slrm"
 BASE_COMMAND = "base"
+PROMPTS_COMMAND = "hard_prompts"
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """
-    A training, or the base model without one.
+    A training, or what is made of the base model without one.
 
     Args:
-        command (`str`): of `tapo-trl`, or `"base"`.
+        command (`str`): of `tapo-trl`; or `"base"`, which judges the base; or `"hard_prompts"`, which selects prompts.
         label (`str`): what it is called while it is made.
         recipe (`str`): recipe that the options change.
-        options (`Mapping[str, Any]`): fields of the recipe. `None` takes one out. For a [`Run`], its folder is the value.
+        options (`Mapping[str, Any]`): fields of the recipe. `None` takes one out. For a [`Run`], what it makes is the value.
         seed (`int`): seed of the training.
         is_probe (`bool`): whether it stops after a step and is not judged: it tells what a step costs.
     """
@@ -71,13 +72,17 @@ class Run:
         return f"{self.command}/{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def _merged(self, place: Callable[["Run"], str]) -> dict[str, Any]:
-        """The recipe with the options, where a run becomes a list of its place."""
+        """The recipe with the options, where a run becomes what it makes at its place."""
         recipe = _parse(Path(self.recipe).read_text(encoding="utf-8")) | dict(self.options)
         return {
-            name: [place(value)] if isinstance(value, Run) else value
+            name: value._made_at(place(value)) if isinstance(value, Run) else value
             for name, value in recipe.items()
             if value is not None
         }
+
+    def _made_at(self, place: str) -> str | list[str]:
+        """What a recipe names: reward models, or a file of prompts."""
+        return f"{place}/{PROMPTS}" if self.command == PROMPTS_COMMAND else [place]
 
     @property
     def needs(self) -> list["Run"]:
@@ -199,15 +204,20 @@ def execute(run: Run, world_name: str, root: Path, threads: int, samples_per_pro
     with (folder / LOG).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         result = {"command": f"tapo-trl {run.command} --config {path}", "forwards": _train(run, path)}
         result["train_seconds"] = time.perf_counter() - start
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         if run.command == REWARD_COMMAND:
             from .measure import measure_reward_model
 
             result["pairs"] = {split: measure_reward_model(folder, file) for split, file in world.pairs.items()}
+        elif run.command == PROMPTS_COMMAND:
+            from .measure import hard_prompts
+
+            prompts = hard_prompts(world, recipe, samples_per_prompt)
+            (folder / PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
         elif not run.is_probe:
             from .measure import measure_policy
 
             trained = None if run.command == BASE_COMMAND else folder
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
             result["judges"] = measure_policy(world, recipe, trained, samples_per_prompt)
     temporary = folder / f"{RESULT}.tmp"
     temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -216,7 +226,7 @@ def execute(run: Run, world_name: str, root: Path, threads: int, samples_per_pro
 
 def _train(run: Run, recipe: Path) -> dict[str, int]:
     """Train, and count the forwards."""
-    if run.command == BASE_COMMAND:
+    if run.command in (BASE_COMMAND, PROMPTS_COMMAND):
         return {"policy": 0, "reward": 0}
     from ..cli.builders import run_training
     from .forward_counter import ForwardCounter

@@ -55,12 +55,16 @@ class Pairing:
         threshold (`tuple[float, float]`, *optional*):
             A pair counts if its scores, read as logits, differ in probability by more than this, at the step with the
             least and with the most noise of all stochastic steps; in between it is interpolated. All pairs by default.
+        consistent (`bool`, *optional*, defaults to `False`):
+            Whether a pair counts only if its ranking does not flip until the end: its chosen side scores higher at its own
+            step, and so does the final sample of the first trajectory. For two trajectories that make one pair.
     """
 
     num_branches: int
     shared_parent: bool
     continue_with: Literal["extremes", "best", "random"]
     threshold: tuple[float, float] | None = None
+    consistent: bool = False
 
     def select(self, scores: torch.Tensor, generators: list[torch.Generator]) -> Selection:
         """
@@ -113,24 +117,35 @@ class Pairing:
         """Pairs that a prompt gives at each stochastic step."""
         return self.num_branches if self.shared_parent else 1
 
-    def weights(self, rewards: torch.Tensor, stds: torch.Tensor) -> torch.Tensor:
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all pairs count."""
+        return self.threshold is None and not self.consistent
+
+    def weights(
+        self, rewards: torch.Tensor, stds: torch.Tensor, final_rewards: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
-        1 for the pairs that count, 0 for those below the threshold.
+        1 for the pairs that count, 0 for those below the threshold and for those whose ranking flips.
 
         Args:
             rewards (`torch.Tensor` of shape `(n, 2, num_pairs)`): scores of the chosen and the rejected candidates.
             stds (`torch.Tensor` of shape `(n,)`): standard deviation of each stochastic step.
+            final_rewards (`torch.Tensor` of shape `(2, B)`, *optional*): rewards of the final samples, if `consistent`.
 
         Returns:
             `torch.Tensor` of shape `(n, num_pairs)`
         """
         gaps = rewards[:, WIN] - rewards[:, LOSE]
-        if self.threshold is None:
-            return torch.ones_like(gaps)
-        low, high = self.threshold
-        noise = (stds - stds.min()) / (stds.max() - stds.min()).clamp(min=1e-12)
-        # Of two logits, the probabilities under a softmax differ by tanh of half the distance.
-        return (torch.tanh(gaps / 2) > (low + (high - low) * noise).view(-1, 1)).to(gaps.dtype)
+        counts = torch.ones_like(gaps, dtype=torch.bool)
+        if self.threshold is not None:
+            low, high = self.threshold
+            noise = (stds - stds.min()) / (stds.max() - stds.min()).clamp(min=1e-12)
+            # Of two logits, the probabilities under a softmax differ by tanh of half the distance.
+            counts &= torch.tanh(gaps / 2) > (low + (high - low) * noise).view(-1, 1)
+        if self.consistent:
+            counts &= (gaps > 0) & (final_rewards[WIN] > final_rewards[LOSE])
+        return counts.to(gaps.dtype)
 
 
 PAIRINGS = {
@@ -141,7 +156,9 @@ PAIRINGS = {
 }
 
 
-def get_pairing(name: str, continue_with: str | None = None, threshold: list[float] | None = None) -> Pairing:
+def get_pairing(
+    name: str, continue_with: str | None = None, threshold: list[float] | None = None, consistent: bool = False
+) -> Pairing:
     """
     A method's rule for making pairs, with changes.
 
@@ -153,6 +170,7 @@ def get_pairing(name: str, continue_with: str | None = None, threshold: list[flo
             - `"lpo"`: the same with a threshold that grows with the noise of the step (LPO).
         continue_with (`str`, *optional*): `"best"` or `"random"`, for `"spo"` and `"lpo"`.
         threshold (`list[float]`, *optional*): one number, or two for the least and the most noise.
+        consistent (`bool`, *optional*, defaults to `False`): whether pairs whose ranking flips are left out, for `"tapo"`.
     """
     if name not in PAIRINGS:
         raise ValueError(f"`pairing` must be one of {tuple(PAIRINGS)}, got {name!r}.")
@@ -170,4 +188,11 @@ def get_pairing(name: str, continue_with: str | None = None, threshold: list[flo
         if len(threshold) not in (1, 2) or not all(0 <= value < 1 for value in threshold):
             raise ValueError(f"`pair_threshold` must be one or two numbers in [0, 1), got {threshold}.")
         pairing = replace(pairing, threshold=(threshold[0], threshold[-1]))
+    if consistent:
+        if pairing.shared_parent:
+            raise ValueError(
+                f"`consistent_pairs=True` compares the ends of a pair's two trajectories, but with `pairing={name!r}` both "
+                "sides of a pair are candidates of one trajectory. Use `pairing='tapo'`, or a `pair_threshold`."
+            )
+        pairing = replace(pairing, consistent=True)
     return pairing

@@ -136,14 +136,17 @@ class TAPOSampler(RolloutSampler):
             steps.append(index)
             stds.append(std.flatten()[0])
 
-        pair_rewards = torch.stack(pair_rewards)
+        pair_rewards, final_rewards = torch.stack(pair_rewards), None
+        if pairing.consistent:
+            of_prompts, _ = self.score(latents, noise.expand_as(latents), prompts, prompt_embeds, columns or {})
+            final_rewards = of_prompts.T
         return TrajectoryPairs(
             prompt_embeds=prompt_embeds.repeat(pairing.pairs_per_prompt),
             step_indices=torch.tensor(steps),
             latents=parents,
             next_latents=pairs,
             pair_rewards=pair_rewards,
-            weights=pairing.weights(pair_rewards, torch.stack(stds)),
+            weights=pairing.weights(pair_rewards, torch.stack(stds), final_rewards),
             rewards=torch.stack(rewards),
             final_latents=latents,
             reward_parts={name: torch.stack([part[name] for part in parts]) for name in self.reward.names},

@@ -48,6 +48,9 @@ class TAPOConfig(RolloutConfig):
             By how much the probabilities of the two sides, a softmax of their rewards, must differ for a pair to count:
             one number, or two for the least and the most noise. Defaults to 0.3 for `"spo"`, 0.35 and 0.5 for `"lpo"`,
             and none otherwise.
+        consistent_pairs (`bool`, *optional*, defaults to `False`):
+            Whether pairs of `"tapo"` count only if their ranking does not flip until the end: the chosen side scores higher
+            at its own step, and so does the final sample of the winning trajectory. Costs two reward forwards per prompt.
         num_sde_steps (`int`, *optional*, defaults to `8`):
             Number of stochastic steps n at which candidates are drawn and scored (Eq. 10).
         num_candidates (`int`, *optional*, defaults to `4`):
@@ -112,6 +115,12 @@ class TAPOConfig(RolloutConfig):
             "the least and the most noise. By default what `pairing` brings along."
         },
     )
+    consistent_pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether pairs of `tapo` count only if their ranking does not flip until the final samples."
+        },
+    )
     num_sde_steps: int = field(default=8, metadata={"help": "Number of stochastic steps n, Eq. 10."})
     num_candidates: int = field(
         default=4, metadata={"help": "Number of candidates P per branch and stochastic step, Eq. 12."}
@@ -167,7 +176,7 @@ class TAPOConfig(RolloutConfig):
         super().__post_init__()
 
         sde_step_indices(self.num_inference_steps, self.num_sde_steps, self.t_init)
-        get_pairing(self.pairing, self.continue_with, self.pair_threshold)
+        get_pairing(self.pairing, self.continue_with, self.pair_threshold, self.consistent_pairs)
         if self.num_candidates < 2:
             raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
         if self.noise_level <= 0:

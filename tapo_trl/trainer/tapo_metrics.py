@@ -30,8 +30,8 @@ def rollout_metrics(pairs: TrajectoryPairs, pairing: Pairing) -> dict[str, torch
 
     Returns:
         `dict[str, torch.Tensor]` of shape `(B,)`: `reward` and `reward_std`, over candidates of one draw; `reward_gap`,
-            between the two sides of a pair; `pairs_kept`, the share of pairs above the threshold, if there is one; and
-            mean and deviation of each reward, if there are several.
+            between the two sides of a pair; `pairs_kept`, the share of pairs that count, if some may not; and mean and
+            deviation of each reward, if there are several.
     """
     num_prompts = pairs.rewards.shape[2]
 
@@ -44,7 +44,7 @@ def rollout_metrics(pairs: TrajectoryPairs, pairing: Pairing) -> dict[str, torch
         "reward_std": pairs.rewards.std(dim=-1).mean(dim=(0, 1)),
         "reward_gap": of_prompts(pairs.pair_rewards[:, WIN] - pairs.pair_rewards[:, LOSE]),
     }
-    if pairing.threshold is not None:
+    if not pairing.keeps_all:
         metrics["pairs_kept"] = of_prompts(pairs.weights)
     if len(pairs.reward_parts) > 1:
         for name, scores in pairs.reward_parts.items():

@@ -94,7 +94,7 @@ class TAPOTrainer(RolloutTrainer):
             scheduler=self.scheduler,
             step_indices=self.step_indices,
             num_candidates=args.num_candidates,
-            pairing=get_pairing(args.pairing, args.continue_with, args.pair_threshold),
+            pairing=get_pairing(args.pairing, args.continue_with, args.pair_threshold, args.consistent_pairs),
             reference=self.reference,
             score_batch_size=args.score_batch_size,
             **kwargs,

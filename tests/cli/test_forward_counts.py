@@ -24,7 +24,7 @@ from tapo_trl.cli.forward_counts import grpo_forwards, online_dpo_forwards, tapo
 from tapo_trl.policies import SD3Policy
 from tapo_trl.rewards import SLRMModel
 from tapo_trl.rewards.scoring import LatentReward, WeightedReward
-from tapo_trl.rollouts import PAIRINGS, TAPOSampler
+from tapo_trl.rollouts import PAIRINGS, TAPOSampler, get_pairing
 from tapo_trl.schedulers import sde_step_indices
 
 from ..testing_utils import tiny_sd3_pipeline
@@ -44,6 +44,7 @@ class TestForwards:
         ("steps", "sde_steps", "guidance_scale", "pairing"),
         [
             (6, 3, 2.0, "tapo"),
+            (6, 3, 2.0, "tapo, consistent"),
             (5, 2, 1.0, "tapo"),
             (9, 3, 2.0, "tapo"),
             (6, 3, 2.0, "tapo_within"),
@@ -51,6 +52,7 @@ class TestForwards:
         ],
     )
     def test_are_those_of_a_rollout(self, tmp_path, velocity_target, steps, sde_steps, guidance_scale, pairing):
+        pairing, consistent = pairing.partition(",")[0], pairing.endswith("consistent")
         policy = CountingPolicy(tiny_sd3_pipeline())
         policy.latents = []
         slrm = SLRMModel.from_policy(policy)
@@ -64,7 +66,7 @@ class TestForwards:
             num_candidates=2,
             reward=WeightedReward([LatentReward(slrm, velocity_target)]),
             latent_shape=(4, 8, 8),
-            pairing=PAIRINGS[pairing],
+            pairing=get_pairing(pairing, consistent=consistent),
             guidance_scale=guidance_scale,
             reference=nullcontext,  # `with nullcontext(model) as reference`
         )
@@ -76,6 +78,7 @@ class TestForwards:
             num_sde_steps=sde_steps,
             num_candidates=2,
             pairing=pairing,
+            consistent_pairs=consistent,
             guidance_scale=guidance_scale,
             use_cpu=True,
             bf16=False,

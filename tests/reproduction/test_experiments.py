@@ -155,6 +155,14 @@ class TestFairness:
             run = lab.policy("TAPO", METHODS["TAPO"], seed)
             assert run.seed == seed and run.options["reward_model"].seed == seed
 
+    def test_hard_prompts_are_those_of_the_reward_model_of_the_seed(self, world):
+        runs = [lab_of(world).policy("TAPO", replace(METHODS["TAPO"], hard_prompts=True), seed) for seed in (0, 1)]
+        for seed, run in enumerate(runs):
+            (prompts, reward) = run.options["dataset_name"], run.options["reward_model"]
+            assert prompts.command == "hard_prompts" and prompts.needs[0].folder == reward.folder
+            assert reward.seed == seed
+        assert "dataset_name" not in lab_of(world).policy("TAPO", METHODS["TAPO"], 0).options
+
     def test_methods_without_recipe_are_left_out(self, world):
         report = EXPERIMENTS["table1"](lab_of(world))
         names = [row[0] for row in report.rows]
@@ -202,7 +210,7 @@ def test_pairings_differ_in_their_pairs_alone(world):
     judged = [run for run in lab.queue.made.values() if run.command == "tapo" and not run.is_probe]
     paired = [run for run in judged if run.options.get("step_weighting") == "velocity"]
     allowed = {"pairing", "pair_threshold", "continue_with", "max_steps", "num_sde_steps", "num_candidates"}
-    allowed |= {"transition_batch_size", "reward_model", "learning_rate"}
+    allowed |= {"transition_batch_size", "reward_model", "learning_rate", "dataset_name"}
     common = [{name: value for name, value in run.options.items() if name not in allowed} for run in paired]
     assert len(paired) > 12 and all(options == common[0] for options in common)
     assert replace(paired[0], label="x").folder == paired[0].folder

@@ -14,6 +14,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from tapo_trl.reproduction import Run, RunQueue, load_world
+from tapo_trl.reproduction.measure import Samples
 from tapo_trl.reproduction.runs import RECIPE, RESULT
 
 from ..testing_utils import tiny_sd3_pipeline
@@ -151,6 +153,20 @@ class TestRunQueue:
         (again,) = queue.make([tapo])
         assert again["judges"] == result["judges"]
         assert (tmp_path / reward.folder / RESULT).stat().st_mtime_ns == times[tmp_path / reward.folder / RESULT]
+
+    def test_hard_prompts_are_the_half_with_the_least_reward(self, folder, tapo, reward, tmp_path):
+        queue = RunQueue(load_world(str(folder)), str(folder), tmp_path, samples_per_prompt=1)
+        hard = Run("hard_prompts", "hard", str(folder / "tapo.yaml"), {"reward_model": reward})
+        (result,) = queue.make([tapo.with_options(dataset_name=hard)])
+        recipe = yaml.safe_load((tmp_path / hard.folder / RECIPE).read_text())
+        samples = Samples(queue.world, recipe)
+        rewards = samples.score(list("abcd"), 1, judge=None)
+        assert rewards.keys() == {"reward"} and rewards["reward"].unique().numel() == 4
+        order = rewards["reward"][0].argsort().tolist()
+        file = tmp_path / hard.folder / "prompts.txt"
+        assert file.read_text().split() == sorted("abcd"[row] for row in order[:2])
+        trained = yaml.safe_load(Path(result["command"].split()[-1]).read_text())
+        assert trained["dataset_name"] == str(file)
 
     def test_a_failure_names_the_log_and_keeps_the_rest(self, folder, tapo, tmp_path):
         queue = RunQueue(load_world(str(folder)), str(folder), tmp_path)

@@ -85,6 +85,26 @@ class TestThreshold:
         assert self.weights(get_pairing(name, threshold=[0.1]), [[0.0, 1.0]], [0.5]) == [[0.0, 1.0]]
 
 
+class TestConsistency:
+    stds = torch.tensor([0.5, 0.4])
+    rewards = torch.tensor([[[2.0, 2.0, 2.0], [1.0, 1.0, 1.0]], [[2.0, 2.0, 1.0], [1.0, 1.0, 2.0]]])  # (n, 2, B)
+
+    def test_a_pair_counts_if_its_ranking_holds_at_its_step_and_at_the_end(self):
+        final_rewards = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])  # flips for the second prompt
+        weights = get_pairing("tapo", consistent=True).weights(self.rewards, self.stds, final_rewards)
+        assert weights.tolist() == [[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]  # and at the second step for the third
+
+    def test_the_threshold_holds_as_well(self):
+        final_rewards = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+        pairing = get_pairing("tapo", threshold=[0.9], consistent=True)
+        assert not pairing.weights(self.rewards, self.stds, final_rewards).any()
+
+    @pytest.mark.parametrize("name", ["spo", "lpo", "tapo_within"])
+    def test_needs_two_trajectories_that_make_one_pair(self, name):
+        with pytest.raises(ValueError, match="consistent_pairs"):
+            get_pairing(name, consistent=True)
+
+
 class TestRollouts:
     def rollout(self, policy, pairing):
         sampler = make_sampler(policy, RecordingReward(first_value))
@@ -130,3 +150,18 @@ class TestRollouts:
         assert torch.equal(pairs.weights, expected)
         assert 0 < expected.mean() < 1
         assert torch.equal(torch.cat([chunk.weights for chunk in pairs.transitions(2)]), expected.flatten())
+
+    def test_pairs_whose_trajectories_end_the_other_way_round_have_no_weight(self, tiny_sd3_policy):
+        def falls_at_the_end(candidates):
+            """The first value, but the other way round for the second prompt's clean samples."""
+            flips = torch.tensor([prompt == PROMPTS[1] and candidates.sigma == 0 for prompt in candidates.prompts])
+            return torch.where(flips, -1.0, 1.0) * first_value(candidates)
+
+        sampler = make_sampler(tiny_sd3_policy, RecordingReward(falls_at_the_end))
+        sampler.pairing = get_pairing("tapo", consistent=True)
+        pairs = run(sampler, tiny_sd3_policy)
+        final = sampler.reward.rewards[0].calls[-1]
+        assert torch.equal(final.latents, pairs.final_latents.flatten(0, 1)) and len(final) == 6
+        assert (pairs.final_latents[0] > pairs.final_latents[1]).flatten(1)[:, 0].all(), "pick other seeds"
+        assert (pairs.pair_rewards[:, 0] > pairs.pair_rewards[:, 1]).all(), "pick other seeds"
+        assert pairs.weights.tolist() == [[1.0, 0.0, 1.0]] * 3

@@ -515,6 +515,7 @@ class TestBadInput:
             ({"continue_with": "best"}, "continue_with"),
             ({"pairing": "spo", "continue_with": "worst"}, "continue_with"),
             ({"pair_threshold": [1.0]}, "pair_threshold"),
+            ({"pairing": "lpo", "consistent_pairs": True}, "consistent_pairs"),
             ({"pair_threshold": [0.1, 0.2, 0.3]}, "pair_threshold"),
             ({"ratio_clip": 1.0}, "ratio_clip"),
             ({"label_smoothing": 0.5}, "label_smoothing"),
