@@ -38,6 +38,9 @@ from .rewards.backbone import all_tensors
 from .rewards.sharing import tie
 from .rollouts import TAPOSampler, TrajectoryPairs
 from .schedulers import sde_step_indices
+from .trainer.reward_loading import check_rewards, check_sharing, place_rewards
+from .trainer.rollout_config import RolloutConfig
+from .trainer.speed import check_speed_options, compile_blocks, shrink_and_speed_up
 
 
 BETA = 1000.0
@@ -107,7 +110,8 @@ class Bench:
         guidance_scale (`float`): scale of classifier-free guidance.
         score_batch_size (`int`, *optional*): candidates per forward of the reward model.
         transition_batch_size (`int`, *optional*, defaults to `1`): transition pairs per forward and backward.
-        share_backbone (`bool`, *optional*, defaults to `False`): one set of base weights for policy and reward model.
+        options ([`RolloutConfig`], *optional*): those of its options that change speed and memory, applied as a trainer
+            does. None by default.
     """
 
     policy: FlowPolicy
@@ -116,7 +120,7 @@ class Bench:
     guidance_scale: float = 4.5
     score_batch_size: int | None = None
     transition_batch_size: int = 1
-    share_backbone: bool = False
+    options: RolloutConfig | None = None
     model: PeftModel = field(init=False)
     reward: WeightedReward = field(init=False)
 
@@ -128,8 +132,27 @@ class Bench:
             slrm.requires_grad_(False)
             tie(slrm.transformer, transformer)
         self.reward = WeightedReward([LatentReward(slrm, "parent", self.score_batch_size)])
+        if self.options is not None:
+            check_rewards([slrm], self.options)
+            check_sharing([slrm], self.options, self._lora())
+            check_speed_options(self.options, self._lora())
         self.model = get_peft_model(transformer, self._lora())
+        if self.options is not None:
+            shrink_and_speed_up(self.policy, None, self.reward.rewards, self.options)
+            place_rewards(self.reward.rewards, self.policy, self.options)
+            compile_blocks(self.options, [transformer, slrm.transformer])
         transformer.enable_gradient_checkpointing()
+
+    @property
+    def share_backbone(self) -> bool:
+        return self.options is not None and self.options.share_backbone
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the networks' parameters and buffers, each counted once."""
+        tensors = [tensor for network in (self.model, self.slrm) for _, tensor in all_tensors(network)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values())
 
     @property
     def slrm(self) -> SLRMModel:

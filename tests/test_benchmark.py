@@ -101,6 +101,33 @@ class TestMeasure:
         assert bench.slrm.transformer.pos_embed.proj.weight is base
         bench.measure(Setting(3, 1, 2, 1, (32, 32)), repeats=1, warm_up=False)
 
+    def test_options_are_applied_as_in_a_trainer(self):
+        plain = make("--size", "tiny_wan", "--lora_r", "2")
+        small = make("--size", "tiny_wan", "--lora_r", "2", "--layerwise_casting", "true")
+        smaller = make(
+            *("--size", "tiny_wan", "--lora_r", "2", "--layerwise_casting", "true"),
+            *("--reward_layerwise_casting", "true", "--attention_backend", "_native_math"),
+        )
+        assert 0.2 < small.weight_bytes / plain.weight_bytes < 0.9
+        processors = [module.attn1.processor for module in smaller.policy.transformer.blocks]
+        assert {processor._attention_backend for processor in processors} == {"_native_math"}
+        smaller.measure(Setting(3, 1, 2, 1, (32, 32, 5)), repeats=1, warm_up=False)
+        shared = make("--size", "tiny_wan", "--lora_r", "2", "--share_backbone", "true")
+        assert shared.weight_bytes < 0.75 * plain.weight_bytes
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--reward_group_offload", "true"], "this run is on the CPU"),
+            (["--share_backbone", "true", "--layerwise_casting", "true"], "cannot work"),
+            (["--torch_compile", "true", "--reward_layerwise_casting", "true"], "exclude each other"),
+            (["--attention_backend", "native"], "would change nothing"),
+        ],
+    )
+    def test_options_that_cannot_work_are_refused(self, flags, message):
+        with pytest.raises(ValueError, match=message):
+            make("--size", "tiny", "--lora_r", "2", *flags)
+
     def test_peak(self):
         assert matmul_peak(torch.device("cpu"), torch.float32, budget=0.01) > 1e9
 

@@ -45,7 +45,7 @@ def judge(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
     }
 
 
-POLICY_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+POLICY_RATES = (4e-3, 8e-3, 1.6e-2)
 
 WORLD = World(
     name="emoji",

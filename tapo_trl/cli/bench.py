@@ -41,6 +41,7 @@ def make_bench(args) -> "Bench":
 
     from ..benchmark import Bench, randomize
     from ..policies import load_policy
+    from ..trainer.tapo_config import TAPOConfig
     from .known_pipelines import SIZES
     from .meta_models import make_meta_policy
 
@@ -58,7 +59,17 @@ def make_bench(args) -> "Bench":
         guidance_scale=args.guidance_scale,
         score_batch_size=args.score_batch_size,
         transition_batch_size=args.transition_batch_size,
-        share_backbone=args.share_backbone,
+        options=TAPOConfig(
+            args.output_dir,
+            use_cpu=device.type == "cpu",
+            bf16=False,
+            share_backbone=args.share_backbone,
+            layerwise_casting=args.layerwise_casting,
+            reward_layerwise_casting=args.reward_layerwise_casting,
+            reward_group_offload=args.reward_group_offload,
+            attention_backend=args.attention_backend,
+            torch_compile=args.torch_compile,
+        ),
     )
 
 
@@ -165,7 +176,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"# {report['settings']['name']} on {machine['device']}",
         "",
         f"PyTorch {machine['torch']}, {machine['dtype']}, {machine['threads']} CPU threads. The best matrix product makes "
-        f"{machine['peak_tflops']:.3g} TFLOP/s. Random weights. Seconds, forwards and TFLOP are those of one prompt, that is of "
+        f"{machine['peak_tflops']:.3g} TFLOP/s. Weights of policy and reward model: {machine['weights_gib']:.3g} GiB. Seconds, forwards and TFLOP are those of one prompt, that is of "
         "one pair of trajectories; guidance counts as two forwards, and what checkpointing computes again as none.",
         "",
         *table(report["rows"]),
@@ -240,6 +251,7 @@ def main(args) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "peak_tflops": peak / 1e12,
+        "weights_gib": bench.weight_bytes / 2**30,
     }
     options = asdict(args) | {"name": args.model_name_or_path or args.size}
     report = {"machine": machine, "settings": options, **summarize(measurements, peak)}

@@ -63,6 +63,16 @@ class BenchArguments:
             Rank of the LoRA.
         share_backbone (`bool`, *optional*, defaults to `False`):
             Whether policy and reward model share one set of base weights.
+        layerwise_casting (`bool`, *optional*, defaults to `False`):
+            Whether the policy's frozen linear layers are kept in float8.
+        reward_layerwise_casting (`bool`, *optional*, defaults to `False`):
+            Whether the reward model's linear layers are kept in float8.
+        reward_group_offload (`bool`, *optional*, defaults to `False`):
+            Whether the reward model stays on the CPU and lends its blocks to the device.
+        attention_backend (`str`, *optional*):
+            Another implementation of attention, by diffusers' name.
+        torch_compile (`bool`, *optional*, defaults to `False`):
+            Whether every transformer block is compiled.
         repeats (`int`, *optional*, defaults to `3`):
             How often everything is run. The median counts.
         warm_up (`bool`, *optional*, defaults to `True`):
@@ -106,6 +116,20 @@ class BenchArguments:
     share_backbone: bool = field(
         default=False, metadata={"help": "Whether policy and reward model share one set of base weights."}
     )
+    layerwise_casting: bool = field(
+        default=False, metadata={"help": "Whether the policy's frozen linear layers are kept in float8."}
+    )
+    reward_layerwise_casting: bool = field(
+        default=False, metadata={"help": "Whether the reward model's linear layers are kept in float8."}
+    )
+    reward_group_offload: bool = field(
+        default=False,
+        metadata={"help": "Whether the reward model stays on the CPU and lends its blocks to the device."},
+    )
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "Another implementation of attention, by diffusers' name."}
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Whether every transformer block is compiled."})
     repeats: int = field(default=3, metadata={"help": "How often everything is run. The median counts."})
     warm_up: bool = field(default=True, metadata={"help": "Whether to run everything once before."})
     plot: bool = field(default=True, metadata={"help": "Whether to draw `bench.png`, which needs matplotlib."})
