@@ -17,6 +17,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 4.5, 3.4  # of one panel, inches
+TITLE_WIDTH = 40  # letters
 CHOSEN, REJECTED, TRAINING, JUDGE = "tab:blue", "tab:orange", "tab:gray", "tab:red"
 
 
@@ -160,7 +162,7 @@ def _chance(axes: "Axes") -> None:
 
 
 def _finish(axes: "Axes", title: str, y: str, y_range: tuple[float, float] | None = None) -> None:
-    axes.set(title=title, xlabel="noise level $\\sigma$", ylabel=y)
+    axes.set(title=fill(title, TITLE_WIDTH), xlabel="noise level $\\sigma$", ylabel=y)
     if y_range is not None:
         axes.set_ylim(y_range)
     axes.legend(fontsize="small")

@@ -21,14 +21,14 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from ..metrics.plots import check_matplotlib
+from ..metrics.plots import TITLE_WIDTH, check_matplotlib
 from .statistics import Estimate
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TITLE_WIDTH = 40  # of a panel, letters
+MAX_CURVES_BESIDE_LEGEND = 4  # in one panel; the legend of more stands outside
 
 
 @dataclass
@@ -146,7 +146,11 @@ def lines(
         if chance is not None:
             axes.axhline(chance, color="black", linestyle=":", linewidth=1)
         axes.set(title=fill(title, TITLE_WIDTH), xlabel=x)
-        axes.legend(fontsize="small")
+        if len(curves) <= MAX_CURVES_BESIDE_LEGEND:
+            axes.legend(fontsize="small")
+            return
+        legend, figure = axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)), axes.figure
+        figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
 
     return draw
 

@@ -33,8 +33,8 @@ RULES = {
     "reference": "deployable: base model's velocity",
     "none": "deployable: logit alone",
 }
-TABLE_4_REWARDS = ("SPM", "LRM", "SLRM without score enhancement", "SLRM")
-NO_ENHANCEMENT = "SLRM without score enhancement"
+NO_ENHANCEMENT, DEPLOYABLE = "SLRM without score enhancement", "SLRM, deployable target"
+TABLE_4_REWARDS = ("SPM", "LRM", NO_ENHANCEMENT, "SLRM", DEPLOYABLE)
 
 
 def table2(lab: Lab) -> Report:
@@ -49,11 +49,11 @@ def table2(lab: Lab) -> Report:
         for (name, rule), values in cells.items()
     ]
     claims = [
-        f"SLRM reads noisy latents better than {other} ({RULES[rule].split(':')[0].split(',')[0]}, {RANGES[name]}): "
-        + compare(cells["SLRM", rule][name], cells[other, "none"][name])
+        f"{slrm} reads noisy latents better than {other} ({RULES[rule].split(':')[0].split(',')[0]}, {RANGES[name]}): "
+        + compare(cells[slrm, rule][name], cells[other, "none"][name])
         for other in available(lab)
-        if other in ("LRM", "DiNa-LRM", "SPM")
-        for rule in ("ground_truth", "reference")
+        if other in ("LRM", "DiNa-LRM", "SPM", NO_ENHANCEMENT)
+        for slrm, rule in (("SLRM", "ground_truth"), ("SLRM", "reference"), (DEPLOYABLE, "reference"))
         for name in ("501-1000", "1-500")
     ]
     leak = difference(cells["SLRM", "ground_truth"]["501-1000"].values, cells["SLRM", "reference"]["501-1000"].values)
@@ -75,7 +75,7 @@ def table4(lab: Lab) -> Report:
     curves = {}
     for name in _trained(lab, TABLE_4_REWARDS):
         for rule in _rules(lab, name):
-            label = name if rule == "none" else f"{name} ({RULES[rule]})"
+            label = _label(lab, name, rule)
             curves[label] = {
                 round(1000 * sigma): _accuracy(lab, name, rule, str(sigma)) for sigma in SIGMAS if sigma > 0
             }
@@ -83,11 +83,12 @@ def table4(lab: Lab) -> Report:
     claims = [
         f"Score enhancement helps at t = {t} (paper's rule): {compare(paper[t], without[t])}" for t in (101, 501, 901)
     ]
-    deployable = curves[f"SLRM ({RULES['reference']})"]
-    claims += [
-        f"It still does under the deployable rule at t = {t}: {compare(deployable[t], without[t])}"
-        for t in (101, 501, 901)
-    ]
+    for name, what in (
+        ("SLRM", "It still does under the deployable rule"),
+        (DEPLOYABLE, "And if it is trained for that rule"),
+    ):
+        curve = curves[f"{name} ({RULES['reference']})"]
+        claims += [f"{what} at t = {t}: {compare(curve[t], without[t])}" for t in (101, 501, 901)]
     peak = max(paper, key=lambda t: paper[t].mean)
     claims.append(f"SLRM peaks at t = 501 in the paper; here at t = {peak} ({paper[peak]}).")
     return Report(
@@ -106,7 +107,7 @@ def figure12(lab: Lab) -> Report:
     for name in _trained(lab):
         for rule in _rules(lab, name)[:2]:
             parts = [part for result in lab.rewards(name) for part in _splits(result, rule, "consistency")]
-            label = name if rule == "none" else f"{name} ({RULES[rule]})"
+            label = _label(lab, name, rule)
             curves[label] = {
                 round(1000 * float(sigma)): estimate([part["flips_from_cleanest"][sigma] for part in parts])
                 for sigma in parts[0]["flips_from_cleanest"]
@@ -114,7 +115,7 @@ def figure12(lab: Lab) -> Report:
             never[label] = estimate([part["never_flips"] for part in parts])
             rows.append([label, estimate([part["flips_per_pair"] for part in parts]), never[label]])
     without, paper = never[NO_ENHANCEMENT], never[f"SLRM ({RULES['ground_truth']})"]
-    deployable = never[f"SLRM ({RULES['reference']})"]
+    deployable, trained = (never[f"{name} ({RULES['reference']})"] for name in ("SLRM", DEPLOYABLE))
     return Report(
         title="Figure 12: rankings that flip between timesteps",
         method=_pairs_text(lab)
@@ -125,6 +126,7 @@ def figure12(lab: Lab) -> Report:
             f"The ranking of a pair depends on the timestep: {1 - without.mean:.0%} of the pairs flip without enhancement.",
             f"Enhancement makes rankings consistent (paper's rule, pairs that never flip): {compare(paper, without)}",
             f"It still does under the deployable rule: {compare(deployable, without)}",
+            f"And if it is trained for that rule: {compare(trained, without)}",
         ],
         panels=[lines("rankings other than at the cleanest level", "t", curves, chance=0.5)],
     )
@@ -132,7 +134,7 @@ def figure12(lab: Lab) -> Report:
 
 def figure14(lab: Lab) -> Report:
     """Distributions of the scores of chosen and rejected samples, with and without enhancement."""
-    shown = [("SLRM", "ground_truth"), ("SLRM", "reference"), (NO_ENHANCEMENT, "none")]
+    shown = [("SLRM", "ground_truth"), ("SLRM", "reference"), (DEPLOYABLE, "reference"), (NO_ENHANCEMENT, "none")]
     rows, panels, areas = [], [], {}
     for name, rule in shown:
         results = lab.rewards(name)
@@ -147,7 +149,7 @@ def figure14(lab: Lab) -> Report:
         of_seed = {float(sigma): _with_numbers(values) for sigma, values in first.items()}
         panels.append(partial(draw_distributions, f"{name}, {rule}", of_seed))
     with_, without = areas["SLRM", "ground_truth"], areas[NO_ENHANCEMENT, "none"]
-    deployable = areas["SLRM", "reference"]
+    deployable, trained = areas["SLRM", "reference"], areas[DEPLOYABLE, "reference"]
     high = _level(with_, 0.901)
     return Report(
         title="Figure 14: distributions of the scores",
@@ -159,6 +161,7 @@ def figure14(lab: Lab) -> Report:
         claims=[
             f"Enhancement keeps the two apart under noise (paper's rule, t = 901): {compare(with_[high], without[high])}",
             f"It still does under the deployable rule: {compare(deployable[high], without[high])}",
+            f"And if it is trained for that rule: {compare(trained[high], without[high])}",
         ],
         panels=panels,
     )
@@ -182,6 +185,11 @@ def _trained(lab: Lab, names: "Sequence[str]" = COMPARED_REWARDS) -> list[str]:
 def accuracy_by_seed(lab: Lab, name: str, rule: str) -> Estimate:
     """Mean accuracy over all noise levels and both splits, by seed."""
     return _accuracies(lab, name, rule, lambda accuracy: accuracy["accuracy"])
+
+
+def _label(lab: Lab, name: str, rule: str) -> str:
+    """A reward model by its name, and by the rule where there is a choice."""
+    return name if len(_rules(lab, name)) == 1 else f"{name} ({RULES[rule]})"
 
 
 def deployable_rule(lab: Lab, name: str) -> str:
