@@ -43,8 +43,10 @@ class ReproduceArguments:
             Samples of each held-out prompt that are judged.
         runs_dir (`str`, *optional*, defaults to `"runs/paper"`):
             Where trainings are kept. One that is finished is not made again.
+        known_results (`str`, *optional*):
+            A `runs.jsonl` of results from elsewhere: what is in it is not trained again.
         output_dir (`str`, *optional*, defaults to `"benchmarks/paper"`):
-            Where the reports are written.
+            Where the reports are written, and `runs.jsonl`, the results of each training that they rest on.
     """
 
     experiments: list[str] = field(
@@ -58,7 +60,14 @@ class ReproduceArguments:
     threads: int = field(default=1, metadata={"help": "Processor threads of each."})
     samples_per_prompt: int = field(default=2, metadata={"help": "Samples of each held-out prompt that are judged."})
     runs_dir: str = field(default="runs/paper", metadata={"help": "Where trainings are kept."})
-    output_dir: str = field(default="benchmarks/paper", metadata={"help": "Where the reports are written."})
+    known_results: str | None = field(
+        default=None,
+        metadata={"help": "A `runs.jsonl` of results from elsewhere: what is in it is not trained again."},
+    )
+    output_dir: str = field(
+        default="benchmarks/paper",
+        metadata={"help": "Where the reports are written, and `runs.jsonl`, the results that they rest on."},
+    )
 
     def __post_init__(self):
         from ..reproduction import EXPERIMENTS
@@ -70,6 +79,8 @@ class ReproduceArguments:
         for name in ("seeds", "jobs", "threads", "samples_per_prompt"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.known_results is not None and not Path(self.known_results).is_file():
+            raise ValueError(f"`known_results`: there is no file {self.known_results}.")
 
 
 class ReproduceParser(RecipeParser):
@@ -97,11 +108,21 @@ def main(args: ReproduceArguments) -> None:
     from ..metrics.plots import check_matplotlib
     from ..reproduction import EXPERIMENTS, Lab, RunQueue, load_world
     from ..reproduction.report import write_index
+    from ..reproduction.runs import read_results
 
     check_matplotlib()
     world = load_world(args.world)
     root, reports = Path(args.runs_dir) / world.name, Path(args.output_dir) / world.name
-    queue = RunQueue(world, args.world, root, args.jobs, args.threads, args.samples_per_prompt)
+    queue = RunQueue(
+        world,
+        args.world,
+        root,
+        args.jobs,
+        args.threads,
+        args.samples_per_prompt,
+        known={} if args.known_results is None else read_results(Path(args.known_results)),
+        record=reports / "runs.jsonl",
+    )
     lab = Lab(queue, seeds=range(args.seeds))
     for name in EXPERIMENTS if ALL in args.experiments else dict.fromkeys(args.experiments):
         print(f"{name}: {EXPERIMENTS[name].__doc__}")

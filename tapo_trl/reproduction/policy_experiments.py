@@ -36,6 +36,7 @@ PAIRINGS: dict[str, dict] = {
     "SPO's pairs": {"pairing": "spo", "pair_threshold": [0.0]},
     "SPO's pairs, goes on with the best": {"pairing": "spo", "pair_threshold": [0.0], "continue_with": "best"},
 }
+HYBRIDS = ("TAPO's branches, pairs within each", "SPO's pairs, goes on with the best")  # in the first condition alone
 CONDITIONS: dict[str, dict] = {
     "n = 8, P = 4": {},
     "fewer stochastic steps, n = 2": {"options": {"num_sde_steps": 2}},
@@ -43,15 +44,24 @@ CONDITIONS: dict[str, dict] = {
     "a reward model of 20 training steps": {"reward": "SLRM, 20 steps"},
     "the harder half of the prompts": {"hard_prompts": True},
 }
-VARIANTS: dict[str, dict] = {
-    "TAPO as in the paper": {},
-    "with equal velocity gradients (step_weighting)": {"step_weighting": "velocity"},
-    "with that and KL (kl_coef 20)": {"step_weighting": "velocity", "kl_coef": 20.0},
-    "with that and pairs within branches": {"step_weighting": "velocity", "pairing": "tapo_within"},
-    "with that and the reference's velocity as target": {"step_weighting": "velocity", "velocity_target": "reference"},
-    "with that and beta 200": {"step_weighting": "velocity", "beta": 200.0},
-    "with that and a margin (pair_threshold 0.5)": {"step_weighting": "velocity", "pair_threshold": [0.5]},
-    "with that and consistent pairs alone": {"step_weighting": "velocity", "consistent_pairs": True},
+
+
+def _even(reward: str = "SLRM", **options) -> Method:
+    return replace(EVEN_TAPO, reward=reward, options={**EVEN_TAPO.options, **options})
+
+
+VARIANTS: dict[str, Method] = {
+    "TAPO as in the paper": TAPO,
+    "with equal velocity gradients (step_weighting)": EVEN_TAPO,
+    "with that and KL (kl_coef 20)": _even(kl_coef=20.0),
+    "with that and pairs within branches": _even(pairing="tapo_within"),
+    "with that and the reference's velocity as target": _even(velocity_target="reference"),
+    "with that and beta 200": _even(beta=200.0),
+    "with that and a margin (pair_threshold 0.5)": _even(pair_threshold=[0.5]),
+    "with that and consistent pairs alone": _even(consistent_pairs=True),
+    "with that and an SLRM trained for the deployable rule": _even("SLRM, deployable target"),
+    "with that and an SLRM without score enhancement": _even("SLRM without score enhancement"),
+    "with that and a DiNa-LRM": _even("DiNa-LRM"),
 }
 
 
@@ -185,20 +195,24 @@ def figure11(lab: Lab) -> Report:
 def pairings(lab: Lab) -> Report:
     """One trajectory or two, at the same number of policy forwards."""
     rows, claims, panels = [], [], []
+    first = next(iter(CONDITIONS))
+    names = {
+        condition: [name for name in PAIRINGS if condition == first or name not in HYBRIDS] for condition in CONDITIONS
+    }
     methods = {
         f"{name}; {condition}": Method(
             "tapo",
-            {**options, "step_weighting": "velocity", **changes.get("options", {})},
+            {**PAIRINGS[name], "step_weighting": "velocity", **changes.get("options", {})},
             changes.get("reward", "SLRM"),
             changes.get("hard_prompts", False),
         )
         for condition, changes in CONDITIONS.items()
-        for name, options in PAIRINGS.items()
+        for name in names[condition]
     }
     runs = lab.at_budget(methods, learning_rate=_rate(lab, EVEN_TAPO))
     for condition in CONDITIONS:
         judged = {}
-        for name in PAIRINGS:
+        for name in names[condition]:
             of_seeds = runs[f"{name}; {condition}"]
             judged[name] = lab.judged(of_seeds)
             rows.append([condition, name, *_training_cells(lab, of_seeds), *_judge_cells(lab, of_seeds)])
@@ -225,14 +239,15 @@ def pairings(lab: Lab) -> Report:
 
 def recipe(lab: Lab) -> Report:
     """Which changes make the paper's TAPO better."""
-    runs = lab.at_budget(
-        {name: replace(TAPO, options={**TAPO.options, **options}) for name, options in VARIANTS.items()}
-    )
+    methods = {name: method for name, method in VARIANTS.items() if _is_available(lab, method)}
+    first, second, *others = methods
+    runs = lab.at_budget({name: methods[name] for name in (first, second)})
+    rate = runs[second][0].options["learning_rate"]
+    runs |= lab.at_budget({name: methods[name] for name in others}, learning_rate=rate)
     judged = {name: lab.judged(of_seeds) for name, of_seeds in runs.items()}
-    first, second, *others = judged
     return Report(
         title="Changes of TAPO, at the same cost",
-        method=_method_text(lab),
+        method=_method_text(lab, "Variants with two changes have the learning rate of the one with the first alone."),
         header=["variant", *TRAINING_HEADER, *lab.world.describe],
         rows=[[name, *_training_cells(lab, run), *_judge_cells(lab, run)] for name, run in runs.items()],
         claims=[

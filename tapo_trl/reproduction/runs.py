@@ -124,6 +124,8 @@ class RunQueue:
         jobs (`int`, *optional*, defaults to `1`): runs at once, each in a process of its own.
         threads (`int`, *optional*, defaults to `1`): threads of each.
         samples_per_prompt (`int`, *optional*, defaults to `2`): samples of each held-out prompt that are judged.
+        known (`dict[str, dict]`, *optional*): results of runs that were made elsewhere, by folder, see [`read_results`].
+        record (`Path`, *optional*): where the results of all runs that were asked for are written down.
     """
 
     world: World
@@ -132,11 +134,18 @@ class RunQueue:
     jobs: int = 1
     threads: int = 1
     samples_per_prompt: int = 2
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    record: Path | None = None
+    _recorded: set[str] = field(default_factory=set, init=False)
 
     def result(self, run: Run) -> dict[str, Any] | None:
         """What a finished run gave, `None` for any other."""
         file = self.root / run.folder / RESULT
-        return json.loads(file.read_text()) if file.is_file() else None
+        return json.loads(file.read_text()) if file.is_file() else self.known.get(run.folder)
+
+    def _is_here(self, run: Run) -> bool:
+        """Whether a run was made here, so that others can read what it made."""
+        return (self.root / run.folder / RESULT).is_file()
 
     def make(self, runs: Iterable[Run]) -> list[dict[str, Any]]:
         """
@@ -149,15 +158,24 @@ class RunQueue:
             RuntimeError: if a run failed. Others that had begun are finished first.
         """
         runs = list(runs)
-        waiting = {run.folder: run for run in _with_needs(runs) if self.result(run) is None}
-        if not waiting:
-            return [self.result(run) for run in runs]
+        missing = [run for run in runs if self.result(run) is None]
+        waiting = {run.folder: run for run in _with_needs(missing) if not self._is_here(run)}
+        if waiting:
+            self._make(waiting)
+        results = [self.result(run) for run in runs]
+        new = {run: result for run, result in zip(runs, results, strict=True) if run.folder not in self._recorded}
+        if self.record is not None and new:
+            write_results(self.record, new)
+            self._recorded |= {run.folder for run in new}
+        return results
+
+    def _make(self, waiting: dict[str, Run]) -> None:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # read by the processes that start now
         started, failed = {}, []
         progress = tqdm(total=len(waiting), desc="runs", unit="run", dynamic_ncols=True)
         with ProcessPoolExecutor(self.jobs, get_context("spawn")) as pool:
             while (waiting and not failed) or started:
-                ready = [run for run in waiting.values() if all(self.result(need) for need in run.needs)]
+                ready = [run for run in waiting.values() if all(map(self._is_here, run.needs))]
                 for run in [] if failed else ready[: self.jobs - len(started)]:
                     arguments = (run, self.world_name, self.root, self.threads, self.samples_per_prompt)
                     started[pool.submit(execute, *arguments)] = waiting.pop(run.folder)
@@ -175,7 +193,37 @@ class RunQueue:
                 f"The run `{run.label}` failed: {error}. See {self.root / run.folder / LOG}; the same command goes on with "
                 "what is missing."
             ) from error
-        return [self.result(run) for run in runs]
+
+
+def read_results(file: Path) -> dict[str, dict[str, Any]]:
+    """What [`write_results`] wrote, by the folder of the run."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return {entry["folder"]: entry["result"] for entry in map(json.loads, lines)}
+
+
+def write_results(file: Path, results: Mapping[Run, dict[str, Any]]) -> None:
+    """
+    Add results to a file of lines in JSON, or replace them.
+
+    Args:
+        file (`Path`): the file.
+        results (`Mapping[Run, dict]`): by run. Numbers are written with five digits.
+    """
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    kept = {json.loads(line)["folder"]: line for line in lines}
+    for run, result in results.items():
+        entry = {"folder": run.folder, "label": run.label, "seed": run.seed, "result": _rounded(result)}
+        kept[run.folder] = json.dumps(entry, separators=(",", ":"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else value
 
 
 @cache

@@ -25,7 +25,7 @@ from PIL import Image
 
 from tapo_trl.reproduction import Run, RunQueue, load_world
 from tapo_trl.reproduction.measure import Samples
-from tapo_trl.reproduction.runs import RECIPE, RESULT
+from tapo_trl.reproduction.runs import RECIPE, RESULT, read_results, write_results
 
 from ..testing_utils import tiny_sd3_pipeline
 
@@ -168,6 +168,21 @@ class TestRunQueue:
         trained = yaml.safe_load(Path(result["command"].split()[-1]).read_text())
         assert trained["dataset_name"] == str(file)
 
+    def test_known_results_are_not_made_again_but_what_others_need_is(self, folder, tapo, reward, tmp_path):
+        record = tmp_path / "out" / "runs.jsonl"
+        known = {tapo.folder: {"judges": {"test": {"bright": 0.25}}}, reward.folder: {"pairs": {}}}
+        queue = RunQueue(load_world(str(folder)), str(folder), tmp_path / "runs", known=known, record=record)
+        assert queue.make([tapo]) == [known[tapo.folder]]
+        assert not (tmp_path / "runs").exists()
+        other = tapo.with_options(label="other", beta=7.0)
+        (result,) = queue.make([other])
+        assert (tmp_path / "runs" / reward.folder / RESULT).is_file(), "its reward model is read from here"
+        assert not (tmp_path / "runs" / tapo.folder).exists()
+        recorded = read_results(record)
+        assert recorded.keys() == {tapo.folder, other.folder}
+        assert recorded[tapo.folder] == known[tapo.folder]
+        assert recorded[other.folder]["judges"]["test"] == pytest.approx(result["judges"]["test"], rel=1e-4)
+
     def test_a_failure_names_the_log_and_keeps_the_rest(self, folder, tapo, tmp_path):
         queue = RunQueue(load_world(str(folder)), str(folder), tmp_path)
         broken = tapo.with_options(label="broken", beta=-1.0)
@@ -216,6 +231,16 @@ class TestLoadWorld:
         (tmp_path / "world.py").write_text("WORLD = 3\n")
         with pytest.raises(ValueError, match="must define `WORLD`"):
             load_world(str(tmp_path))
+
+
+def test_recorded_results_are_replaced(tapo, reward, tmp_path):
+    file = tmp_path / "runs.jsonl"
+    write_results(file, {tapo: {"a": [1, 0.123456789]}, reward: {"b": {"c": True}}})
+    write_results(file, {tapo: {"a": [2, "text"]}})
+    assert read_results(file) == {tapo.folder: {"a": [2, "text"]}, reward.folder: {"b": {"c": True}}}
+    write_results(file, {tapo: {"a": 0.123456789}})
+    assert read_results(file)[tapo.folder] == {"a": 0.12346}
+    assert [json.loads(line)["label"] for line in file.read_text().splitlines()] == ["tapo", "slrm"]
 
 
 def test_results_are_json(tmp_path, tapo):
