@@ -21,7 +21,7 @@ from .lab import METHODS, TAPO, Lab, Method
 from .report import Report, bars, grid, lines
 from .reward_experiments import accuracy_by_seed, available, deployable_rule
 from .runs import Run
-from .statistics import Estimate, compare, difference, verdict
+from .statistics import Estimate, compare, difference, estimate, verdict
 
 
 BETAS = (20.0, 100.0, 500.0, 1000.0, 2000.0, 5000.0)
@@ -99,10 +99,12 @@ def table3(lab: Lab) -> Report:
         accuracies[name] = accuracy_by_seed(lab, name, deployable_rule(lab, name))
         judged[name] = lab.judged(runs)
         label = f"{name} (image-text similarity in place of task tokens)" if name == "LRM" else name
-        rows.append([f"reward: {label}", accuracies[name], *_training_cells(lab, runs), *_judge_cells(lab, runs)])
+        cells = [accuracies[name], _seconds_per_pair(lab, runs)]
+        rows.append([f"reward: {label}", *cells, *_training_cells(lab, runs), *_judge_cells(lab, runs)])
     for steps, runs in by_steps.items():
         judged[steps] = lab.judged(runs)
-        rows.append([f"TAPO, n = {steps}", "", *_training_cells(lab, runs), *_judge_cells(lab, runs)])
+        cells = ["", _seconds_per_pair(lab, runs)]
+        rows.append([f"TAPO, n = {steps}", *cells, *_training_cells(lab, runs), *_judge_cells(lab, runs)])
     for name in components:
         if name in ("SLRM without score enhancement", "LRM"):
             claims += [
@@ -115,10 +117,17 @@ def table3(lab: Lab) -> Report:
         title="Table 3: components of SLRM, and the number of stochastic steps n",
         method=_method_text(
             lab,
-            f"All runs have {lab.world.num_steps} steps, so that more stochastic steps cost more; `tapo-trl bench` measures "
-            "the seconds per pair.",
+            f"All runs have {lab.world.num_steps} steps, so that more stochastic steps cost more. Seconds per pair are those of the "
+            "whole training, with its start, on a machine with other work; `tapo-trl bench` measures sampling, scoring and "
+            "update on their own.",
         ),
-        header=["", "accuracy of the reward, deployable rule", *TRAINING_HEADER, *lab.world.describe],
+        header=[
+            "",
+            "accuracy of the reward, deployable rule",
+            "seconds per pair",
+            *TRAINING_HEADER,
+            *lab.world.describe,
+        ],
         rows=rows,
         claims=claims,
         panels=[
@@ -265,6 +274,11 @@ def _training_cells(lab: Lab, runs: list[Run]) -> list:
     forwards = lab.queue.make(runs[:1])[0]["forwards"]
     options = runs[0].options
     return [f"{options['learning_rate']:g}", options["max_steps"], forwards["policy"], forwards["reward"]]
+
+
+def _seconds_per_pair(lab: Lab, runs: list[Run]) -> Estimate:
+    pairs = lab.world.num_steps * lab.world.prompts_per_step
+    return estimate([result["train_seconds"] / pairs for result in lab.queue.make(runs)])
 
 
 def _judge_cells(lab: Lab, runs: list[Run]) -> list[Estimate]:

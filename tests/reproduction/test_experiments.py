@@ -58,7 +58,11 @@ class PretendQueue:
         # The two splits prefer other learning rates, so that choosing on the wrong one shows
         rate = {"validation": options.get("learning_rate", 0.0), "test": -options.get("learning_rate", 0.0)}
         judges = {split: {"good": 0.5 + gain + rate[split] + 0.001 * run.seed, "reward": 1 - gain} for split in rate}
-        return {"forwards": {"policy": 100 * options.get("max_steps", 0), "reward": 7}, "judges": judges}
+        return {
+            "forwards": {"policy": 100 * options.get("max_steps", 0), "reward": 7},
+            "judges": judges,
+            "train_seconds": 8.0,
+        }
 
     def _pairs(self, run: Run) -> dict:
         rules = ["none"] if run.recipe.endswith("slrm_lrm.yaml") else ["ground_truth", "reference", "none"]
