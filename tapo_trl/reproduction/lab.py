@@ -141,25 +141,27 @@ class Lab:
         """Policy forwards of every method: those of TAPO with its default options."""
         return self.world.num_steps * self.forwards_per_step([self.policy("TAPO", TAPO, 0)])[0]
 
-    def best(self, methods: Mapping[str, Method], learning_rate: float | None = None) -> dict[str, Run]:
+    def best(self, methods: Mapping[str, Method], learning_rates: Sequence[float] | None = None) -> dict[str, Run]:
         """
-        One run of each method, with the first seed, as many steps as the budget pays for, and the learning rate that is
-        best for the primary judge on `validation`, unless one is given.
+        One run of each method, with the first seed, as many steps as the budget pays for, and the one of `learning_rates`
+        (by default the world's) that is best for the primary judge on `validation`.
         """
         first = {name: self.policy(name, method, self.seeds[0]) for name, method in methods.items()}
         costs = self.forwards_per_step(list(first.values()))
         tried = {}
         for (name, run), cost in zip(first.items(), costs, strict=True):
-            rates = self.world.learning_rates[run.command] if learning_rate is None else [learning_rate]
+            rates = learning_rates or self.world.learning_rates[run.command]
             steps = max(1, round(self.budget() / cost))
             tried[name] = [run.with_options(max_steps=steps, learning_rate=rate) for rate in rates]
         self.queue.make([run for runs in tried.values() for run in runs])
         return {name: max(runs, key=self._primary_on_validation) for name, runs in tried.items()}
 
-    def at_budget(self, methods: Mapping[str, Method], learning_rate: float | None = None) -> dict[str, list[Run]]:
+    def at_budget(
+        self, methods: Mapping[str, Method], learning_rates: Sequence[float] | None = None
+    ) -> dict[str, list[Run]]:
         """What [`best`] finds for each method, one run per seed."""
         runs = {}
-        for name, best in self.best(methods, learning_rate).items():
+        for name, best in self.best(methods, learning_rates).items():
             chosen = {option: best.options[option] for option in ("max_steps", "learning_rate")}
             runs[name] = [self.policy(name, methods[name], seed, **chosen) for seed in self.seeds]
         self.queue.make([run for of_seeds in runs.values() for run in of_seeds])
