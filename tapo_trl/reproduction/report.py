@@ -26,6 +26,7 @@ from .statistics import Estimate
 
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 MAX_CURVES_BESIDE_LEGEND = 4  # in one panel; the legend of more stands outside
@@ -122,6 +123,7 @@ def bars(title: str, values: dict[str, Estimate], start: float | None = None) ->
         axes.invert_yaxis()
         axes.set_title(fill(title, TITLE_WIDTH))
         axes.tick_params(labelsize="small")
+        _make_room(axes, *axes.get_yticklabels())
 
     return draw
 
@@ -149,10 +151,16 @@ def lines(
         if len(curves) <= MAX_CURVES_BESIDE_LEGEND:
             axes.legend(fontsize="small")
             return
-        legend, figure = axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)), axes.figure
-        figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
+        _make_room(axes, axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)))
 
     return draw
+
+
+def _make_room(axes: "Axes", *beside: "Artist") -> None:
+    """Widen the picture by what stands beside a panel."""
+    figure = axes.figure
+    width = max(artist.get_window_extent().width for artist in beside)
+    figure.set_figwidth(figure.get_figwidth() + width / figure.dpi)
 
 
 def grid(title: str, rows: list, columns: list, values: list[list[float]], x: str, y: str) -> Callable[["Axes"], None]:
