@@ -26,7 +26,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import BaseOutput
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
@@ -211,7 +211,7 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         if self.config.lora:
             raise ValueError(f"This {self.label} has a LoRA already: drop `peft_config` to go on training that one.")
         self.backbone.requires_grad_(False)
-        self.backbone.add_adapter(lora_config)
+        inject_adapter_in_model(lora_config, self.backbone)  # `add_adapter` of transformers pins a version of PEFT
         adapted = [name for name in self.trained_in_full() if "lora_" in name]
         if adapted:
             raise ValueError(

@@ -257,7 +257,8 @@ class TestRollouts:
         )
         watched.train()
         for name, value in trainable(plain).items():
-            assert torch.equal(value, trainable(watched)[name]), name
+            # Other memory is in use: some processors round the last bit otherwise. Other noise would show in the first digits.
+            torch.testing.assert_close(trainable(watched)[name], value, rtol=0, atol=1e-6)
         first, second = watched.evaluate(), watched.evaluate()
         for name in ("eval_loss", "eval_reward", "eval_rewards/accuracies", "eval_reward_gap"):
             assert first[name] == second[name]
