@@ -26,7 +26,7 @@ from .statistics import Estimate, compare, difference, verdict
 
 BETAS = (20.0, 100.0, 500.0, 1000.0, 2000.0, 5000.0)
 SDE_STEPS = (2, 4, 8, 16)
-CANDIDATES = (2, 4, 8)
+GRID = ((2, 8, 16), (2, 4, 8))  # of stochastic steps and candidates
 
 EVEN_TAPO = replace(TAPO, options={**TAPO.options, "step_weighting": "velocity"})
 
@@ -171,8 +171,8 @@ def figure11(lab: Lab) -> Report:
     """Stochastic steps by candidates, and where the reward is hacked."""
     cells = {
         (steps, candidates): (TAPO, {"num_sde_steps": steps, "num_candidates": candidates})
-        for steps in SDE_STEPS
-        for candidates in CANDIDATES
+        for steps in GRID[0]
+        for candidates in GRID[1]
     }
     runs = _of_seeds(lab, cells)
     judged = {cell: lab.judged(of_seeds) for cell, of_seeds in runs.items()}
@@ -182,7 +182,7 @@ def figure11(lab: Lab) -> Report:
         [steps, candidates, *_training_cells(lab, run), reward[steps, candidates], *_judge_cells(lab, run)]
         for (steps, candidates), run in runs.items()
     ]
-    corner, paper = (SDE_STEPS[-1], CANDIDATES[-1]), (8, 4)
+    corner, paper = (GRID[0][-1], GRID[1][-1]), (8, 4)
     hacked = f"reward {reward[corner]} against {reward[paper]} at n = 8, P = 4, judge {judged[corner]} against {judged[paper]}"
     lower_judge = verdict(difference(judged[paper].values, judged[corner].values))
     return Report(
@@ -321,8 +321,9 @@ def _rate(lab: Lab, method: Method) -> float:
 
 
 def _grid(title: str, values: dict[tuple[int, int], Estimate]):
-    table = [[values[steps, candidates].mean for candidates in CANDIDATES] for steps in SDE_STEPS]
-    return grid(title, list(SDE_STEPS), list(CANDIDATES), table, "candidates P", "stochastic steps n")
+    rows, columns = GRID
+    table = [[values[steps, candidates].mean for candidates in columns] for steps in rows]
+    return grid(title, list(rows), list(columns), table, "candidates P", "stochastic steps n")
 
 
 def _method_text(lab: Lab, more: str = "") -> str:
