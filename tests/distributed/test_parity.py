@@ -89,7 +89,7 @@ class TestTAPO:
         assert len(steps) == RUNS["single"][run]["args"]["max_steps"]
         for expected, found in zip(steps, several["log_history"], strict=False):
             for name in LOGGED:
-                assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), (name, expected["step"])
+                assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), (name, expected["step"])
 
     @pytest.mark.parametrize("engine", ENGINES)
     def test_every_process_generates_the_same(self, results, engine):
