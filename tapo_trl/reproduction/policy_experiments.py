@@ -150,7 +150,7 @@ def figure10(lab: Lab) -> Report:
         title="Figure 10: the strength of the regularisation, beta",
         method=_method_text(lab),
         header=["beta", *TRAINING_HEADER, *lab.world.describe],
-        rows=[[beta, *_training_cells(lab, run), *_judge_cells(lab, run)] for beta, run in runs.items()],
+        rows=[[f"{beta:g}", *_training_cells(lab, run), *_judge_cells(lab, run)] for beta, run in runs.items()],
         claims=[
             f"beta = 1000 is better than 20: {compare(judged[1000.0], judged[20.0])}",
             f"beta = 1000 is better than 5000: {compare(judged[1000.0], judged[5000.0])}",

@@ -168,9 +168,11 @@ def grid(title: str, rows: list, columns: list, values: list[list[float]], x: st
 
     def draw(axes: "Axes") -> None:
         axes.imshow(values, cmap="viridis", aspect="auto")
+        middle = (min(map(min, values)) + max(map(max, values))) / 2
         for row, line in enumerate(values):
             for column, value in enumerate(line):
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white", fontsize="small")
+                color = "white" if value < middle else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.set(title=fill(title, TITLE_WIDTH), xlabel=x, ylabel=y)
