@@ -106,46 +106,39 @@ class Bench:
     Args:
         policy ([`FlowPolicy`]): the policy, on the device. Its transformer gets a LoRA.
         max_sequence_length (`int`): tokens of the T5 or UMT5 text encoder.
+        options ([`RolloutConfig`]): those of its options that change speed and memory are applied as a trainer does.
         lora_r (`int`): rank of the LoRA.
         guidance_scale (`float`): scale of classifier-free guidance.
         score_batch_size (`int`, *optional*): candidates per forward of the reward model.
         transition_batch_size (`int`, *optional*, defaults to `1`): transition pairs per forward and backward.
-        options ([`RolloutConfig`], *optional*): those of its options that change speed and memory, applied as a trainer
-            does. None by default.
     """
 
     policy: FlowPolicy
     max_sequence_length: int
+    options: RolloutConfig
     lora_r: int = 64
     guidance_scale: float = 4.5
     score_batch_size: int | None = None
     transition_batch_size: int = 1
-    options: RolloutConfig | None = None
     model: PeftModel = field(init=False)
     reward: WeightedReward = field(init=False)
 
     def __post_init__(self):
         transformer = self.policy.transformer.requires_grad_(False).eval()
         slrm = SLRMModel.from_policy(self.policy, max_sequence_length=self.max_sequence_length).requires_grad_(False)
-        if self.share_backbone:
+        if self.options.share_backbone:
             slrm.add_lora(self._lora())
             slrm.requires_grad_(False)
             tie(slrm.transformer, transformer)
         self.reward = WeightedReward([LatentReward(slrm, "parent", self.score_batch_size)])
-        if self.options is not None:
-            check_rewards([slrm], self.options)
-            check_sharing([slrm], self.options, self._lora())
-            check_speed_options(self.options, self._lora())
+        check_rewards([slrm], self.options)
+        check_sharing([slrm], self.options, self._lora())
+        check_speed_options(self.options, self._lora())
         self.model = get_peft_model(transformer, self._lora())
-        if self.options is not None:
-            shrink_and_speed_up(self.policy, None, self.reward.rewards, self.options)
-            place_rewards(self.reward.rewards, self.policy, self.options)
-            compile_blocks(self.options, [transformer, slrm.transformer])
+        shrink_and_speed_up(self.policy, None, self.reward.rewards, self.options)
+        place_rewards(self.reward.rewards, self.policy, self.options)
+        compile_blocks(self.options, [transformer, slrm.transformer])
         transformer.enable_gradient_checkpointing()
-
-    @property
-    def share_backbone(self) -> bool:
-        return self.options is not None and self.options.share_backbone
 
     @property
     def weight_bytes(self) -> int:
@@ -250,7 +243,7 @@ class Bench:
                 type(transformer).from_config(transformer.config).requires_grad_(False), self._lora()
             )
             slrm = SLRMModel.without_weights(self.policy)
-            if self.share_backbone:
+            if self.options.share_backbone:
                 slrm.add_lora(self._lora())
             latents = torch.randn(1, *self.policy.latent_shape(*size))
             sigma = torch.tensor(0.5)

@@ -176,7 +176,8 @@ def format_report(report: dict[str, Any]) -> str:
         f"# {report['settings']['name']} on {machine['device']}",
         "",
         f"PyTorch {machine['torch']}, {machine['dtype']}, {machine['threads']} CPU threads. The best matrix product makes "
-        f"{machine['peak_tflops']:.3g} TFLOP/s. Weights of policy and reward model: {machine['weights_gib']:.3g} GiB. Seconds, forwards and TFLOP are those of one prompt, that is of "
+        f"{machine['peak_tflops']:.3g} TFLOP/s. Weights of policy and reward model: {machine['weights_gib']:.3g} GiB. "
+        "Seconds, forwards and TFLOP are those of one prompt, that is of "
         "one pair of trajectories; guidance counts as two forwards, and what checkpointing computes again as none.",
         "",
         *table(report["rows"]),

@@ -215,7 +215,9 @@ def write_results(file: Path, results: Mapping[Run, dict[str, Any]]) -> None:
         entry = {"folder": run.folder, "label": run.label, "seed": run.seed, "result": _rounded(result)}
         kept[run.folder] = json.dumps(entry, separators=(",", ":"))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def _rounded(value: Any) -> Any:
