@@ -229,6 +229,7 @@ def pairings(lab: Lab) -> Report:
             rows.append([condition, name, *_training_cells(lab, of_seeds), *_judge_cells(lab, of_seeds)])
         claims += [
             f"{condition}: TAPO against {name}: {compare(judged['TAPO'], value)}"
+            + _at_the_edge(rates, {other: runs[f"{other}; {condition}"] for other in ("TAPO", name)})
             for name, value in judged.items()
             if name != "TAPO"
         ]
@@ -270,6 +271,14 @@ def recipe(lab: Lab) -> Report:
 
 
 TRAINING_HEADER = ["learning rate", "steps", "policy forwards", "reward forwards"]
+
+
+def _at_the_edge(rates: list[float], runs: dict[str, list[Run]]) -> str:
+    """What a verdict must not hide: methods that might be better still with a smaller learning rate."""
+    names = [name for name, of_seeds in runs.items() if of_seeds[0].options["learning_rate"] == min(rates)]
+    if not names:
+        return ""
+    return f" At the least learning rate that was tried, {min(rates):g}, where a smaller one might be better: {', '.join(names)}."
 
 
 def _training_cells(lab: Lab, runs: list[Run]) -> list:

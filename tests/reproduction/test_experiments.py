@@ -208,6 +208,16 @@ class TestClaims:
         assert any("deployable" in label for label in labels)
 
 
+def test_pairings_say_whose_learning_rate_is_the_least_that_was_tried(world):
+    def gain(options):  # the smaller rate is better for SPO's pairs
+        return 1.0 if options.get("pairing") == "spo" and options["learning_rate"] == min(RATES) else 0.0
+
+    claims = EXPERIMENTS["pairings"](lab_of(world, gain=gain)).claims
+    edge = [claim for claim in claims if "least learning rate" in claim]
+    assert edge and all("SPO" in claim.split("might be better:")[1] for claim in edge)
+    assert not any("within each: **" in claim for claim in edge)
+
+
 def test_pairings_differ_in_their_pairs_alone(world):
     lab = lab_of(world, seeds=1)
     EXPERIMENTS["pairings"](lab)
