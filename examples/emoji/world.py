@@ -45,7 +45,7 @@ def judge(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
     }
 
 
-POLICY_RATES = (4e-3, 8e-3, 1.6e-2)
+FIRST_RATES = (4e-3, 8e-3)
 
 WORLD = World(
     name="emoji",
@@ -69,7 +69,7 @@ WORLD = World(
         "caption": "probability of the right caption among all",
         "R@1": "share of pictures whose best caption is the right one",
     },
-    learning_rates=dict.fromkeys(("tapo", "dpo", "online_dpo", "grpo"), POLICY_RATES),
+    learning_rates=dict.fromkeys(("tapo", "dpo", "online_dpo", "grpo"), FIRST_RATES),
     prompts_per_step=6,
     num_steps=16,
     num_inference_steps=20,

@@ -53,6 +53,9 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe and options
     "SPM": ("slrm_spm", {}),
 }
 
+MAX_RATES = 6
+"""Learning rates that are tried for a method at most."""
+
 TAPO = Method("tapo", {"pairing": "tapo"}, "SLRM")
 
 METHODS: dict[str, Method] = {
@@ -141,35 +144,51 @@ class Lab:
         """Policy forwards of every method: those of TAPO with its default options."""
         return self.world.num_steps * self.forwards_per_step([self.policy("TAPO", TAPO, 0)])[0]
 
-    def best(self, methods: Mapping[str, Method], learning_rates: Sequence[float] | None = None) -> dict[str, Run]:
+    def at_budget(self, methods: Mapping[str, Method]) -> dict[str, list[Run]]:
         """
-        One run of each method, with the first seed, as many steps as the budget pays for, and the one of `learning_rates`
-        (by default the world's) that is best for the primary judge on `validation`.
+        Runs of each method, one per seed, with as many steps as the budget pays for and the method's best learning rate: of
+        the two that are best with the first seed, the one with the higher mean over all seeds. The primary judge on
+        `validation` decides.
+        """
+        finalists = {}
+        for name, tried in self._search(methods).items():
+            best_first = sorted(tried, key=lambda run: self._on_validation([run]), reverse=True)
+            finalists[name] = [self._with_all_seeds(name, methods[name], run) for run in best_first[:2]]
+        self.queue.make([run for pair in finalists.values() for of_seeds in pair for run in of_seeds])
+        return {name: max(pair, key=self._on_validation) for name, pair in finalists.items()}
+
+    def _search(self, methods: Mapping[str, Method]) -> dict[str, list[Run]]:
+        """
+        Runs of each method with the first seed and the world's learning rates, and with further ones, by the same factor, until
+        the best lies between two others or there are [`MAX_RATES`].
         """
         first = {name: self.policy(name, method, self.seeds[0]) for name, method in methods.items()}
-        costs = self.forwards_per_step(list(first.values()))
-        tried = {}
-        for (name, run), cost in zip(first.items(), costs, strict=True):
-            rates = learning_rates or self.world.learning_rates[run.command]
-            steps = max(1, round(self.budget() / cost))
-            tried[name] = [run.with_options(max_steps=steps, learning_rate=rate) for rate in rates]
-        self.queue.make([run for runs in tried.values() for run in runs])
-        return {name: max(runs, key=self._primary_on_validation) for name, runs in tried.items()}
+        costs = dict(zip(first, self.forwards_per_step(list(first.values())), strict=True))
+        tried: dict[str, list[Run]] = {name: [] for name in methods}
+        rates = {name: self.world.learning_rates[run.command] for name, run in first.items()}
+        while any(rates.values()):
+            for name, run in first.items():
+                steps = max(1, round(self.budget() / costs[name]))
+                tried[name] += [run.with_options(max_steps=steps, learning_rate=rate) for rate in rates[name]]
+            self.queue.make([run for runs in tried.values() for run in runs])
+            rates = {name: self._rates_beyond(runs) for name, runs in tried.items()}
+        return tried
 
-    def at_budget(
-        self, methods: Mapping[str, Method], learning_rates: Sequence[float] | None = None
-    ) -> dict[str, list[Run]]:
-        """What [`best`] finds for each method, one run per seed."""
-        runs = {}
-        for name, best in self.best(methods, learning_rates).items():
-            chosen = {option: best.options[option] for option in ("max_steps", "learning_rate")}
-            runs[name] = [self.policy(name, methods[name], seed, **chosen) for seed in self.seeds]
-        self.queue.make([run for of_seeds in runs.values() for run in of_seeds])
-        return runs
+    def _rates_beyond(self, tried: Sequence[Run]) -> tuple[float, ...]:
+        """The learning rate beyond the end that is the best of them, if one is and there are not enough."""
+        rates = sorted(run.options["learning_rate"] for run in tried)
+        best = max(tried, key=lambda run: self._on_validation([run])).options["learning_rate"]
+        if len(rates) == 1 or len(rates) >= MAX_RATES or rates[0] < best < rates[-1]:
+            return ()
+        factor = rates[1] / rates[0]
+        return (best / factor,) if best == rates[0] else (best * factor,)
 
-    def _primary_on_validation(self, run: Run) -> float:
-        (result,) = self.queue.make([run])
-        return result["judges"]["validation"][self.world.primary]
+    def _with_all_seeds(self, name: str, method: Method, run: Run) -> list[Run]:
+        chosen = {option: run.options[option] for option in ("max_steps", "learning_rate")}
+        return [self.policy(name, method, seed, **chosen) for seed in self.seeds]
+
+    def _on_validation(self, runs: Sequence[Run]) -> float:
+        return self.judged(runs, split="validation").mean
 
     def judged(self, runs: Sequence[Run], judge: str | None = None, split: str = "test") -> Estimate:
         """What a judge, by default the primary one, says of runs with several seeds."""

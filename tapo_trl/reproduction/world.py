@@ -43,7 +43,8 @@ class World:
             sample, the higher the better. Judges never enter a training.
         primary (`str`): the judge that learning rates are chosen by, on `validation`.
         describe (`dict[str, str]`): what each judge says, for the tables.
-        learning_rates (`dict[str, tuple[float, ...]]`): those that are tried for every method, by command.
+        learning_rates (`dict[str, tuple[float, ...]]`):
+            Those that are tried for every method first, by command. The search goes on by their factor, see [`Lab.at_budget`].
         prompts_per_step (`int`): prompts per step of the online methods.
         num_steps (`int`): steps of TAPO with its default options. Other methods get as many as cost the same.
         num_inference_steps (`int`): T, of rollouts and of samples that are judged.
