@@ -145,17 +145,20 @@ class Lab:
         return self.world.num_steps * self.forwards_per_step([self.policy("TAPO", TAPO, 0)])[0]
 
     def at_budget(self, methods: Mapping[str, Method]) -> dict[str, list[Run]]:
+        """Runs of each method, one per seed, with as many steps as the budget pays for and its best learning rate."""
+        return {name: best for name, (best, *_) in self.finalists(methods).items()}
+
+    def finalists(self, methods: Mapping[str, Method]) -> dict[str, list[list[Run]]]:
         """
-        Runs of each method, one per seed, with as many steps as the budget pays for and the method's best learning rate: of
-        the two that are best with the first seed, the one with the higher mean over all seeds. The primary judge on
-        `validation` decides.
+        Runs of each method, one per seed, with as many steps as the budget pays for, and the two learning rates that are best
+        with the first seed; the one with the higher mean over all seeds comes first. The primary judge on `validation` decides.
         """
         finalists = {}
         for name, tried in self._search(methods).items():
             best_first = sorted(tried, key=lambda run: self._on_validation([run]), reverse=True)
             finalists[name] = [self._with_all_seeds(name, methods[name], run) for run in best_first[:2]]
         self.queue.make([run for pair in finalists.values() for of_seeds in pair for run in of_seeds])
-        return {name: max(pair, key=self._on_validation) for name, pair in finalists.items()}
+        return {name: sorted(pair, key=self._on_validation, reverse=True) for name, pair in finalists.items()}
 
     def _search(self, methods: Mapping[str, Method]) -> dict[str, list[Run]]:
         """

@@ -69,11 +69,11 @@ VARIANTS: dict[str, Method] = {
 def table1(lab: Lab) -> Report:
     """Methods by judge, at the same number of policy forwards."""
     methods = {name: method for name, method in METHODS.items() if _is_available(lab, method)}
-    runs = lab.at_budget(methods)
-    rows, primary = [_base_row(lab)], {}
-    for name, of_seeds in runs.items():
-        primary[name] = lab.judged(of_seeds)
-        rows.append([name, *_training_cells(lab, of_seeds), *_judge_cells(lab, of_seeds)])
+    finalists = lab.finalists(methods)
+    rows, primary = [[*_base_row(lab), ""]], {}
+    for name, pair in finalists.items():
+        primary[name] = lab.judged(pair[0])
+        rows.append([name, *_finalist_cells(lab, pair)])
     base = lab.judged([lab.base(None, seed) for seed in lab.seeds])
     claims = [
         f"TAPO against {name}: {compare(primary['TAPO'], value)}"
@@ -83,7 +83,7 @@ def table1(lab: Lab) -> Report:
     return Report(
         title="Table 1: methods at the same cost",
         method=_method_text(lab),
-        header=["method", *TRAINING_HEADER, *lab.world.describe],
+        header=["method", *TRAINING_HEADER, *lab.world.describe, _second_header(lab)],
         rows=rows,
         claims=claims,
         panels=[bars(lab.world.describe[lab.world.primary], primary, start=base.mean)],
@@ -210,7 +210,7 @@ def pairings(lab: Lab) -> Report:
         for condition, changes in CONDITIONS.items()
         if available(lab, [changes.get("reward", "SLRM")])
     }
-    runs = lab.at_budget(
+    finalists = lab.finalists(
         {
             f"{name}; {condition}": method
             for condition, methods in conditions.items()
@@ -220,9 +220,9 @@ def pairings(lab: Lab) -> Report:
     for condition, methods in conditions.items():
         judged = {}
         for name in methods:
-            of_seeds = runs[f"{name}; {condition}"]
-            judged[name] = lab.judged(of_seeds)
-            rows.append([condition, name, *_training_cells(lab, of_seeds), *_judge_cells(lab, of_seeds)])
+            pair = finalists[f"{name}; {condition}"]
+            judged[name] = lab.judged(pair[0])
+            rows.append([condition, name, *_finalist_cells(lab, pair)])
         claims += [
             f"{condition}: TAPO against {name}: {compare(judged['TAPO'], value)}"
             for name, value in judged.items()
@@ -236,7 +236,7 @@ def pairings(lab: Lab) -> Report:
             "All pairings have beta = 1000, no clipping, no threshold and `step_weighting: velocity`, so that they differ in "
             "their pairs alone. The harder half of the prompts is that whose samples by the base have the least reward.",
         ),
-        header=["condition", "pairs", *TRAINING_HEADER, *lab.world.describe],
+        header=["condition", "pairs", *TRAINING_HEADER, *lab.world.describe, _second_header(lab)],
         rows=rows,
         claims=claims,
         panels=panels,
@@ -247,13 +247,13 @@ def recipe(lab: Lab) -> Report:
     """Which changes make the paper's TAPO better."""
     methods = {name: method for name, method in VARIANTS.items() if _is_available(lab, method)}
     first, second, *others = methods
-    runs = lab.at_budget(methods)
-    judged = {name: lab.judged(of_seeds) for name, of_seeds in runs.items()}
+    finalists = lab.finalists(methods)
+    judged = {name: lab.judged(pair[0]) for name, pair in finalists.items()}
     return Report(
         title="Changes of TAPO, at the same cost",
         method=_method_text(lab),
-        header=["variant", *TRAINING_HEADER, *lab.world.describe],
-        rows=[[name, *_training_cells(lab, run), *_judge_cells(lab, run)] for name, run in runs.items()],
+        header=["variant", *TRAINING_HEADER, *lab.world.describe, _second_header(lab)],
+        rows=[[name, *_finalist_cells(lab, pair)] for name, pair in finalists.items()],
         claims=[
             *(f"{name}, against the paper's: {compare(judged[name], judged[first])}" for name in (second, *others)),
             *(f"{name}, against step_weighting alone: {compare(judged[name], judged[second])}" for name in others),
@@ -274,6 +274,17 @@ def _training_cells(lab: Lab, runs: list[Run]) -> list:
     forwards = lab.queue.make(runs[:1])[0]["forwards"]
     options = runs[0].options
     return [f"{options['learning_rate']:g}", options["max_steps"], forwards["policy"], forwards["reward"]]
+
+
+def _finalist_cells(lab: Lab, pair: list[list[Run]]) -> list:
+    """Cells of the best learning rate, and what the second would have given: where they differ much, the choice matters."""
+    best, *others = pair
+    second = [f"{runs[0].options['learning_rate']:g}: {lab.judged(runs)}" for runs in others]
+    return [*_training_cells(lab, best), *_judge_cells(lab, best), "".join(second)]
+
+
+def _second_header(lab: Lab) -> str:
+    return f"{lab.world.primary} with the second learning rate"
 
 
 def _seconds_per_pair(lab: Lab, runs: list[Run]) -> float:
@@ -327,7 +338,8 @@ def _method_text(lab: Lab, more: str = "") -> str:
         f"a method gets as many steps as {lab.budget()} of them pay for (up to some smaller batches at the end of an epoch), unless "
         f"the table shows other steps. Each method has its best learning rate by `{world.primary}` on the prompts of `validation`: "
         f"with the first seed, {' and '.join(f'{rate:g}' for rate in world.learning_rates['tapo'])} are tried, and further ones until "
-        f"the best lies between two others or {MAX_RATES} were tried; of the best two, the mean over all seeds decides. The table shows the prompts of `test`, "
+        f"the best lies between two others or {MAX_RATES} were tried; of the best two, the mean over all "
+        "seeds decides. The table shows the prompts of `test`, "
         f"{lab.queue.samples_per_prompt} samples each, the mean over {len(lab.seeds)} training seeds (of reward model and policy) "
         f"and the 95 % interval. Judges: {judges}. {more}"
     ).strip()

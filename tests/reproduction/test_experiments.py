@@ -184,6 +184,12 @@ class TestFairness:
         assert {run.options["learning_rate"] for run in runs} == {1e-3}
         assert _tried(lab, seed=0) == {1e-3, 2e-3, 4e-3} and _tried(lab, seed=1) == {1e-3, 2e-3}
 
+    def test_tables_show_what_the_second_learning_rate_gives(self, world):
+        report = EXPERIMENTS["table1"](lab_of(world, seeds=1))
+        (row,) = [row for row in report.rows if row[0] == "TAPO"]
+        assert row[1] == "0.002" and report.header[-1] == "good with the second learning rate"
+        assert row[-1] == "0.001: 0.499"
+
     def test_reported_numbers_are_of_the_test_split(self, world):
         lab = lab_of(world)
         runs = lab.at_budget({"TAPO": METHODS["TAPO"]})["TAPO"]
