@@ -74,7 +74,7 @@ def table1(lab: Lab) -> Report:
     for name, pair in finalists.items():
         primary[name] = lab.judged(pair[0])
         rows.append([name, *_finalist_cells(lab, pair)])
-    base = lab.judged([lab.base(None, seed) for seed in lab.seeds])
+    base = _base(lab)
     claims = [
         f"TAPO against {name}: {compare(primary['TAPO'], value)}"
         for name, value in {"the base model": base, **primary}.items()
@@ -204,7 +204,7 @@ def figure11(lab: Lab) -> Report:
 
 def pairings(lab: Lab) -> Report:
     """One trajectory or two, at the same number of policy forwards."""
-    rows, claims, panels = [], [], []
+    rows, claims, of_all = [], [], {}
     conditions = {
         condition: {name: _pairing(name, changes) for name in PAIRINGS if not changes or name not in HYBRIDS}
         for condition, changes in CONDITIONS.items()
@@ -228,7 +228,7 @@ def pairings(lab: Lab) -> Report:
             for name, value in judged.items()
             if name != "TAPO"
         ]
-        panels.append(bars(condition, judged))
+        of_all |= {f"{condition}: {name}": value for name, value in judged.items()}
     return Report(
         title="One trajectory or two: TAPO's pairs, SPO's, and hybrids",
         method=_method_text(
@@ -239,7 +239,7 @@ def pairings(lab: Lab) -> Report:
         header=["condition", "pairs", *TRAINING_HEADER, *lab.world.describe, _second_header(lab)],
         rows=rows,
         claims=claims,
-        panels=panels,
+        panels=[bars(lab.world.describe[lab.world.primary], of_all, start=_base(lab).mean)],
     )
 
 
@@ -258,7 +258,7 @@ def recipe(lab: Lab) -> Report:
             *(f"{name}, against the paper's: {compare(judged[name], judged[first])}" for name in (second, *others)),
             *(f"{name}, against step_weighting alone: {compare(judged[name], judged[second])}" for name in others),
         ],
-        panels=[bars(lab.world.describe[lab.world.primary], judged)],
+        panels=[bars(lab.world.describe[lab.world.primary], judged, start=_base(lab).mean)],
     )
 
 
@@ -295,6 +295,10 @@ def _seconds_per_pair(lab: Lab, runs: list[Run]) -> float:
 
 def _judge_cells(lab: Lab, runs: list[Run]) -> list[Estimate]:
     return [lab.judged(runs, judge) for judge in lab.world.describe]
+
+
+def _base(lab: Lab) -> Estimate:
+    return lab.judged([lab.base(None, seed) for seed in lab.seeds])
 
 
 def _base_row(lab: Lab) -> list:

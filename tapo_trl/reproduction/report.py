@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
+BAR_HEIGHT = 0.35  # inches
 MAX_CURVES_BESIDE_LEGEND = 4  # in one panel; the legend of more stands outside
 
 
@@ -123,6 +124,7 @@ def bars(title: str, values: dict[str, Estimate], start: float | None = None) ->
         axes.invert_yaxis()
         axes.set_title(fill(title, TITLE_WIDTH))
         axes.tick_params(labelsize="small")
+        axes.figure.set_figheight(max(axes.figure.get_figheight(), BAR_HEIGHT * len(names)))
         _make_room(axes, *axes.get_yticklabels())
 
     return draw
