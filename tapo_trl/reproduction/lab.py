@@ -166,13 +166,13 @@ class Lab:
         the best lies between two others or there are [`MAX_RATES`].
         """
         first = {name: self.policy(name, method, self.seeds[0]) for name, method in methods.items()}
-        costs = dict(zip(first, self.forwards_per_step(list(first.values())), strict=True))
+        budget, costs = self.budget(), self.forwards_per_step(list(first.values()))
+        steps = {name: max(1, round(budget / cost)) for name, cost in zip(first, costs, strict=True)}
         tried: dict[str, list[Run]] = {name: [] for name in methods}
         rates = {name: self.world.learning_rates[run.command] for name, run in first.items()}
         while any(rates.values()):
             for name, run in first.items():
-                steps = max(1, round(self.budget() / costs[name]))
-                tried[name] += [run.with_options(max_steps=steps, learning_rate=rate) for rate in rates[name]]
+                tried[name] += [run.with_options(max_steps=steps[name], learning_rate=rate) for rate in rates[name]]
             self.queue.make([run for runs in tried.values() for run in runs])
             rates = {name: self._rates_beyond(runs) for name, runs in tried.items()}
         return tried

@@ -118,7 +118,7 @@ def table3(lab: Lab) -> Report:
         title="Table 3: components of SLRM, and the number of stochastic steps n",
         method=_method_text(
             lab,
-            f"All runs have {lab.world.num_steps} steps, so that more stochastic steps cost more. Seconds per pair are those of the "
+            f"{TAPOS_RATE} All runs have {lab.world.num_steps} steps, so that more stochastic steps cost more. Seconds per pair are those of the "
             "whole training, with its start, of the fastest seed; `tapo-trl bench` measures sampling, scoring and update on their "
             "own.",
         ),
@@ -149,7 +149,7 @@ def figure10(lab: Lab) -> Report:
     best = max(judged, key=lambda beta: judged[beta].mean)
     return Report(
         title="Figure 10: the strength of the regularisation, beta",
-        method=_method_text(lab),
+        method=_method_text(lab, TAPOS_RATE),
         header=["beta", *TRAINING_HEADER, *lab.world.describe],
         rows=[[f"{beta:g}", *_training_cells(lab, run), *_judge_cells(lab, run)] for beta, run in runs.items()],
         claims=[
@@ -188,7 +188,7 @@ def figure11(lab: Lab) -> Report:
     lower_judge = verdict(difference(judged[paper].values, judged[corner].values))
     return Report(
         title="Figure 11: stochastic steps n by candidates P",
-        method=_method_text(lab, f"The reward of the base model's samples is {start}."),
+        method=_method_text(lab, f"{TAPOS_RATE} The reward of the base model's samples is {start}."),
         header=["n", "P", *TRAINING_HEADER, "reward of the samples", *lab.world.describe],
         rows=rows,
         claims=[
@@ -267,6 +267,7 @@ def _pairing(name: str, changes: dict[str, Any]) -> Method:
     return Method("tapo", options, changes.get("reward", "SLRM"), changes.get("hard_prompts", False))
 
 
+TAPOS_RATE = "All rows have the learning rate of TAPO in Table 1, which may not be the best for each."
 TRAINING_HEADER = ["learning rate", "steps", "policy forwards", "reward forwards"]
 
 
