@@ -21,6 +21,7 @@ from .version import __version__
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        ".data": ("PAIR_PRESETS", "to_preference_pairs"),
         ".policies": ("FlowPolicy", "load_policy"),
         ".rewards": ("DiNaModel", "LRMModel", "SLRMModel", "SPMModel", "load_reward_model"),
         ".schedulers": ("FlowMatchSDEScheduler",),
@@ -47,6 +48,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
 )
 
 if TYPE_CHECKING:
+    from .data import PAIR_PRESETS, to_preference_pairs
     from .policies import FlowPolicy, load_policy
     from .rewards import DiNaModel, LRMModel, SLRMModel, SPMModel, load_reward_model
     from .schedulers import FlowMatchSDEScheduler

@@ -20,13 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data import default_prompts
-from ..data.dimensions import LABEL_PREFIX
+from ..data.pairs import preset_hint, to_preference_pairs
 from ..policies import FlowPolicy, load_policy
 from ..trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
 from .model_arguments import DiffusionModelConfig, get_lora_config
@@ -177,69 +176,44 @@ def load_prompt_dataset(
 
 def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Dataset:
     """
-    Loads preference pairs into the columns that [`SLRMTrainer`] reads. No image or video is decoded or copied.
+    Loads preference pairs into the columns that [`SLRMTrainer`] reads, see [`to_preference_pairs`]. No image or video is
+    decoded or copied, and nothing is written beside what loading a data set writes.
 
     Args:
         args ([`PreferenceDatasetArguments`]): Where the pairs are, and how their columns are called.
         split (`str`): Split.
 
     Returns:
-        [`~datasets.Dataset`]: With the columns `prompt`, `chosen` and `rejected`, and with `pair_columns` also `label`
+        [`~datasets.Dataset`]: With the columns `prompt`, `chosen` and `rejected`, and for pairs with labels also `label`
             (1, or 0.5 for a tie), in the order of the data set, and the columns `label_<dimension>`, turned to say how
             much the chosen is preferred. Pairs without a label are left out.
     """
     dataset = load_split(args.dataset_name, args.dataset_config, split)
+    options = {"label_values": args.label_values, "valid_column": args.valid_column, "media_root": args.media_root}
+    if args.pair_preset is not None:
+        prompt = None if args.prompt_column == "prompt" else args.prompt_column
+        return to_preference_pairs(dataset, preset=args.pair_preset, prompt=prompt, **options)
+
+    columns = {"prompt_column": args.prompt_column}
     if args.pair_columns is None:
-        columns = {
-            "prompt_column": args.prompt_column,
-            "chosen_column": args.chosen_column,
-            "rejected_column": args.rejected_column,
-        }
-        if args.chosen_column not in dataset.column_names and "image_0" in dataset.column_names:
+        first, second = args.chosen_column, args.rejected_column
+        columns |= {"chosen_column": first, "rejected_column": second}
+        hint = preset_hint(dataset.column_names, "pair_preset")
+        if hint and not set(columns.values()) <= set(dataset.column_names):
+            raise ValueError(f"The data set {args.dataset_name} does not have all of {list(columns.values())}.{hint}")
+        if first not in dataset.column_names and "image_0" in dataset.column_names:
             raise ValueError(
                 f"The data set {args.dataset_name} stores pairs by position (`image_0`, `image_1`): set "
                 "`pair_columns: [image_0, image_1]` and `label_column`, the column that tells how much the first is "
                 "preferred."
             )
-        _require_columns(dataset, columns, args.dataset_name)
-        dataset = _rename(dataset, args.chosen_column, "chosen")
-        dataset = _rename(dataset, args.rejected_column, "rejected")
-        return _rename(dataset, args.prompt_column, "prompt")
-
-    first, second = args.pair_columns
-    _require_columns(
-        dataset,
-        {
-            "prompt_column": args.prompt_column,
-            "pair_columns[0]": first,
-            "pair_columns[1]": second,
-            "label_column": args.label_column,
-        },
-        args.dataset_name,
+    else:
+        first, second = args.pair_columns
+        columns |= {"pair_columns[0]": first, "pair_columns[1]": second, "label_column": args.label_column}
+    _require_columns(dataset, columns, args.dataset_name)
+    return to_preference_pairs(
+        dataset, first=first, second=second, label=args.label_column, prompt=args.prompt_column, **options
     )
-    labels = np.asarray(dataset[args.label_column][:], dtype=float)
-    labelled = ~np.isnan(labels)
-    if not ((labels[labelled] >= 0) & (labels[labelled] <= 1)).all():
-        raise ValueError(
-            f"`label_column` (`{args.label_column}`) must hold values in [0, 1], how much `{first}` is preferred, but they "
-            f"reach from {np.nanmin(labels)} to {np.nanmax(labels)}."
-        )
-    if not labelled.all():
-        logger.warning(f"Left out {(~labelled).sum()} of {len(labels)} pairs, which have no `{args.label_column}`.")
-    numbers = [name for name, feature in dataset.features.items() if feature.dtype.startswith(("float", "int"))]
-    dimensions = [name for name in numbers if name.startswith(LABEL_PREFIX) and name != args.label_column]
-    dataset = dataset.select_columns([args.prompt_column, first, second, *dimensions])
-    first_rows, second_rows = np.flatnonzero(labels >= 0.5), np.flatnonzero(labels < 0.5)
-    parts = []
-    for rows, chosen, rejected in ((first_rows, first, second), (second_rows, second, first)):
-        part = dataset.select(rows)
-        part = part.rename_columns({args.prompt_column: "prompt", chosen: "chosen", rejected: "rejected"})
-        for name in dimensions if chosen == second else []:
-            turned = [None if value is None else 1 - value for value in part[name]]
-            part = part.remove_columns(name).add_column(name, turned)
-        parts.append(part.add_column("label", np.where(labels[rows] == 0.5, 0.5, 1.0).tolist()))
-    pairs = concatenate_datasets(parts)
-    return pairs.select(np.argsort(np.concatenate([first_rows, second_rows])))
 
 
 def load_preference_splits(args: SLRMScriptArguments) -> tuple[Dataset, Dataset | None]:

@@ -12,8 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -40,6 +41,18 @@ class PreferenceDatasetArguments:
         label_column (`str`, *optional*):
             Column that tells how much the first of `pair_columns` is preferred: 1 the first, 0 the second, 0.5 a
             tie. Values between count as the nearer of 0 and 1.
+        pair_preset (`str`, *optional*):
+            Columns of a published data set, instead of the options above: `"pickapic"`, `"hpdv2"`, `"hpdv2_test"`, `"hpdv3"`,
+            `"genai_bench_image"`, `"genai_bench_video"`, `"videogen_rewardbench"` or `"videofeedback"`, see
+            [`to_preference_pairs`]. `prompt_column` takes precedence if it is not `"prompt"`.
+        label_values (`dict`, *optional*):
+            What the values of `label_column` mean, such as `{left: 1, right: 0, tie: 0.5, unsure: null}`; rows whose value is
+            null are left out. JSON on the command line.
+        valid_column (`str`, *optional*):
+            Column of booleans; the rows where it is false are left out. Defaults to `has_label`, where there is such a
+            column.
+        media_root (`str`, *optional*):
+            Folder that relative paths of images and videos start from. Defaults to the working directory.
     """
 
     dataset_name: str | None = field(
@@ -68,8 +81,52 @@ class PreferenceDatasetArguments:
             "a tie."
         },
     )
+    pair_preset: (
+        Literal[
+            "pickapic", "hpdv2", "hpdv2_test", "hpdv3", "genai_bench_image", "genai_bench_video", "videogen_rewardbench",
+            "videofeedback",
+        ]
+        | None
+    ) = field(
+        default=None,
+        metadata={"help": "Columns of a published data set, instead of the options above."},
+    )  # fmt: skip
+    label_values: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What the values of `label_column` mean, such as `{left: 1, right: 0, tie: 0.5, unsure: null}`."
+        },
+    )
+    valid_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of booleans; rows where it is false are left out. By default `has_label`, if there is one."
+        },
+    )
+    media_root: str | None = field(
+        default=None, metadata={"help": "Folder that relative paths of images and videos start from."}
+    )
 
     def __post_init__(self):
+        if isinstance(self.label_values, str):
+            try:
+                self.label_values = json.loads(self.label_values)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`label_values` is not valid JSON: {error}.") from error
+        if self.label_values is not None and not isinstance(self.label_values, dict):
+            raise ValueError(f"`label_values` must map values to numbers, got {self.label_values!r}.")
+        if self.pair_preset is not None:
+            defaults = {
+                "pair_columns": None,
+                "label_column": None,
+                "chosen_column": "chosen",
+                "rejected_column": "rejected",
+            }
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise ValueError(f"`pair_preset` and `{name}` exclude each other: set one of them.")
+        elif self.label_values is not None and self.label_column is None:
+            raise ValueError("`label_values` is set but `label_column` is not: whose values are they?")
         if self.pair_columns is not None and len(self.pair_columns) != 2:
             raise ValueError(f"`pair_columns` must name two columns, but it names {len(self.pair_columns)}.")
         if (self.pair_columns is None) != (self.label_column is None):

@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from .pairs import PAIR_PRESETS, to_preference_pairs
 from .prompts import PromptCache, default_prompts
 
 
-__all__ = ["PromptCache", "default_prompts"]
+__all__ = ["PAIR_PRESETS", "PromptCache", "default_prompts", "to_preference_pairs"]

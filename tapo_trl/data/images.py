@@ -15,13 +15,29 @@
 """Images in whatever form a dataset holds them."""
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+# A file of a dataset, as the Hub's pages and `datasets` write it
+_HUB_FILE = re.compile(
+    r"(?:https://(?:huggingface\.co|hf\.co)/datasets/(?P<repo>[^/]+/[^/]+)/(?:blob|resolve|raw)/(?P<revision>[^/]+))"
+    r"/(?P<file>[^?#]+)(?:[?#].*)?"
+)
 
 
 class BadFileError(ValueError):
@@ -80,7 +96,9 @@ def open_image(value: Any, place: str) -> Image.Image:
     """The image, decoded only as far as its header. See [`ImageReader`]."""
     if isinstance(value, Image.Image):
         return value
-    value = file_of(value)
+    value = file_of(value, place)
+    if isinstance(value, str) and "://" in value:
+        raise BadFileError(f"{place}: {value} is an address of no dataset on the Hub: download it, and give its path.")
     if isinstance(value, (str, Path, bytes)):
         try:
             return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
@@ -103,11 +121,27 @@ def fit_image(image: Image.Image, height: int, width: int, place: str) -> np.nda
         raise BadFileError(f"{place}: the image is damaged ({error}).") from error
 
 
-def file_of(value: Any) -> Any:
-    """The bytes or else the path, where `datasets` keeps them together."""
+def file_of(value: Any, place: str) -> Any:
+    """The bytes or else the path, where `datasets` keeps them together. Files of datasets on the Hub are downloaded."""
     if isinstance(value, dict) and ("bytes" in value or "path" in value):
-        return value["bytes"] if value.get("bytes") is not None else value.get("path")
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    address = _HUB_FILE.fullmatch(value) if isinstance(value, str) else None
+    if address is not None:
+        return _download(address["repo"], unquote(address["revision"]), unquote(address["file"]), place)
     return value
+
+
+def _download(repo: str, revision: str, file: str, place: str) -> str:
+    try:
+        return hf_hub_download(repo, file, repo_type="dataset", revision=revision)
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise ConnectionError(
+            f"{place}: the file {file} of the dataset {repo} is not in the Hugging Face cache, and cannot be downloaded "
+            f"({str(error).splitlines()[0]}). Where there is a connection, `hf download --repo-type dataset {repo}` brings "
+            "all of its files into the cache."
+        ) from error
+    except EntryNotFoundError as error:
+        raise BadFileError(f"{place}: the dataset {repo} has no file {file}.") from error
 
 
 def as_pixels(value: np.ndarray | list, place: str, kind: str, shape: tuple[str | int, ...]) -> np.ndarray:

@@ -29,6 +29,7 @@ from ..policies import FlowPolicy
 from .dimensions import combine_dimensions
 from .images import BadFileError, ImageReader
 from .latents import LATENT_COLUMNS, ROW_COLUMN, SIDES, LatentReader, encode_pairs, is_encoded, latents_fingerprint
+from .pairs import preset_hint
 from .videos import VideoReader
 
 
@@ -177,7 +178,8 @@ def check_preference_dataset(
     if missing:
         raise ValueError(
             f"`{name}` lacks the columns {missing}; it has {dataset.column_names}. A preference dataset needs "
-            f"{list(REQUIRED_COLUMNS)}: rename yours with `dataset.rename_columns`."
+            f"{list(REQUIRED_COLUMNS)}: rename yours with `dataset.rename_columns`, or convert it with "
+            f"`to_preference_pairs`.{preset_hint(dataset.column_names, 'preset')}"
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")

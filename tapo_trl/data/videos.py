@@ -89,7 +89,7 @@ class VideoReader:
             BadFileError: if it cannot be read, has no video stream or is too short.
             ValueError: if it is no video.
         """
-        value = file_of(value)
+        value = file_of(value, place)
         if isinstance(value, (np.ndarray, list)):
             for index, frame in enumerate(self._first_frames(value, place)):
                 open_image(frame, f"{place}, frame {index}")
@@ -114,7 +114,7 @@ class VideoReader:
             BadFileError: if it cannot be read, has no video stream, is damaged or is too short.
             ValueError: if it is no video.
         """
-        value = file_of(value)
+        value = file_of(value, place)
         if isinstance(value, (np.ndarray, list)):
             frames = [
                 fit_image(open_image(frame, f"{place}, frame {index}"), self.height, self.width, place)

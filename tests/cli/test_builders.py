@@ -230,6 +230,30 @@ class TestLoadPreferencePairs:
         with pytest.raises(ValueError, match=r"`pair_columns: \[image_0, image_1\]` and `label_column`"):
             load_preference_pairs(args, "train")
 
+    def test_preset(self, tmp_path):
+        columns = {"caption": ["a", "b"], "jpg_0": [png(1), png(2)], "jpg_1": [png(3), png(4)], "label_0": [0.0, -1.0]}
+        columns |= {"label_1": [1.0, -1.0], "has_label": [True, False], "tags": [["x"], []]}
+        Dataset.from_dict(columns).to_parquet("pickapic.parquet")
+        args = PreferenceDatasetArguments(dataset_name="pickapic.parquet", pair_preset="pickapic")
+        pairs = load_preference_pairs(args, "train")
+        assert pairs.to_dict() == {"prompt": ["a"], "chosen": [png(3)], "rejected": [png(1)], "label": [1.0]}
+        names = {"prompt_column": "caption", "pair_columns": ["jpg_0", "jpg_1"], "label_column": "label_0"}
+        args = PreferenceDatasetArguments(dataset_name="pickapic.parquet", **names)
+        assert load_preference_pairs(args, "train").to_dict() == pairs.to_dict()
+        args = PreferenceDatasetArguments(dataset_name="pickapic.parquet", prompt_column="caption")
+        with pytest.raises(ValueError, match="It has the columns of `pair_preset='pickapic'`"):
+            load_preference_pairs(args, "train")
+
+    def test_values_of_labels_and_a_folder(self):
+        columns = {"prompt": ["a", "b"], "x": ["x0", "x1"], "y": ["y0", "y1"], "vote": ["right", "unsure"]}
+        Dataset.from_dict(columns).to_json("pairs.jsonl")
+        args = PreferenceDatasetArguments(
+            dataset_name="pairs.jsonl", pair_columns=["x", "y"], label_column="vote", media_root="files",
+            label_values='{"left": 1, "right": 0, "unsure": null}',
+        )  # fmt: skip
+        pairs = load_preference_pairs(args, "train").to_dict()
+        assert pairs == {"prompt": ["a"], "chosen": ["files/y0"], "rejected": ["files/x0"], "label": [1.0]}
+
     def test_missing_column(self):
         args = PreferenceDatasetArguments(
             dataset_name=self.write({"prompt": ["a"], "chozen": ["b"], "rejected": ["c"]})

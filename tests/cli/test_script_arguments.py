@@ -12,9 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from dataclasses import fields
+from typing import get_args
+
 import pytest
 
 from tapo_trl.cli.script_arguments import PreferenceDatasetArguments, SLRMScriptArguments
+from tapo_trl.data import PAIR_PRESETS
 
 
 class TestDatasetArguments:
@@ -28,6 +32,25 @@ class TestDatasetArguments:
     )
     def test_pair_columns_and_label_go_together(self, options, missing):
         with pytest.raises(ValueError, match=f"`{missing}` is not"):
+            PreferenceDatasetArguments(**options)
+
+    def test_presets_are_those_of_the_api(self):
+        (field,) = (field for field in fields(PreferenceDatasetArguments) if field.name == "pair_preset")
+        names, _ = get_args(field.type)
+        assert set(get_args(names)) == set(PAIR_PRESETS)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"pair_preset": "hpdv3", "pair_columns": ["a", "b"], "label_column": "c"}, "`pair_preset` and `pair_columns`"),
+            ({"pair_preset": "hpdv3", "chosen_column": "a"}, "`pair_preset` and `chosen_column` exclude"),
+            ({"label_values": {"left": 1}}, "`label_values` is set but `label_column` is not"),
+            ({"label_values": "{left"}, "`label_values` is not valid JSON"),
+            ({"label_values": "3"}, "`label_values` must map"),
+        ],
+    )  # fmt: skip
+    def test_options_that_exclude_each_other(self, options, message):
+        with pytest.raises(ValueError, match=message):
             PreferenceDatasetArguments(**options)
 
     def test_slrm_needs_a_dataset(self):

@@ -17,6 +17,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 from tapo_trl.data.images import BadFileError, ImageReader
@@ -92,3 +93,43 @@ class TestImageReader:
         reader.check(png(IMAGE)[:200], "`here`")
         with pytest.raises(BadFileError):
             reader.check(b"no image", "`here`")
+
+
+class TestAddresses:
+    ADDRESS = "https://huggingface.co/datasets/owner/name/{}/main/folder/a%20b.png"
+
+    @pytest.mark.parametrize("kind", ["blob", "resolve"])
+    def test_files_of_datasets_on_the_hub(self, kind, tmp_path, monkeypatch):
+        asked = []
+
+        def download(repo, file, **options):
+            asked.append((repo, file, options))
+            IMAGE.save(tmp_path / "image.png")
+            return str(tmp_path / "image.png")
+
+        monkeypatch.setattr("tapo_trl.data.images.hf_hub_download", download)
+        address = self.ADDRESS.format(kind) + ("?download=true" if kind == "resolve" else "")
+        expected = torch.from_numpy(np.array(IMAGE)).permute(2, 0, 1) / 255
+        assert torch.equal(ImageReader(32, 32).load(address), expected)
+        assert torch.equal(ImageReader(32, 32).load({"bytes": None, "path": address}), expected)
+        assert asked == [("owner/name", "folder/a b.png", {"repo_type": "dataset", "revision": "main"})] * 2
+
+    def test_without_a_connection(self, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        message = (
+            "`here`: the file folder/a b.png of the dataset owner/name is not in the Hugging Face cache.*`hf download"
+        )
+        with pytest.raises(ConnectionError, match=message):
+            ImageReader(32, 32).check(self.ADDRESS.format("blob"), "`here`")
+
+    def test_a_file_that_is_not_there_is_a_bad_file(self, monkeypatch):
+        def download(*args, **options):
+            raise EntryNotFoundError("404")
+
+        monkeypatch.setattr("tapo_trl.data.images.hf_hub_download", download)
+        with pytest.raises(BadFileError, match="`here`: the dataset owner/name has no file folder/a b.png"):
+            ImageReader(32, 32).check(self.ADDRESS.format("blob"), "`here`")
+
+    def test_other_addresses_are_bad_files(self):
+        with pytest.raises(BadFileError, match="`here`: https://example.org/a.png is an address.*: download it"):
+            ImageReader(32, 32).check("https://example.org/a.png", "`here`")

@@ -1,0 +1,46 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Columns of a dataset as they are stored, whatever its format shows of them."""
+
+import pyarrow as pa
+from datasets import Dataset
+
+
+def refuse_transform(dataset: Dataset, name: str) -> None:
+    """
+    Args:
+        dataset ([`~datasets.Dataset`]): dataset.
+        name (`str`): what it is called in the error message.
+
+    Raises:
+        ValueError: if rows are changed when they are read (`set_transform`, `with_transform`).
+    """
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            f"`{name}` has a transform (`set_transform` or `with_transform`), which changes rows each time they are read; "
+            f"they are read more than once here, and must be the same. Apply it beforehand with `{name}.map(...)`, or "
+            f"take it off with `{name}.with_format(None)`."
+        )
+
+
+def stored_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
+    """A column in Arrow's form, in the order of the rows."""
+    stored = dataset.data.column(column)
+    return stored if dataset._indices is None else stored.take(dataset._indices.column(0))
+
+
+def column_values(dataset: Dataset, column: str) -> list:
+    """A column as Python's own objects. For columns without images or videos."""
+    return stored_column(dataset, column).to_pylist()

@@ -1,0 +1,501 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Data sets as they are published, brought into the columns `prompt`, `chosen` and `rejected` without copying a file."""
+
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, List, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
+from transformers.utils import logging
+
+from .columns import column_values, refuse_transform, stored_column
+from .dimensions import LABEL_PREFIX
+from .latents import SIDES
+
+
+logger = logging.get_logger(__name__)
+
+# Column that says whether a row has a label at all, in Pick-a-Pic and what is derived from it
+_DEFAULT_VALID_COLUMN = "has_label"
+_MAX_LISTED = 8
+
+# Keyword arguments of `to_preference_pairs` for data sets with these columns
+PAIR_PRESETS: dict[str, dict[str, Any]] = {
+    "pickapic": {
+        "first": "jpg_0",
+        "second": "jpg_1",
+        "label": "label_0",
+        "prompt": "caption",
+        "valid_column": "has_label",
+    },
+    "hpdv2": {"media": "image_path", "scores": "human_preference"},
+    "hpdv2_test": {"media": "image_path", "scores": "rank", "lower_is_better": True},
+    "hpdv3": {"first": "path1", "second": "path2"},
+    "genai_bench_image": {
+        "first": "left_image",
+        "second": "right_image",
+        "label": "vote_type",
+        "label_values": {"leftvote": 1, "rightvote": 0, "tievote": 0.5, "bothbad_vote": 0.5},
+    },
+    "genai_bench_video": {
+        "first": "left_video",
+        "second": "right_video",
+        "label": "vote_type",
+        "label_values": {"leftvote": 1, "rightvote": 0, "tievote": 0.5, "bothbad_vote": 0.5},
+    },
+    "videogen_rewardbench": {
+        "first": "path_A",
+        "second": "path_B",
+        "label": "Overall",
+        "label_values": {"A": 1, "B": 0, "same": 0.5, "invalid": None},
+        "dimensions": {"visual_quality": "VQ", "motion_quality": "MQ", "text_alignment": "TA"},
+    },
+    "videofeedback": {
+        "media": "video link",
+        "scores": [
+            "visual quality",
+            "temporal consistency",
+            "dynamic degree",
+            "text-to-video alignment",
+            "factual consistency",
+        ],
+        "prompt": "text prompt",
+    },
+}
+
+
+def to_preference_pairs(
+    dataset: Dataset,
+    *,
+    preset: str | None = None,
+    first: str | None = None,
+    second: str | None = None,
+    label: str | None = None,
+    prompt: str | None = None,
+    label_values: Mapping[Any, float | None] | None = None,
+    dimensions: Mapping[str, str] | None = None,
+    media: str | None = None,
+    scores: str | Sequence[str] | None = None,
+    lower_is_better: bool | None = None,
+    valid_column: str | None = None,
+    media_root: str | Path | None = None,
+) -> Dataset:
+    """
+    Preference pairs in the columns that [`SLRMTrainer`] and [`DiffusionDPOTrainer`] read, from a data set that has others.
+
+    Images and videos are neither read nor copied, and nothing is written: the result looks at the columns of `dataset`, with
+    a number per row and its labels in memory. There are three forms:
+
+    - `first`, `second` and `label`: two columns of images or videos, and how much the first is preferred.
+    - `first` and `second`: the first is preferred. Columns `margin`, `label` and `label_<dimension>` stay as they are.
+    - `media` and `scores`: what is scored by itself. If `media` holds one path or address per row, all rows of a prompt are
+      paired; if it holds a list, all members of the list. The higher score wins; with several `scores` the higher mean.
+
+    ```python
+    from datasets import load_dataset
+    from tapo_trl import to_preference_pairs
+
+    votes = load_dataset("TIGER-Lab/GenAI-Bench", "video_generation", split="test")
+    pairs = to_preference_pairs(
+        votes,
+        first="left_video",
+        second="right_video",
+        label="vote_type",
+        label_values={"leftvote": 1, "rightvote": 0, "tievote": 0.5, "bothbad_vote": 0.5},
+    )
+    pairs = to_preference_pairs(votes, preset="genai_bench_video")  # the same
+    ```
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Data set. Its format does not matter.
+        preset (`str`, *optional*):
+            Name of a set of the arguments below, one of `PAIR_PRESETS`. Arguments that are given take precedence.
+        first (`str`, *optional*):
+            Column of the first images or videos, in any form that the trainers read.
+        second (`str`, *optional*):
+            Column of the second ones.
+        label (`str`, *optional*):
+            Column that tells how much the first is preferred: 1 the first, 0 the second, 0.5 a tie. Values between count as
+            the nearer of 0 and 1. Rows without a label (null or NaN) are left out, and counted in a warning.
+        prompt (`str`, *optional*, defaults to `"prompt"`):
+            Column of the prompts.
+        label_values (`dict`, *optional*):
+            What the values of `label` and of `dimensions` mean, such as `{"A": 1, "B": 0, "same": 0.5, "invalid": None}`.
+            `None` is no label.
+        dimensions (`dict[str, str]`, *optional*):
+            Columns with a label per dimension, such as `{"visual_quality": "VQ"}`, which become `label_<dimension>`.
+            Defaults to the columns that are called so and hold numbers, without that of the label itself and of the other
+            side (`label_1` beside `label_0`).
+        media (`str`, *optional*):
+            Column of paths or addresses, or of lists of those, that `scores` are about.
+        scores (`str` or `list[str]`, *optional*):
+            Columns of numbers, or of lists as long as those of `media`. Several become `label_<dimension>`, too, with `_` for
+            spaces.
+        lower_is_better (`bool`, *optional*):
+            Whether the lower of `scores` wins, as with ranks.
+        valid_column (`str`, *optional*):
+            Column of booleans; the rows where it is false are left out. Defaults to `has_label`, where there is such a
+            column.
+        media_root (`str` or `Path`, *optional*):
+            Folder that relative paths start from.
+
+    Returns:
+        [`~datasets.Dataset`]: columns `prompt`, `chosen`, `rejected`, `label` (float64; 1, or 0.5 for a tie) where there are
+        labels or scores, and `label_<dimension>` (float64, how much the chosen is preferred), in the order of `dataset`.
+
+    Raises:
+        TypeError: if `dataset` is not a [`~datasets.Dataset`].
+        ValueError: if a column is missing, a value has no meaning, or no pair is left; the message names the argument.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`: give one split of it."
+        )
+    refuse_transform(dataset, "dataset")
+    options = dict(
+        first=first, second=second, label=label, prompt=prompt, label_values=label_values, dimensions=dimensions,
+        media=media, scores=scores, lower_is_better=lower_is_better, valid_column=valid_column, media_root=media_root,
+    )  # fmt: skip
+    options = {**_preset(preset), **{name: value for name, value in options.items() if value is not None}}
+    _check_options(options)
+    if "valid_column" not in options and _DEFAULT_VALID_COLUMN in dataset.column_names:
+        options["valid_column"] = _DEFAULT_VALID_COLUMN
+    options.setdefault("prompt", "prompt")
+    _require_columns(dataset, options)
+
+    valid = np.ones(len(dataset), dtype=bool)
+    if "valid_column" in options:
+        valid = _flags(dataset, options["valid_column"])
+        _report_left_out(len(dataset), (~valid).sum(), f"`{options['valid_column']}` is false")
+    if "media" in options:
+        pairs = _pairs_of_scores(dataset, options, valid)
+    elif "label" in options:
+        pairs = _pairs_by_position(dataset, options, valid)
+    else:
+        pairs = _pairs_by_preference(dataset, options, valid)
+    if len(pairs) == 0:
+        raise ValueError(
+            "No pair is left of the data set: none of its rows has a label (or two media and their scores)."
+        )
+    return pairs
+
+
+def preset_hint(column_names: list[str], argument: str) -> str:
+    """A sentence for error messages that names the presets which fit these columns, or nothing."""
+    fitting = []
+    for name, options in PAIR_PRESETS.items():
+        columns = [options.get("prompt", "prompt"), *_score_columns(options), *options.get("dimensions", {}).values()]
+        columns += [options[key] for key in ("first", "second", "label", "media", "valid_column") if key in options]
+        if set(columns) <= set(column_names):
+            fitting.append(f"`{argument}={name!r}`")
+    return f" It has the columns of {' and '.join(fitting)}." if fitting else ""
+
+
+def _preset(name: str | None) -> dict[str, Any]:
+    if name is not None and name not in PAIR_PRESETS:
+        raise ValueError(f"`preset` must be one of {sorted(PAIR_PRESETS)}, got {name!r}.")
+    return {} if name is None else PAIR_PRESETS[name]
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    by_score = [name for name in ("media", "scores", "lower_is_better") if name in options]
+    by_position = [name for name in ("first", "second", "label", "label_values", "dimensions") if name in options]
+    if by_score and by_position:
+        raise ValueError(f"{_listed(by_score)} and {_listed(by_position)} exclude each other: pairs or scores.")
+    needed = ("media", "scores") if by_score else ("first", "second")
+    missing = [name for name in needed if name not in options]
+    if missing:
+        raise ValueError(
+            f"{_listed(missing)} is missing: `first` and `second`, or `media` and `scores`, or a `preset`."
+        )
+    without = [name for name in ("label_values", "dimensions") if name in options and "label" not in options]
+    if without:
+        raise ValueError(f"{_listed(without)} needs `label`, the column that tells which side is preferred.")
+    wrong = [
+        value
+        for value in options.get("label_values", {}).values()
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1)
+    ]
+    if wrong:
+        raise ValueError(
+            f"`label_values` must map to numbers from 0 to 1, or to `None` for no label, got {wrong[0]!r}."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _require_columns(dataset: Dataset, options: dict[str, Any]) -> None:
+    wanted = [(name, options[name]) for name in ("prompt", "first", "second", "label", "media", "valid_column")
+              if name in options]  # fmt: skip
+    wanted += [("scores", column) for column in _score_columns(options)]
+    wanted += [(f"dimensions[{name!r}]", column) for name, column in options.get("dimensions", {}).items()]
+    for argument, column in wanted:
+        if column not in dataset.column_names:
+            near = difflib.get_close_matches(column, dataset.column_names, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ValueError(
+                f"The data set has no column `{column}` (`{argument}`); it has {dataset.column_names}.{hint}"
+            )
+
+
+def _score_columns(options: dict[str, Any]) -> list[str]:
+    scores = options.get("scores", [])
+    return [scores] if isinstance(scores, str) else list(scores)
+
+
+def _report_left_out(total: int, number: int, reason: str) -> None:
+    if number > 0:
+        logger.warning(f"Left out {number} of {total} rows, whose {reason}.")
+
+
+# Pairs that stand in one row
+
+
+def _pairs_by_preference(dataset: Dataset, options: dict[str, Any], valid: np.ndarray) -> Dataset:
+    """The first is preferred: columns get other names, and other columns stay."""
+    names = {options["first"]: "chosen", options["second"]: "rejected", options["prompt"]: "prompt"}
+    if "media_root" in options:
+        table, rows = _stored_table(dataset)
+        dataset = _with_media_root(table, [options["first"], options["second"]], options["media_root"]).select(rows)
+    names = {column: name for column, name in names.items() if column != name}
+    hidden = [name for name in names.values() if name in dataset.column_names and name not in names]
+    dataset = dataset.remove_columns(hidden) if hidden else dataset
+    if set(names) & set(names.values()):
+        dataset = dataset.rename_columns(names)
+    else:
+        for column, name in names.items():
+            dataset = dataset.rename_column(column, name)
+    return dataset if valid.all() else dataset.select(np.flatnonzero(valid))
+
+
+def _pairs_by_position(dataset: Dataset, options: dict[str, Any], valid: np.ndarray) -> Dataset:
+    """
+    The table twice, one below the other, first with `first` as `chosen` and then with `second`, and the rows that are right:
+    neither is a copy.
+    """
+    first, second, label = options["first"], options["second"], options["label"]
+    meanings = options.get("label_values")
+    preference = _labels(dataset, label, meanings, valid)
+    labelled = ~np.isnan(preference)
+    _report_left_out(len(dataset), (valid & ~labelled).sum(), f"`{label}` is missing")
+    outside = preference[labelled][(preference[labelled] < 0) | (preference[labelled] > 1)]
+    if len(outside) > 0:
+        raise ValueError(
+            f"The column `{label}` (`label`) must hold values in [0, 1], how much `{first}` is preferred, but they reach "
+            f"from {np.nanmin(preference)} to {np.nanmax(preference)}. If they mean something else, say it by `label_values`."
+        )
+    swapped = preference < 0.5
+
+    columns = {f"{LABEL_PREFIX}{name}": column for name, column in _dimensions(dataset, options).items()}
+    labels = {"label": np.where(preference == 0.5, 0.5, 1.0)}
+    for name, column in columns.items():
+        values = _labels(dataset, column, meanings, valid)
+        labels[name] = np.where(swapped, 1 - values, values)
+
+    fingerprint = Hasher.hash([dataset._fingerprint, sorted((name, str(value)) for name, value in options.items())])
+    table, rows = _stored_table(dataset)
+    if "media_root" in options:
+        table = _with_media_root(table, [first, second], options["media_root"])
+    table = table.select_columns(list(dict.fromkeys([options["prompt"], first, second])))
+    if table.features[first] != table.features[second]:
+        raise ValueError(
+            f"`{first}` ({table.features[first]}) and `{second}` ({table.features[second]}) are of different types, so "
+            "neither can take the place of the other: cast one of them with `dataset.cast_column`."
+        )
+    both = concatenate_datasets(
+        [
+            table.rename_columns({options["prompt"]: "prompt", chosen: "chosen", rejected: "rejected"})
+            for chosen, rejected in ((first, second), (second, first))
+        ]
+    )
+    beside = {}
+    for name, values in labels.items():
+        column = np.full(2 * len(table), np.nan)
+        column[rows + len(table) * swapped] = values
+        beside[name] = pa.array(column, mask=np.isnan(column))
+    both = concatenate_datasets([both, Dataset(pa.table(beside), fingerprint=fingerprint)], axis=1)
+    return both.select((rows + len(table) * swapped)[labelled], new_fingerprint=fingerprint)
+
+
+def _stored_table(dataset: Dataset) -> tuple[Dataset, np.ndarray]:
+    """What `dataset` selects its rows from, and the numbers of those rows."""
+    rows = (
+        np.arange(len(dataset)) if dataset._indices is None else dataset._indices.column(0).to_numpy().astype(np.int64)
+    )
+    return Dataset(dataset.data, info=dataset.info.copy(), fingerprint=dataset._fingerprint), rows
+
+
+def _dimensions(dataset: Dataset, options: dict[str, Any]) -> Mapping[str, str]:
+    """Column of each dimension."""
+    if "dimensions" in options:
+        return options["dimensions"]
+    numbers = [
+        name
+        for name, feature in dataset.features.items()
+        if isinstance(feature, Value) and feature.dtype.startswith(("float", "int"))
+    ]
+    own = {options["label"], _label_of_second(options["first"], options["second"], options["label"])}
+    names = [name for name in numbers if name.startswith(LABEL_PREFIX) and name not in own]
+    # `label_0`, `label_1` are labels of sides, not of dimensions
+    return {name.removeprefix(LABEL_PREFIX): name for name in names if not name.removeprefix(LABEL_PREFIX).isdigit()}
+
+
+def _label_of_second(first: str, second: str, label: str) -> str | None:
+    """`label_1` for `jpg_0`, `jpg_1` and `label_0`, `label_right` for `left`, `right` and `label_left`."""
+    start = len(os.path.commonprefix([first, second]))
+    end = len(os.path.commonprefix([first[start:][::-1], second[start:][::-1]]))
+    of_first, of_second = first[start : len(first) - end], second[start : len(second) - end]
+    head, found, tail = label.rpartition(of_first) if of_first else ("", "", "")
+    return head + of_second + tail if found else None
+
+
+def _labels(
+    dataset: Dataset, column: str, meanings: Mapping[Any, float | None] | None, valid: np.ndarray
+) -> np.ndarray:
+    """Values of a column as numbers of shape `(number of rows,)`, NaN for those that are missing or not valid."""
+    feature, values = dataset.features[column], column_values(dataset, column)
+    if isinstance(feature, ClassLabel) and meanings is not None:
+        values = [None if value is None else feature.int2str(value) for value in values]
+    known = None if meanings is None else {str(value): meaning for value, meaning in meanings.items()}
+    numbers, unknown = np.full(len(values), np.nan), {}
+    for row in np.flatnonzero(valid):
+        value = values[row]
+        if value is None or value != value:
+            continue
+        if known is not None and str(value) in known:
+            value = known[str(value)]
+            numbers[row] = math.nan if value is None else value
+        elif known is None and isinstance(value, (int, float)):
+            numbers[row] = value
+        else:
+            unknown.setdefault(str(value), value)
+    if unknown:
+        listed = list(unknown.values())[:_MAX_LISTED]
+        raise ValueError(
+            f"The column `{column}` holds {listed}, "
+            + (
+                "which are no numbers"
+                if meanings is None
+                else f"and `label_values` only tells what {list(meanings)} mean"
+            )
+            + ": say by `label_values` how much the first is preferred, such as `{'left': 1, 'right': 0, 'tie': 0.5}`, with "
+            "`None` for rows to leave out."
+        )
+    return numbers
+
+
+def _flags(dataset: Dataset, column: str) -> np.ndarray:
+    values = column_values(dataset, column)
+    wrong = [value for value in values if value not in (None, False, True)]
+    if wrong:
+        raise ValueError(f"The column `{column}` (`valid_column`) must hold booleans, got {wrong[0]!r}.")
+    return np.array([bool(value) for value in values], dtype=bool)
+
+
+# Pairs of what is scored by itself
+
+
+def _pairs_of_scores(dataset: Dataset, options: dict[str, Any], valid: np.ndarray) -> Dataset:
+    """All pairs of each prompt's (or row's) media. Paths and addresses are the only media that they repeat."""
+    media = options["media"]
+    feature = dataset.features[media]
+    listed = isinstance(feature, List)
+    kind = feature.feature if listed else feature
+    if not (isinstance(kind, Value) and kind.dtype in ("string", "large_string")):
+        raise ValueError(
+            f"The column `{media}` (`media`) must hold paths or addresses, or lists of those, got {feature}: pairs of rows "
+            "would copy anything else. Write the files to disk, and give their paths."
+        )
+    prompts, paths = column_values(dataset, options["prompt"]), column_values(dataset, media)
+    columns = {name: column_values(dataset, name) for name in _score_columns(options)}
+    groups: dict[Any, list[tuple[str, list[float]]]] = {}
+    unusable = 0
+    for row in np.flatnonzero(valid):
+        values = [column[row] for column in columns.values()]
+        if paths[row] is None or any(value is None for value in values):
+            unusable += 1
+        elif not listed:
+            groups.setdefault(prompts[row], []).append((paths[row], [_score(value, row) for value in values]))
+        else:
+            if any(not isinstance(value, list) or len(value) != len(paths[row]) for value in values):
+                raise ValueError(
+                    f"Row {row}: `{media}` and {_listed(list(columns))} must be lists of the same length."
+                )
+            scored = zip(paths[row], zip(*values, strict=True), strict=True)
+            groups[prompts[row], row] = [(path, [_score(value, row) for value in each]) for path, each in scored]
+    _report_left_out(len(dataset), unusable, f"`{media}` or scores are missing")
+
+    names = [f"{LABEL_PREFIX}{name.replace(' ', '_')}" for name in columns] if len(columns) > 1 else []
+    pairs: dict[str, list] = {name: [] for name in ("prompt", "chosen", "rejected", "label", *names)}
+    sign = -1 if options.get("lower_is_better") else 1
+    for key, members in groups.items():
+        for one, other in combinations(members, 2):
+            difference = sign * (math.fsum(one[1]) - math.fsum(other[1]))
+            winner, loser = (other, one) if difference < 0 else (one, other)
+            pairs["prompt"].append(key[0] if listed else key)
+            pairs["chosen"].append(winner[0])
+            pairs["rejected"].append(loser[0])
+            pairs["label"].append(0.5 if difference == 0 else 1.0)
+            for name, high, low in zip(names, winner[1], loser[1], strict=bool(names)):
+                pairs[name].append(0.5 + 0.5 * sign * np.sign(high - low))
+    fingerprint = Hasher.hash([dataset._fingerprint, sorted((name, str(value)) for name, value in options.items())])
+    strings = {name: pa.array(values, pa.string()) for name, values in pairs.items() if name in ("prompt", *SIDES)}
+    table = pa.table(strings | {name: pa.array(pairs[name], pa.float64()) for name in ("label", *names)})
+    result = Dataset(table, fingerprint=fingerprint)
+    return result if "media_root" not in options else _with_media_root(result, list(SIDES), options["media_root"])
+
+
+def _score(value: Any, row: int) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"Row {row}: a score must be a finite number, got {value!r}.")
+    return value
+
+
+# Folders
+
+
+def _with_media_root(dataset: Dataset, columns: list[str], root: str | Path) -> Dataset:
+    """The dataset with paths, or lists of paths, that start from `root`. Only paths are copied."""
+    replaced = {}
+    for column in dict.fromkeys(columns):
+        feature = dataset.features[column]
+        kind = feature.feature if isinstance(feature, List) else feature
+        if not (isinstance(kind, Value) and kind.dtype in ("string", "large_string")):
+            raise ValueError(f"`media_root` needs paths, but the column `{column}` holds {feature}.")
+        values = [_from_root(value, root) for value in column_values(dataset, column)]
+        replaced[column] = pa.array(values, stored_column(dataset, column).type)
+    order = dataset.column_names
+    beside = Dataset(pa.table(replaced), fingerprint=Hasher.hash([dataset._fingerprint, sorted(replaced), str(root)]))
+    if len(replaced) == len(order):
+        return beside
+    rest = dataset.remove_columns(list(replaced))
+    return concatenate_datasets([rest, beside], axis=1).select_columns(order)
+
+
+def _from_root(value: str | list | None, root: str | Path) -> str | list | None:
+    if isinstance(value, list):
+        return [_from_root(each, root) for each in value]
+    return value if value is None or "://" in value else os.path.join(root, value)
