@@ -44,6 +44,7 @@ def diagnose_reward_model(args, model_args) -> dict[str, dict]:
         sigmas=sorted(args.sigmas),
         rules=args.rules,
         fps=args.fps,
+        short_videos=args.short_videos,
         skip_bad_files=args.skip_bad_files,
         batch_size=args.batch_size,
         seed=args.seed,

@@ -76,6 +76,7 @@ def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
         width=args.width,
         num_frames=args.num_frames,
         fps=args.fps,
+        short_videos=args.short_videos,
         skip_bad_files=args.skip_bad_files,
         batch_size=args.batch_size,
         seed=args.seed,

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .script_arguments import PreferenceDatasetArguments
 
@@ -126,6 +127,9 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
             and `none` can be used while sampling. Defaults to the first two, and to `none` for other reward models.
         max_pairs (`int`, *optional*):
             Measure on the first so many pairs.
+        short_videos (`str`, *optional*, defaults to `"refuse"`):
+            Whether videos that are too short for `num_frames` at `fps` count as files that cannot be used (`"refuse"`), or
+            give frames at equal distances (`"uniform"`).
         skip_bad_files (`bool`, *optional*, defaults to `False`):
             Whether to leave out pairs with a file that is unreadable, damaged or too short.
     """
@@ -149,6 +153,13 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
         },
     )
     max_pairs: int | None = field(default=None, metadata={"help": "Measure on the first so many pairs."})
+    short_videos: Literal["refuse", "uniform"] = field(
+        default="refuse",
+        metadata={
+            "help": "Whether videos that are too short count as files that cannot be used (`refuse`), or give frames at "
+            "equal distances (`uniform`)."
+        },
+    )
     skip_bad_files: bool = field(
         default=False,
         metadata={"help": "Whether to leave out pairs with a file that is unreadable, damaged or too short."},

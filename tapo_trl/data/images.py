@@ -16,6 +16,8 @@
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 
 # A file of a dataset, as the Hub's pages and `datasets` write it
@@ -47,9 +49,12 @@ class BadFileError(ValueError):
 @dataclass(frozen=True)
 class ImageReader:
     """
-    Reads images of one size: PIL images, paths, encoded bytes, `{"bytes": ..., "path": ...}` or `uint8` arrays of shape
-    `(height, width, 3)`. They are cropped around their centre to the shape of the result, resized (Lanczos), and laid on
-    white where they are transparent.
+    Reads images of one size: PIL images, paths, encoded bytes, `{"bytes": ..., "path": ...}`, addresses of files of datasets
+    on the Hub, or `uint8` arrays of shape `(height, width, 3)`. They are cropped around their centre to the shape of the
+    result, resized (Lanczos), and laid on white where they are transparent.
+
+    Grey images of more than 8 bits are scaled: 16 bits from 0 to 65535; 32-bit integers by whether they reach beyond 255,
+    and floating point numbers by whether they reach beyond 1. Numbers that are on neither scale are refused.
 
     Args:
         height (`int`): height of the result in pixels.
@@ -97,13 +102,13 @@ def open_image(value: Any, place: str) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     value = file_of(value, place)
+    if value is None:
+        raise BadFileError(f"{place}: there is no image.")
     if isinstance(value, str) and "://" in value:
         raise BadFileError(f"{place}: {value} is an address of no dataset on the Hub: download it, and give its path.")
     if isinstance(value, (str, Path, bytes)):
-        try:
+        with _decoding(place, "the image cannot be read"):
             return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-        except (OSError, UnidentifiedImageError) as error:
-            raise BadFileError(f"{place}: the image cannot be read ({error}).") from error
     if isinstance(value, (np.ndarray, list)):
         return Image.fromarray(as_pixels(value, place, "image", ("height", "width", 3)))
     raise ValueError(f"{place}: a `{type(value).__name__}` is not an image, a path, bytes or an array.")
@@ -111,14 +116,44 @@ def open_image(value: Any, place: str) -> Image.Image:
 
 def fit_image(image: Image.Image, height: int, width: int, place: str) -> np.ndarray:
     """The image as it is displayed, cropped and resized to `uint8` of shape `(height, width, 3)`."""
-    try:
+    with _decoding(place, "the image is damaged"):
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _to_8_bits(image, place)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.array(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
-    except (OSError, SyntaxError) as error:
-        raise BadFileError(f"{place}: the image is damaged ({error}).") from error
+
+
+@contextmanager
+def _decoding(place: str, failure: str) -> Iterator[None]:
+    """What a decoder raises is an error at `place`."""
+    try:
+        yield
+    except BadFileError:
+        raise
+    except Exception as error:  # Pillow's decoders let through whatever a damaged file leads them to
+        raise BadFileError(f"{place}: {failure} ({error or type(error).__name__}).") from error
+
+
+def _to_8_bits(image: Image.Image, place: str) -> Image.Image:
+    """A grey image of 16 or 32 bits, which Pillow would cut off at 255, on white where it is transparent."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        scale = 1.0 if high <= 1 else 255.0
+    else:
+        scale = 65535.0 if high > 255 or image.mode != "I" or image.format == "PNG" else 255.0
+    if not 0 <= low <= high <= scale:
+        raise BadFileError(
+            f"{place}: the numbers of the image (mode {image.mode}) reach from {low:g} to {high:g}, which is no known scale. "
+            "Save it with 8 or 16 bits."
+        )
+    pixels = (values * (255 / scale)).round().astype(np.uint8)
+    if isinstance(image.info.get("transparency"), int):
+        pixels[values == image.info["transparency"]] = 255
+    return Image.fromarray(pixels)
 
 
 def file_of(value: Any, place: str) -> Any:

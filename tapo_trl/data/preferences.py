@@ -16,7 +16,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from .dimensions import combine_dimensions
 from .images import BadFileError, ImageReader
 from .latents import LATENT_COLUMNS, ROW_COLUMN, SIDES, LatentReader, encode_pairs, is_encoded, latents_fingerprint
 from .pairs import preset_hint
-from .videos import VideoReader
+from .videos import UniformVideoReader, VideoReader
 
 
 logger = logging.get_logger(__name__)
@@ -214,6 +214,7 @@ def prepare_preference_dataset(
     *,
     dimension_weights: Mapping[str, float] | None = None,
     skip_bad_files: bool = False,
+    short_videos: Literal["refuse", "uniform"] = "refuse",
     cache_latents: bool = True,
     cache_dir: str | Path | None = None,
     batch_size: int | None = None,
@@ -239,6 +240,9 @@ def prepare_preference_dataset(
             (see [`combine_dimensions`]) says which side is preferred, 0 is a tie.
         skip_bad_files (`bool`, *optional*, defaults to `False`):
             whether to leave out the pairs with a file that is unreadable, damaged or too short.
+        short_videos (`str`, *optional*, defaults to `"refuse"`):
+            what becomes of videos that end before `num_frames` at `fps` are there: `"refuse"` counts them among the files
+            that cannot be used; `"uniform"` takes their frames at equal distances ([`UniformVideoReader`]).
         cache_latents (`bool`, *optional*, defaults to `True`):
             encode everything now, into a file that later runs re-use. Otherwise the headers of the files are checked
             now, and the batches encoded when they are needed.
@@ -260,7 +264,10 @@ def prepare_preference_dataset(
         return dataset
     shape = tuple(policy.latent_shape(height, width, num_frames))
     is_video = policy.modality == "video"
-    reader = VideoReader(height, width, num_frames, fps) if is_video else ImageReader(height, width)
+    if not is_video and short_videos != "refuse":
+        raise ValueError(f"`short_videos={short_videos!r}` has no effect on a policy that makes images.")
+    video_reader = {"refuse": VideoReader, "uniform": UniformVideoReader}[short_videos]
+    reader = video_reader(height, width, num_frames, fps) if is_video else ImageReader(height, width)
     pairs = PreferencePairs(dataset, reader, name, dimension_weights, skip_bad_files)
     holds_latents = _holds_latents(pairs, shape)
     if holds_latents:

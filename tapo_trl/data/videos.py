@@ -58,6 +58,7 @@ class VideoReader:
     - Frames in a list or an array are taken one by one, as if they had `fps` already.
     - Each frame is turned as the file says, cropped around its centre, and resized (Lanczos).
     - What comes after the last frame that is needed is not read.
+    - A video that ends before is an error, see [`UniformVideoReader`].
 
     Args:
         height (`int`): height of the result in pixels.
@@ -78,8 +79,8 @@ class VideoReader:
 
     def check(self, value: Any, place: str = "`video`") -> None:
         """
-        Read a video as far as its header. What the header does not tell (damage further on, a length that is not
-        there) is found by [`~VideoReader.load`].
+        Read a video as far as its header, and the times of its frames if that does not tell the length. Damage further
+        on is found by [`~VideoReader.load`].
 
         Args:
             value: the video.
@@ -94,10 +95,12 @@ class VideoReader:
             for index, frame in enumerate(self._first_frames(value, place)):
                 open_image(frame, f"{place}, frame {index}")
             return
-        with _open_stream(value, place) as (_, stream):
+        with _open_stream(value, place) as (container, stream):
             seconds = _header_seconds(stream)
+            if seconds is None:
+                seconds = _packets_seconds(container, stream, enough=self.num_frames / self.rate)
         if seconds is not None and self._frames_until(seconds, inclusive=False) < self.num_frames:
-            raise self._too_short(f"{float(seconds):.3g} seconds", place)
+            self._check_short_file(seconds, place)
 
     def load(self, value: Any, place: str = "`video`") -> torch.Tensor:
         """
@@ -125,10 +128,12 @@ class VideoReader:
         return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float().div_(255)
 
     def _first_frames(self, value: np.ndarray | list, place: str) -> np.ndarray | list:
+        if len(value) == 0:
+            raise BadFileError(f"{place}: the video has no frames.")
         images = isinstance(value, list) and value and not isinstance(value[0], list)
         frames = value if images else as_pixels(value, place, "video", ("frames", "height", "width", 3))
         if len(frames) < self.num_frames:
-            raise self._too_short(f"{len(frames)} frames", place)
+            return self._frames_of_short_list(frames, place)
         return frames[: self.num_frames]
 
     def _decode(self, value: str | Path | bytes, place: str) -> list[np.ndarray]:
@@ -151,7 +156,7 @@ class VideoReader:
             raise BadFileError(
                 f"{place}: the video is damaged: it ends after {float(end):.3g} of {float(promised):.3g} seconds."
             )
-        raise self._too_short(f"{float(end):.3g} seconds", place)
+        return self._frames_of_short_file(value, promised, end, place)
 
     def _repeat(self, frame: "VideoFrame", times: int, place: str) -> list[np.ndarray]:
         if times <= 0:
@@ -167,11 +172,56 @@ class VideoReader:
         number = floor(position) + 1 if inclusive else -floor(-position)
         return min(max(number, 0), self.num_frames)
 
+    def _check_short_file(self, seconds: Fraction, place: str) -> None:
+        raise self._too_short(f"{float(seconds):.3g} seconds", place)
+
+    def _frames_of_short_list(self, frames: np.ndarray | list, place: str) -> np.ndarray | list:
+        raise self._too_short(f"{len(frames)} frames", place)
+
+    def _frames_of_short_file(
+        self, value: str | Path | bytes, promised: Fraction | None, end: Fraction, place: str
+    ) -> list[np.ndarray]:
+        raise self._too_short(f"{float(end):.3g} seconds", place)
+
     def _too_short(self, found: str, place: str) -> BadFileError:
         return BadFileError(
             f"{place}: the video has {found}, but `num_frames={self.num_frames}` at `fps={self.fps:g}` need more than "
-            f"{float((self.num_frames - 1) / self.rate):.3g} seconds ({self.num_frames} frames)."
+            f"{float((self.num_frames - 1) / self.rate):.3g} seconds ({self.num_frames} frames). "
+            "`short_videos='uniform'` takes frames from all over such a video."
         )
+
+
+@dataclass(frozen=True)
+class UniformVideoReader(VideoReader):
+    """
+    A [`VideoReader`] that takes the frames of a video which is too short at equal distances from the whole of it: frame k
+    at k / `num_frames` of its length. It then moves slower than it did, and frames may come twice. Other videos are read
+    as they are there.
+    """
+
+    def _check_short_file(self, seconds: Fraction, place: str) -> None:
+        if seconds <= 0:
+            raise BadFileError(f"{place}: the video has no frames.")
+
+    def _frames_of_short_list(self, frames: np.ndarray | list, place: str) -> np.ndarray | list:
+        return [frames[k * len(frames) // self.num_frames] for k in range(self.num_frames)]
+
+    def _frames_of_short_file(
+        self, value: str | Path | bytes, promised: Fraction | None, end: Fraction, place: str
+    ) -> list[np.ndarray]:
+        length = promised or end
+        self._check_short_file(length, place)
+        return _StretchedReader(self.height, self.width, self.num_frames, self.num_frames / length)._decode(
+            value, place
+        )
+
+
+class _StretchedReader(VideoReader):
+    """Its `fps` is a fraction, which is not rounded."""
+
+    @property
+    def rate(self) -> Fraction:
+        return self.fps
 
 
 def write_video(path: str | Path, video: torch.Tensor, fps: float) -> None:
@@ -218,14 +268,20 @@ def _import_av() -> ModuleType:
 def _open_stream(value: str | Path | bytes, place: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """A file and its first video stream. What goes wrong while it is open is an error at `place`."""
     av = _import_av()
+    if value is None:
+        raise BadFileError(f"{place}: there is no video.")
     if not isinstance(value, (str, Path, bytes)):
         raise ValueError(f"{place}: a `{type(value).__name__}` is not a video, a path, bytes, frames or an array.")
     try:
-        with av.open(io.BytesIO(value) if isinstance(value, bytes) else str(value)) as container:
+        # Names of the author and so on are not always UTF-8
+        file = io.BytesIO(value) if isinstance(value, bytes) else str(value)
+        with av.open(file, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise BadFileError(f"{place}: the file has no video stream.")
             yield container, container.streams.video[0]
-    except (av.FFmpegError, OSError) as error:
+    except BadFileError:
+        raise
+    except (av.FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise BadFileError(f"{place}: the video cannot be decoded ({error}).") from error
 
 
@@ -236,11 +292,31 @@ def _header_seconds(stream: "VideoStream") -> Fraction | None:
     return None
 
 
+def _packets_seconds(container: "InputContainer", stream: "VideoStream", enough: Fraction) -> Fraction | None:
+    """Length of a stream by the times of its packets, which are not decoded; or something longer than `enough`."""
+    usual = 1 / _frames_per_second(stream)
+    first = last = None
+    for packet in container.demux(stream):
+        if packet.pts is None:
+            continue
+        start = packet.pts * packet.time_base
+        end = start + (packet.duration * packet.time_base if packet.duration else usual)
+        first = start if first is None else min(first, start)
+        last = end if last is None else max(last, end)
+        if last - first > enough:
+            break
+    return None if first is None else last - first
+
+
+def _frames_per_second(stream: "VideoStream") -> Fraction:
+    return stream.average_rate or stream.guessed_rate or Fraction(25)
+
+
 def _timed_frames(
     container: "InputContainer", stream: "VideoStream", place: str
 ) -> Iterator[tuple["VideoFrame", Fraction, Fraction]]:
     """Frames, the times at which they are shown, from 0, and for how long, in seconds."""
-    usual = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
+    usual = 1 / _frames_per_second(stream)
     start = None
     for index, frame in enumerate(container.decode(stream)):
         if frame.is_corrupt:

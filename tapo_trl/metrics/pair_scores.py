@@ -100,6 +100,7 @@ def score_pairs(
     fps: float = DEFAULT_FPS,
     dimension_weights: Mapping[str, float] | None = None,
     skip_bad_files: bool = False,
+    short_videos: Literal["refuse", "uniform"] = "refuse",
     batch_size: int = 8,
     seed: int = 0,
     cache_dir: str | None = None,
@@ -126,6 +127,7 @@ def score_pairs(
         fps (`float`, *optional*, defaults to `16`): frames per second of videos.
         dimension_weights (`dict[str, float]`, *optional*): see [`prepare_preference_dataset`].
         skip_bad_files (`bool`, *optional*, defaults to `False`): see [`prepare_preference_dataset`].
+        short_videos (`str`, *optional*, defaults to `"refuse"`): see [`prepare_preference_dataset`].
         batch_size (`int`, *optional*, defaults to `8`): pairs per forward.
         seed (`int`, *optional*, defaults to `0`): seed of the noise.
         cache_dir (`str`, *optional*): root of the caches of latents and prompt embeddings.
@@ -151,6 +153,7 @@ def score_pairs(
         fps,
         dimension_weights=dimension_weights,
         skip_bad_files=skip_bad_files,
+        short_videos=short_videos,
         cache_dir=cache_dir,
     )
     prompts = PromptCache(policy, cache_dir, config.max_sequence_length)

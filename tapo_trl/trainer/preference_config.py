@@ -13,6 +13,7 @@
 # limitations under the License.
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..data.dimensions import check_dimension_weights
 from ..data.preferences import DEFAULT_FPS
@@ -43,6 +44,9 @@ class PreferenceDataConfig:
         skip_bad_files (`bool`, *optional*, defaults to `False`):
             Whether to leave out pairs with a file that is unreadable, damaged or too short, and log which. Otherwise
             that is an error, which lists them.
+        short_videos (`str`, *optional*, defaults to `"refuse"`):
+            What becomes of videos that end before `num_frames` at `fps` are there: `"refuse"` counts them among the files
+            that cannot be used; `"uniform"` takes their frames at equal distances from the whole video.
         max_sequence_length (`int`, *optional*):
             Number of tokens of the T5 (or UMT5) text encoder. Defaults to the model family's: 256 for SD3.5 and 512 for
             Wan2.1.
@@ -76,6 +80,13 @@ class PreferenceDataConfig:
         default=False,
         metadata={"help": "Whether to leave out pairs with a file that is unreadable, damaged or too short."},
     )
+    short_videos: Literal["refuse", "uniform"] = field(
+        default="refuse",
+        metadata={
+            "help": "Whether videos that are too short for `num_frames` at `fps` count as files that cannot be used "
+            "(`refuse`), or give frames at equal distances (`uniform`)."
+        },
+    )
     max_sequence_length: int | None = field(
         default=None,
         metadata={
@@ -103,5 +114,7 @@ class PreferenceDataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.short_videos not in ("refuse", "uniform"):
+            raise ValueError(f"`short_videos` must be 'refuse' or 'uniform', got {self.short_videos!r}.")
         if self.dimension_weights is not None:
             check_dimension_weights(self.dimension_weights)

@@ -99,6 +99,7 @@ class PreferenceDataMixin:
                 args.fps,
                 dimension_weights=args.dimension_weights,
                 skip_bad_files=args.skip_bad_files,
+                short_videos=args.short_videos,
                 cache_latents=args.cache_latents,
                 cache_dir=args.cache_dir,
                 name=dataset_name,

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from tapo_trl.data.images import BadFileError, ImageReader
 
@@ -81,7 +81,8 @@ class TestImageReader:
             (np.zeros((4, 4)), r"`here`: an array of shape \(4, 4\)"),
             (np.zeros((8, 8, 3)), "is not a `uint8` image of shape"),
             (3.0, "a `float` is not an image"),
-            (None, "a `NoneType` is not an image"),
+            (None, "there is no image"),
+            ({"bytes": None, "path": None}, "there is no image"),
         ],
     )
     def test_unreadable(self, value, message):
@@ -93,6 +94,110 @@ class TestImageReader:
         reader.check(png(IMAGE)[:200], "`here`")
         with pytest.raises(BadFileError):
             reader.check(b"no image", "`here`")
+
+
+RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+class TestDepths:
+    """A ramp from black to white stays one, whatever its numbers are."""
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            Image.fromarray((RAMP * 65535).astype(np.uint16)),
+            encoded(Image.fromarray((RAMP * 65535).astype(np.uint16)), "PNG"),
+            encoded(Image.fromarray((RAMP * 65535).astype(np.uint16)), "TIFF"),
+            Image.frombytes("I;16B", (64, 64), (RAMP * 65535).astype(">u2").tobytes()),
+            b"P5 64 64 65535\n" + (RAMP * 65535).astype(">u2").tobytes(),
+            b"P5 64 64 1023\n" + (RAMP * 1023).astype(">u2").tobytes(),
+            Image.fromarray((RAMP * 65535).astype(np.int32)),
+            encoded(Image.fromarray((RAMP * 65535).astype(np.int32)), "TIFF"),
+            Image.fromarray((RAMP * 255).astype(np.int32)),
+            Image.fromarray(RAMP.astype(np.float32)),
+            encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"),
+            Image.fromarray((RAMP * 255).astype(np.float32)),
+        ],
+        ids=["I;16", "png16", "tiff16", "I;16B", "pgm16", "pgm10", "I", "tiff32", "I8", "F1", "tiff float", "F255"],
+    )
+    def test_are_scaled(self, value):
+        loaded = ImageReader(64, 64).load(value)
+        assert (loaded - torch.from_numpy(RAMP)).abs().max() < 0.006
+
+    def test_16_bits_that_are_dark_stay_dark(self):
+        dark = Image.fromarray(np.full((8, 8), 200, dtype=np.uint16))
+        for value in (dark, encoded(dark, "PNG")):
+            assert (ImageReader(8, 8).load(value) < 0.01).all()
+
+    def test_transparent_grey_of_16_bits_is_white(self):
+        image = Image.fromarray(np.full((8, 8), 300, dtype=np.uint16))
+        assert (ImageReader(8, 8).load(encoded(image, "PNG", transparency=300)) == 1).all()
+
+    @pytest.mark.parametrize(
+        "values", [RAMP * -1.0, RAMP * 300, RAMP * np.nan, RAMP * 65535], ids=["negative", "above", "nan", "16 bits"]
+    )
+    def test_numbers_on_no_scale_are_refused(self, values):
+        with pytest.raises(BadFileError, match="`here`: the numbers of the image .mode F. reach from"):
+            ImageReader(64, 64).load(Image.fromarray(values.astype(np.float32)), "`here`")
+        if not np.isnan(values).any() and values.max() != 300:
+            with pytest.raises(BadFileError, match="reach from"):
+                ImageReader(64, 64).load(Image.fromarray((values * 300).astype(np.int32)), "`here`")
+
+
+def with_text(kind: str) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    {"zTXt": info.add_text, "iTXt": info.add_itxt}[kind]("workflow", "a" * (2 * 1024 * 1024), zip=True)
+    return encoded(IMAGE, "PNG", pnginfo=info)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+class TestDecoders:
+    """Whatever a decoder raises is a bad file, which can be left out."""
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            with_text("zTXt"),
+            with_text("iTXt"),
+            encoded(IMAGE, "PNG", icc_profile=b"\0" * (2 * 1024 * 1024)),
+            encoded(Image.new("1", (20000, 20000)), "PNG"),
+            b"P5 4 4 70000\n" + b"\0" * 32,
+            b"P3 4 4 255\n1 2 x",
+            b"P6 99999999999 1 255\n",
+            b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + b"\0" * 64,
+            encoded(IMAGE, "WEBP")[:60],
+            encoded(IMAGE, "GIF")[:30],
+            encoded(IMAGE, "TIFF")[:-100],
+            encoded(IMAGE, "BMP")[:40],
+            "a\0b.png",
+            "",
+            None,
+        ],
+        ids=range(15),
+    )
+    def test_failures(self, value):
+        reader = ImageReader(32, 32)
+        with pytest.raises(BadFileError, match="^`here`: "):
+            reader.check(value, "`here`")
+            reader.load(value, "`here`")
+
+    @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "ICO", "TGA", "JPEG2000"])
+    def test_damage_anywhere(self, format):
+        data, rng = encoded(IMAGE, format), np.random.default_rng(0)
+        for number in range(60):
+            damaged = bytearray(data[: rng.integers(1, len(data))] if number % 2 else data)
+            for position in rng.integers(0, min(len(damaged), 400), size=4):
+                damaged[position] = rng.integers(0, 256)
+            try:
+                ImageReader(8, 8).load(bytes(damaged), "`here`")
+            except BadFileError as error:
+                assert str(error).startswith("`here`: the image ")
 
 
 class TestAddresses:
@@ -131,5 +236,7 @@ class TestAddresses:
             ImageReader(32, 32).check(self.ADDRESS.format("blob"), "`here`")
 
     def test_other_addresses_are_bad_files(self):
-        with pytest.raises(BadFileError, match="`here`: https://example.org/a.png is an address.*: download it"):
+        with pytest.raises(
+            BadFileError, match="`here`: https://example.org/a.png is an address of no dataset.*: download it"
+        ):
             ImageReader(32, 32).check("https://example.org/a.png", "`here`")

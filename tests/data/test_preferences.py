@@ -26,7 +26,7 @@ from tapo_trl.data.preferences import (
     check_preference_dataset,
     prepare_preference_dataset,
 )
-from tapo_trl.data.videos import VideoReader, write_video
+from tapo_trl.data.videos import UniformVideoReader, VideoReader, write_video
 from tapo_trl.policies import SD3Policy, WanPolicy
 
 from ..testing_utils import tiny_sd3_pipeline
@@ -294,6 +294,25 @@ class TestVideos:
         write_video(pairs[0]["rejected"], grey_clip(12), 16)
         assert number_of_encodings() == 2
         assert number_of_encodings() == 0
+
+    @pytest.mark.parametrize("cache_latents", [True, False])
+    def test_short_videos(self, cache_latents, tiny_wan_policy, encodings, warnings, tmp_path):
+        pairs = color_videos(tmp_path, 2)
+        write_video(pairs[1]["rejected"], grey_clip(3), 16)
+        options = {"cache_latents": cache_latents, "name": "pairs"}
+        dataset = prepare_videos(pairs, tiny_wan_policy, tmp_path, skip_bad_files=True, **options)
+        assert len(dataset) == 1 and "Left out 1 of the 2 pairs of `pairs`" in warnings[-1]
+        dataset = prepare_videos(pairs, tiny_wan_policy, tmp_path, short_videos="uniform", **options)
+        assert len(dataset) == 2
+        pixels = UniformVideoReader(32, 32, 5, 16).load(pairs[1]["rejected"])
+        column, expected = "rejected", pixels
+        if cache_latents:
+            column, expected = "rejected_latents", tiny_wan_policy.encode(pixels[None])[0]
+        assert torch.equal(dataset[1][column], expected)
+
+    def test_short_videos_are_not_images(self, tiny_sd3_policy, tmp_path):
+        with pytest.raises(ValueError, match="`short_videos='uniform'` has no effect on a policy that makes images"):
+            prepare(color_pairs(1), tiny_sd3_policy, tmp_path, short_videos="uniform")
 
     def test_number_of_frames_is_needed_and_must_fit(self, tiny_wan_policy, tmp_path):
         with pytest.raises(ValueError, match="`num_frames` is missing"):

@@ -12,8 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import io
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -22,7 +24,7 @@ import torch
 from PIL import Image
 
 from tapo_trl.data.images import BadFileError
-from tapo_trl.data.videos import VideoReader, write_video
+from tapo_trl.data.videos import UniformVideoReader, VideoReader, write_video
 
 from .video_files import as_array, frame_numbers, grey_clip, set_rotation, sound_file, write_matroska
 
@@ -146,6 +148,61 @@ class TestKinds:
 NINE_FRAMES = VideoReader(32, 32, 9, 16)
 
 
+class TestNames:
+    """Texts in the header, which are not always UTF-8, do not matter."""
+
+    @pytest.mark.parametrize("name", ["mp4", "mkv", "mov", "avi", "webm"])
+    def test_latin_1(self, name):
+        buffer = io.BytesIO()
+        codec = {"webm": "libvpx-vp9", "avi": "mpeg4"}.get(name, "h264")
+        with av.open(buffer, "w", format={"mkv": "matroska"}.get(name, name)) as container:
+            container.metadata["title"] = "caf@ title of the clip"
+            stream = container.add_stream(codec, rate=16)
+            stream.metadata["title"] = stream.metadata["handler_name"] = "caf@ handler of it"
+            stream.metadata["language"] = "@ng"
+            stream.height = stream.width = 32
+            stream.pix_fmt = "yuv420p"
+            for array in as_array(grey_clip(9)):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
+            container.mux(stream.encode())
+        data = buffer.getvalue()
+        assert b"caf@" in data
+        reader = VideoReader(32, 32, 5, 16)
+        expected = reader.load(data)
+        data = data.replace(b"caf@", b"caf\xe9").replace(b"@ng", b"\xe9ng")
+        reader.check(data)
+        assert torch.equal(reader.load(data), expected)
+
+
+class TestShortVideos:
+    def test_frames_come_from_all_over(self, tmp_path):
+        write_video(tmp_path / "short.mp4", grey_clip(8), 8)
+        write_matroska(tmp_path / "short.mkv", grey_clip(8), 8, start=1.0)
+        values = [tmp_path / "short.mp4", tmp_path / "short.mkv", as_array(grey_clip(8)), list(as_array(grey_clip(8)))]
+        for value in values:
+            for num_frames in (9, 16, 17, 48):
+                reader = UniformVideoReader(32, 32, num_frames, 16 if isinstance(value, Path) else 8)
+                if num_frames < 17 and reader.fps == 16:
+                    continue
+                reader.check(value)
+                taken = frame_numbers(reader.load(value))
+                assert len(taken) == num_frames and set(taken) == set(range(8)) and taken == sorted(taken)
+                assert max(taken.count(number) for number in taken) <= 1.5 * -(-num_frames // 8)
+
+    def test_longer_ones_are_read_as_they_are(self, clip):
+        for num_frames, fps in ((5, 8), (40, 24)):
+            expected = VideoReader(32, 32, num_frames, fps).load(clip)
+            assert torch.equal(UniformVideoReader(32, 32, num_frames, fps).load(clip), expected)
+
+    def test_damage_is_still_damage(self, clip):
+        data = clip.read_bytes()
+        end = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
+        with pytest.raises(BadFileError, match="the video (is damaged|cannot be decoded)"):
+            UniformVideoReader(32, 32, 81, 24).load(data[:end])
+        with pytest.raises(BadFileError, match="has no frames"):
+            UniformVideoReader(32, 32, 9, 24).check([])
+
+
 class TestErrors:
     def refuse(self, value, message, reader=NINE_FRAMES, error=BadFileError, early=True):
         if early:
@@ -158,14 +215,21 @@ class TestErrors:
 
     def test_no_video(self, tmp_path):
         self.refuse(b"no video", "^`here`: the video cannot be decoded")
+        self.refuse("no\0such.mp4", "^`here`: the video cannot be decoded")
+        self.refuse("no/such\udce9.mp4", "^`here`: the video cannot be decoded")
         self.refuse("no/such.mp4", "^`here`: the video cannot be decoded .*No such file")
         self.refuse(str(tmp_path), "^`here`: the video cannot be decoded")
         self.refuse(sound_file(), "^`here`: the file has no video stream")
         self.refuse([b"no image"] * 9, "^`here`, frame 0: the image cannot be read")
 
+    def test_nothing(self):
+        for value in (None, {"bytes": None, "path": None}):
+            self.refuse(value, "^`here`: there is no video")
+        for value in ([], np.zeros((0, 8, 8, 3), dtype=np.uint8)):
+            self.refuse(value, "^`here`: the video has no frames")
+
     def test_wrong_kinds(self):
         for value, message in [
-            (None, "a `NoneType` is not a video"),
             (3.0, "a `float` is not a video"),
             (
                 np.zeros((9, 8, 8, 3)),
@@ -194,7 +258,16 @@ class TestErrors:
 
     def test_length_that_the_header_does_not_tell(self, tmp_path):
         write_matroska(tmp_path / "short.mkv", grey_clip(10), 10, start=0.0)
-        self.refuse(tmp_path / "short.mkv", "the video has 1 seconds", VideoReader(32, 32, 11, 10), early=False)
+        self.refuse(tmp_path / "short.mkv", "the video has 1 seconds", VideoReader(32, 32, 11, 10))
+        VideoReader(32, 32, 10, 10).check(tmp_path / "short.mkv")
+
+    def test_start_is_not_length(self, tmp_path):
+        write_matroska(tmp_path / "late.mkv", grey_clip(10), 10, start=5.0)
+        self.refuse(tmp_path / "late.mkv", "the video has 1 seconds", VideoReader(32, 32, 11, 10))
+
+    def test_the_option_is_named(self, clip):
+        with pytest.raises(BadFileError, match="`short_videos='uniform'` takes frames from all over"):
+            VideoReader(32, 32, 81, 24).check(clip)
 
     def test_too_few_frames(self):
         self.refuse(as_array(grey_clip(4)), "the video has 4 frames, but `num_frames=9`")
