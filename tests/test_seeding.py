@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import numpy as np
 import torch
 
 from tapo_trl.seeding import seeded_generator
@@ -30,3 +31,9 @@ def test_generators_differ_by_every_part_of_the_key():
     draws = [torch.rand(4, generator=seeded_generator(*key)) for key in keys]
     assert torch.equal(draws[0], torch.rand(4, generator=seeded_generator(*keys[0])))
     assert len({tuple(draw.tolist()) for draw in draws}) == len(keys)
+
+
+def test_integers_of_other_libraries_are_the_same_key():
+    expected = torch.rand(4, generator=seeded_generator("a", 1, 2, 3))
+    for three in (np.int64(3), np.array(3), torch.tensor(3)):
+        assert torch.equal(torch.rand(4, generator=seeded_generator("a", 1, 2, three)), expected)

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 import numpy as np
 from datasets import Dataset
 
+from .columns import column_values
+
 
 LABEL_PREFIX = "label_"
 
@@ -65,12 +67,13 @@ def combine_dimensions(dataset: Dataset, weights: Mapping[str, float], name: str
         )
     labels = []
     for dimension in weights:
-        column = np.array([_number(value) for value in dataset[LABEL_PREFIX + dimension]])
+        values = column_values(dataset, LABEL_PREFIX + dimension)
+        column = np.array([_number(value) for value in values])
         wrong = np.flatnonzero(~((column >= 0) & (column <= 1)))
         if len(wrong) > 0:
             raise ValueError(
                 f"The column `{LABEL_PREFIX}{dimension}` of `{name}` must hold numbers from 0 (`rejected` is better) to 1 "
-                f"(`chosen` is better), got {dataset[LABEL_PREFIX + dimension][int(wrong[0])]!r} in row {wrong[0]}."
+                f"(`chosen` is better), got {values[wrong[0]]!r} in row {wrong[0]}."
             )
         labels.append(column)
     shares = np.array(list(weights.values()), dtype=float)

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..policies import FlowPolicy
+from .columns import column_values, refuse_transform
 from .dimensions import combine_dimensions
 from .images import BadFileError, ImageReader
 from .latents import LATENT_COLUMNS, ROW_COLUMN, SIDES, LatentReader, encode_pairs, is_encoded, latents_fingerprint
@@ -72,7 +73,7 @@ class PreferencePairs(torch.utils.data.Dataset):
             self.labels = np.where(preference == 0, TIE, CHOSEN_IS_BETTER)
             self.swapped = preference < 0
         elif "label" in dataset.column_names:
-            self.labels = np.array(dataset["label"], dtype=float)
+            self.labels = np.array(column_values(dataset, "label"), dtype=float)
         extra = [column for column in ("margin",) if column in dataset.column_names]
         self.columns = ("prompt", ROW_COLUMN, "label", *extra)
         self.dataset = _without_decoding(dataset.with_format(None).select_columns([*REQUIRED_COLUMNS, *extra]))
@@ -159,13 +160,14 @@ def check_preference_dataset(
     Check what can be checked without reading a file: type, columns, emptiness, labels.
 
     Args:
-        dataset ([`~datasets.Dataset`]): preference pairs.
+        dataset ([`~datasets.Dataset`]): preference pairs. Its format does not matter.
         name (`str`): what the dataset is called in error messages.
         dimension_weights (`dict[str, float]`, *optional*): see [`prepare_preference_dataset`].
 
     Raises:
         TypeError: if it is not a [`~datasets.Dataset`].
-        ValueError: if a column is missing, there are no rows, or a prompt, margin or label cannot be used.
+        ValueError: if rows are transformed when they are read, a column is missing, there are no rows, or a prompt, margin
+            or label cannot be used.
     """
     if not isinstance(dataset, (Dataset, PreferencePairs)):
         raise TypeError(
@@ -174,6 +176,7 @@ def check_preference_dataset(
         )
     if is_prepared(dataset):
         return
+    refuse_transform(dataset, name)
     missing = [column for column in REQUIRED_COLUMNS if column not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -183,15 +186,18 @@ def check_preference_dataset(
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
-    for row, prompt in enumerate(dataset["prompt"]):
+    for row, prompt in enumerate(column_values(dataset, "prompt")):
         if not isinstance(prompt, str):
             raise ValueError(f"`{name}`, row {row}: `prompt` must be a string, got {prompt!r}.")
-    if "margin" in dataset.column_names and not np.isfinite(np.array(dataset["margin"], dtype=float)).all():
+    if (
+        "margin" in dataset.column_names
+        and not np.isfinite(np.array(column_values(dataset, "margin"), dtype=float)).all()
+    ):
         raise ValueError(f"The column `margin` of `{name}` must hold finite numbers; it has missing values or NaN.")
     if dimension_weights is not None:
         combine_dimensions(dataset, dimension_weights, name)
     elif "label" in dataset.column_names:
-        wrong = set(dataset["label"]) - {CHOSEN_IS_BETTER, TIE}
+        wrong = set(column_values(dataset, "label")) - {CHOSEN_IS_BETTER, TIE}
         if wrong:
             raise ValueError(
                 f"The column `label` of `{name}` must be 1 (`chosen` is better) or 0.5 (a tie), got "

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from ..policies import FlowPolicy, PromptEmbeddings
 from ..policies.base import update_with_weights
+from .columns import refuse_transform
 
 
 ROW_COLUMN = "tapo_row"
@@ -39,9 +40,14 @@ def default_prompts() -> Dataset:
 
 
 def prepare_prompts(dataset: Dataset, name: str) -> Dataset:
-    """Check the prompts and number the rows: the noise of a rollout depends on the row, not on the process."""
+    """
+    Check the prompts and number the rows: the noise of a rollout depends on the row, not on the process. The rows are
+    plain Python objects then, whatever the dataset's format was.
+    """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
+    refuse_transform(dataset, name)
+    dataset = dataset.with_format(None)
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
     if "prompt" not in dataset.column_names:

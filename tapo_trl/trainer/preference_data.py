@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from ..data.columns import column_values
 from ..data.preferences import (
     LATENT_COLUMNS,
     ROW_COLUMN,
@@ -89,7 +90,7 @@ class PreferenceDataMixin:
         if is_prepared(dataset):
             return dataset
         with args.main_process_first(desc=f"encoding {dataset_name}"):
-            self.prompt_cache.encode(dataset["prompt"])
+            self.prompt_cache.encode(column_values(dataset, "prompt"))
             return prepare_preference_dataset(
                 dataset,
                 self.policy,

@@ -97,6 +97,11 @@ class TestCheck:
         with pytest.raises(ValueError, match=message):
             check_preference_dataset(color_pairs(2).add_column(column, values), "train_dataset")
 
+    def test_a_transform_is_refused(self):
+        for dataset in (color_pairs(2), color_pairs(2).remove_columns("chosen")):
+            with pytest.raises(ValueError, match=r"`eval_dataset` has a transform .*`eval_dataset.map\(...\)`"):
+                check_preference_dataset(dataset.with_transform(lambda rows: rows), "eval_dataset")
+
     def test_prompt_that_is_no_text(self):
         dataset = color_pairs(2).remove_columns("prompt").add_column("prompt", ["a", None])
         with pytest.raises(ValueError, match="row 1: `prompt` must be a string, got None"):
@@ -169,6 +174,23 @@ class TestPrepare:
         assert torch.equal(batch["chosen"][0], ImageReader(32, 32).load(pairs[2]["chosen"]))
         assert batch["row"].tolist() == [2] and batch["label"].tolist() == [1]
         assert not (tmp_path / "latents").exists()
+
+    @pytest.mark.parametrize("cache_latents", [True, False])
+    def test_the_format_does_not_matter(self, cache_latents, tiny_sd3_policy, tmp_path):
+        pairs = color_pairs(3).add_column("margin", [0.5, 2.0, 1.0]).add_column("label", [1.0, 0.5, 1.0])
+        for weights in (None, {"text": 1.0}):
+            if weights is not None:
+                pairs = pairs.add_column("label_text", [1.0, 0.0, 0.5])
+            options = {"cache_latents": cache_latents, "dimension_weights": weights}
+            plain = prepare(pairs, tiny_sd3_policy, tmp_path, **options)
+            expected = PreferencePairCollator()([plain[row] for row in range(3)])
+            for name in ("torch", "numpy", "pandas", "arrow"):
+                check_preference_dataset(pairs.with_format(name), "pairs", weights)
+                dataset = prepare(pairs.with_format(name), tiny_sd3_policy, tmp_path, **options)
+                batch = PreferencePairCollator()([dataset[row] for row in range(3)])
+                assert batch.keys() == expected.keys() and batch["prompt"] == expected["prompt"]
+                for column in batch.keys() - {"prompt"}:
+                    assert torch.equal(batch[column], expected[column]), (name, column)
 
     @pytest.mark.parametrize("cache_latents", [True, False])
     def test_latents_pass_unchanged(self, cache_latents, tiny_sd3_policy, tmp_path):

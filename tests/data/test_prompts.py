@@ -96,3 +96,16 @@ class TestPrompts:
         dataset = prepare_prompts(Dataset.from_dict({"prompt": ["a", "b"], "label": [3, 4]}), "train_dataset")
         assert dataset[ROW_COLUMN] == [0, 1] and dataset["label"] == [3, 4]
         assert prepare_prompts(dataset, "train_dataset")[ROW_COLUMN] == [0, 1]
+
+    @pytest.mark.parametrize("format", ["torch", "numpy", "pandas", "arrow"])
+    def test_the_format_does_not_matter(self, format):
+        dataset = Dataset.from_dict({"prompt": ["a", "b"], "label": [3, 4]})
+        plain = prepare_prompts(dataset, "train_dataset")
+        for formatted in (dataset.with_format(format), dataset.with_format(format, columns=["label"])):
+            rows = [prepare_prompts(formatted, "train_dataset")[row] for row in range(2)]
+            assert rows == [plain[0], plain[1]] and type(rows[1][ROW_COLUMN]) is int
+
+    def test_a_transform_is_refused(self):
+        dataset = Dataset.from_dict({"prompt": ["a"]}).with_transform(lambda rows: {"prompt": ["b"]})
+        with pytest.raises(ValueError, match=r"`train_dataset` has a transform .*`train_dataset.map\(...\)`"):
+            prepare_prompts(dataset, "train_dataset")
