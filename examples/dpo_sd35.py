@@ -38,7 +38,8 @@ pairs of your own:
 
 ```bash
 accelerate launch examples/dpo_sd35.py --config recipes/sd35/dpo.yaml \
-    --variant inversion_dpo --dataset_name path/to/pairs.parquet --output_dir my-model
+    --variant inversion_dpo --dataset_name path/to/pairs.parquet --pair_preset none --dataset_test_split "train[:2%]" \
+    --dataset_train_split "train[2%:]" --output_dir my-model
 ```
 """
 

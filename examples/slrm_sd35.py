@@ -27,7 +27,7 @@ The emoji world, on a CPU (the first half of `make demo`):
 accelerate launch --config_file recipes/accelerate/cpu.yaml examples/slrm_sd35.py --config recipes/emoji/slrm.yaml
 ```
 
-Stable Diffusion 3.5 medium on eight GPUs, with the paper's settings:
+Stable Diffusion 3.5 medium on eight GPUs, with the paper's hyperparameters, on Pick-a-Pic v2:
 
 ```bash
 accelerate launch --config_file recipes/accelerate/multi_gpu.yaml examples/slrm_sd35.py --config recipes/sd35/slrm.yaml
@@ -37,7 +37,8 @@ Any field of `SLRMConfig`, `SLRMScriptArguments` or `DiffusionModelConfig` can b
 
 ```bash
 accelerate launch examples/slrm_sd35.py --config recipes/sd35/slrm.yaml \
-    --dataset_name path/to/pairs.parquet --use_peft --lora_r 64 --learning_rate 1e-4 --output_dir my-reward-model
+    --dataset_name path/to/pairs.parquet --pair_preset none --dataset_test_split "train[:2%]" --dataset_train_split "train[2%:]" \
+    --use_peft --lora_r 64 --learning_rate 1e-4 --output_dir my-reward-model
 ```
 """
 

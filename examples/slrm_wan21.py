@@ -21,7 +21,7 @@
 """
 Train a score-based latent reward model (SLRM) on preference pairs of videos.
 
-What Wan2.1 1.3B with the paper's settings needs (shapes, tokens, parameters, memory), without a GPU and without weights:
+What Wan2.1 1.3B with the paper's hyperparameters needs (shapes, tokens, parameters, memory), without a GPU and without weights:
 
 ```bash
 python examples/slrm_wan21.py --config recipes/wan21/slrm.yaml --dry_run true

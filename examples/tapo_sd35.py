@@ -27,7 +27,7 @@ The emoji world, on a CPU (the second half of `make demo`):
 accelerate launch --config_file recipes/accelerate/cpu.yaml examples/tapo_sd35.py --config recipes/emoji/tapo.yaml
 ```
 
-Stable Diffusion 3.5 medium on eight GPUs, with the paper's settings and the reward model of `slrm_sd35.py`:
+Stable Diffusion 3.5 medium on eight GPUs, with the paper's hyperparameters and the reward model of `slrm_sd35.py`:
 
 ```bash
 accelerate launch --config_file recipes/accelerate/multi_gpu.yaml examples/tapo_sd35.py --config recipes/sd35/tapo.yaml

@@ -21,7 +21,7 @@
 """
 Align a text-to-video model with a reward model by Trajectory Advantages Preference Optimization (TAPO).
 
-What Wan2.1 1.3B with the paper's settings needs (shapes, tokens, parameters, memory), without a GPU and without weights:
+What Wan2.1 1.3B with the paper's hyperparameters needs (shapes, tokens, parameters, memory), without a GPU and without weights:
 
 ```bash
 python examples/tapo_wan21.py --config recipes/wan21/tapo.yaml --dry_run true

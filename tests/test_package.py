@@ -142,13 +142,22 @@ class TestRecipes:
         parsed = PARSERS[command]().parse_args_and_config(["--config", str(path)])
         assert parsed[-1].model_name_or_path is not None
 
+    def test_names_no_dataset_that_is_gone(self):
+        for path in [*RECIPES, *DOCS, *(ROOT / "examples").glob("*.py")]:
+            text = path.read_text(encoding="utf-8")
+            assert "yuvalkirstain/pickapic" not in text, name_of(path)
+            assert "paper's settings" not in text or path.name == "reproduction.md", name_of(path)
+        for name in ("slrm", "slrm_24gb", "dpo"):
+            recipe = yaml.safe_load((ROOT / f"recipes/sd35/{name}.yaml").read_text(encoding="utf-8"))
+            assert (recipe["dataset_name"], recipe["pair_preset"]) == ("liuhuohuo2/pick-a-pic-v2", "pickapic")
+
     def test_paper_settings(self, monkeypatch):
         monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
         _, args, _ = slrm.make_parser().parse_args_and_config(["--config", str(ROOT / "recipes/sd35/slrm.yaml")])
         assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
         assert (args.learning_rate, args.num_train_epochs, args.bf16, args.rho) == (
             1e-5,
-            5,
+            pytest.approx(5 * 583_747 / 959_040, abs=1e-4),  # of Pick-a-Pic v2: as many pairs as 5 epochs of v1
             True,
             pytest.approx(1.3863, abs=1e-4),
         )

@@ -44,7 +44,8 @@ class PreferenceDatasetArguments:
         pair_preset (`str`, *optional*):
             Columns of a published data set, instead of the options above: `"pickapic"`, `"hpdv2"`, `"hpdv2_test"`, `"hpdv3"`,
             `"genai_bench_image"`, `"genai_bench_video"`, `"videogen_rewardbench"` or `"videofeedback"`, see
-            [`to_preference_pairs`]. `prompt_column` takes precedence if it is not `"prompt"`.
+            [`to_preference_pairs`]. `prompt_column` takes precedence if it is not `"prompt"`. `"none"` takes back what a
+            recipe says.
         label_values (`dict`, *optional*):
             What the values of `label_column` mean, such as `{left: 1, right: 0, tie: 0.5, unsure: null}`; rows whose value is
             null are left out. JSON on the command line.
@@ -84,7 +85,7 @@ class PreferenceDatasetArguments:
     pair_preset: (
         Literal[
             "pickapic", "hpdv2", "hpdv2_test", "hpdv3", "genai_bench_image", "genai_bench_video", "videogen_rewardbench",
-            "videofeedback",
+            "videofeedback", "none",
         ]
         | None
     ) = field(
@@ -115,6 +116,8 @@ class PreferenceDatasetArguments:
                 raise ValueError(f"`label_values` is not valid JSON: {error}.") from error
         if self.label_values is not None and not isinstance(self.label_values, dict):
             raise ValueError(f"`label_values` must map values to numbers, got {self.label_values!r}.")
+        if self.pair_preset == "none":
+            self.pair_preset = None
         if self.pair_preset is not None:
             defaults = {
                 "pair_columns": None,

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from dataclasses import fields
 from typing import get_args
 
 import pytest
@@ -35,9 +34,12 @@ class TestDatasetArguments:
             PreferenceDatasetArguments(**options)
 
     def test_presets_are_those_of_the_api(self):
-        (field,) = (field for field in fields(PreferenceDatasetArguments) if field.name == "pair_preset")
-        names, _ = get_args(field.type)
-        assert set(get_args(names)) == set(PAIR_PRESETS)
+        names, _ = get_args(PreferenceDatasetArguments.__annotations__["pair_preset"])
+        assert set(get_args(names)) == set(PAIR_PRESETS) | {"none"}
+        assert (
+            PreferenceDatasetArguments(pair_preset="none", pair_columns=["a", "b"], label_column="c").pair_preset
+            is None
+        )
 
     @pytest.mark.parametrize(
         ("options", "message"),
