@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 # A file of a dataset, as the Hub's pages and `datasets` write it
@@ -64,7 +64,7 @@ class ImageReader:
     height: int
     width: int
 
-    def check(self, value: Any, place: str = "`image`") -> None:
+    def check(self, value: Any, place: str = "`image`") -> tuple[int, int]:
         """
         Read an image as far as its header.
 
@@ -72,11 +72,18 @@ class ImageReader:
             value: the image.
             place (`str`, *optional*): where it is, for error messages.
 
+        Returns:
+            `tuple[int, int]`: its height and width in pixels, as it is displayed.
+
         Raises:
             BadFileError: if it cannot be read.
             ValueError: if it is no image.
         """
-        open_image(value, place)
+        image = open_image(value, place)
+        with _decoding(place, "the image cannot be read"):
+            # Pillow decodes a PNG to look for what is not in its header
+            turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return (image.width, image.height) if turned else (image.height, image.width)
 
     def load(self, value: Any, place: str = "`image`") -> torch.Tensor:
         """

@@ -14,18 +14,23 @@
 
 """Preference pairs: columns `prompt`, `chosen`, `rejected` (images, videos or latents), optional `margin` and labels."""
 
+import json
+import os
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from datasets import Array2D, Array3D, Array4D, Array5D, Dataset, Image, List, Value, Video
+from datasets.fingerprint import Hasher
 from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..policies import FlowPolicy
+from .buckets import BucketedPairs, assign_buckets, bucket_sizes, cropped_share
 from .columns import column_values, refuse_transform
 from .dimensions import combine_dimensions
 from .images import BadFileError, ImageReader
@@ -39,6 +44,9 @@ logger = logging.get_logger(__name__)
 REQUIRED_COLUMNS = ("prompt", *SIDES)
 CHOSEN_IS_BETTER, TIE = 1.0, 0.5
 DEFAULT_FPS = 16
+
+# Share of the images' area on average
+_MUCH_CROPPED = 0.1
 
 # Files that an error or a warning lists; it counts the others.
 _MAX_LISTED = 20
@@ -79,6 +87,9 @@ class PreferencePairs(torch.utils.data.Dataset):
         self.dataset = _without_decoding(dataset.with_format(None).select_columns([*REQUIRED_COLUMNS, *extra]))
         self.rows = list(range(len(dataset)))
         self.bad_files: dict[int, list[str]] = {}
+        self.sizes = np.zeros(
+            (len(dataset), len(SIDES), 2), dtype=np.int32
+        )  # of images, as far as they have been checked
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,12 +125,30 @@ class PreferencePairs(torch.utils.data.Dataset):
         """Check the headers of all files, and leave the pairs out whose files cannot be used."""
         for row in tqdm(self.rows, desc=f"Checking {self.name}", disable=None):
             example = self.dataset[row]
-            for side in SIDES:
+            for number, side in enumerate(SIDES):
                 try:
-                    self.reader.check(example[side], self._place(row, side))
+                    size = self.reader.check(example[side], self._place(row, side))
+                    if size is not None:
+                        self.sizes[row, number] = size
                 except BadFileError as error:
                     self.bad_files.setdefault(row, []).append(str(error))
         self.rows = [row for row in self.rows if row not in self.bad_files]
+
+    def report_cropping(self) -> None:
+        """Say so if much of the images will be cropped off, as far as their sizes are known."""
+        sizes = self.sizes[self.rows]
+        sizes = sizes[(sizes > 0).all(axis=(1, 2))]
+        if len(sizes) == 0:
+            return
+        cropped = cropped_share(sizes, self.reader.height, self.reader.width)
+        if cropped.mean() > _MUCH_CROPPED:
+            ratios = sizes[..., 1] / sizes[..., 0]
+            logger.warning(
+                f"On average {cropped.mean():.0%} of an image of `{self.name}` is cropped off (at most {cropped.max():.0%}): "
+                f"they are {ratios.min():.2f} to {ratios.max():.2f} times as wide as high, and {self.reader.height} x "
+                f"{self.reader.width} (`height` x `width`) is read around their centre. `aspect_ratio_buckets=True` trains on "
+                "their own aspect ratios."
+            )
 
     def report_bad_files(self, messages: list[str], number_left: int) -> None:
         """
@@ -169,7 +198,7 @@ def check_preference_dataset(
         ValueError: if rows are transformed when they are read, a column is missing, there are no rows, or a prompt, margin
             or label cannot be used.
     """
-    if not isinstance(dataset, (Dataset, PreferencePairs)):
+    if not isinstance(dataset, (Dataset, PreferencePairs, BucketedPairs)):
         raise TypeError(
             f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`. A streamed dataset can be "
             "materialised with `Dataset.from_generator`."
@@ -205,9 +234,9 @@ def check_preference_dataset(
             )
 
 
-def is_prepared(dataset: Dataset | PreferencePairs) -> bool:
+def is_prepared(dataset: Dataset | PreferencePairs | BucketedPairs) -> bool:
     """Whether [`prepare_preference_dataset`] made this dataset."""
-    return isinstance(dataset, PreferencePairs) or ROW_COLUMN in dataset.column_names
+    return isinstance(dataset, (PreferencePairs, BucketedPairs)) or ROW_COLUMN in dataset.column_names
 
 
 def prepare_preference_dataset(
@@ -221,11 +250,12 @@ def prepare_preference_dataset(
     dimension_weights: Mapping[str, float] | None = None,
     skip_bad_files: bool = False,
     short_videos: Literal["refuse", "uniform"] = "refuse",
+    aspect_ratio_buckets: bool = False,
     cache_latents: bool = True,
     cache_dir: str | Path | None = None,
     batch_size: int | None = None,
     name: str = "dataset",
-) -> Dataset | PreferencePairs:
+) -> Dataset | PreferencePairs | BucketedPairs:
     """
     Bring preference pairs into the form that training reads: a number per row, labels, and latents or pixels.
 
@@ -249,6 +279,9 @@ def prepare_preference_dataset(
         short_videos (`str`, *optional*, defaults to `"refuse"`):
             what becomes of videos that end before `num_frames` at `fps` are there: `"refuse"` counts them among the files
             that cannot be used; `"uniform"` takes their frames at equal distances ([`UniformVideoReader`]).
+        aspect_ratio_buckets (`bool`, *optional*, defaults to `False`):
+            whether images keep about their aspect ratio: each pair is cropped to the one of [`bucket_sizes`] that is nearest
+            to both of its images, instead of `height` x `width`.
         cache_latents (`bool`, *optional*, defaults to `True`):
             encode everything now, into a file that later runs re-use. Otherwise the headers of the files are checked
             now, and the batches encoded when they are needed.
@@ -259,7 +292,8 @@ def prepare_preference_dataset(
 
     Returns:
         [`~datasets.Dataset`]: columns `prompt`, `slrm_row` (its number), `label`, `margin` if given, `chosen_latents`
-        and `rejected_latents` (float32). Without `cache_latents`, [`PreferencePairs`] with pixels instead of latents.
+        and `rejected_latents` (float32). Without `cache_latents`, [`PreferencePairs`] with pixels instead of latents. With
+        `aspect_ratio_buckets`, [`BucketedPairs`] of those.
 
     Raises:
         BadFileError: if files cannot be used and `skip_bad_files` is not set; the message lists them.
@@ -282,16 +316,60 @@ def prepare_preference_dataset(
     folder = (Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl") / "latents"
     cache_file = folder / f"{latents_fingerprint(pairs, policy)}.arrow"
     cache_latents = cache_latents or holds_latents
+    batch_size = batch_size or (1 if is_video else 8)
+    if aspect_ratio_buckets:
+        if is_video or holds_latents:
+            raise ValueError("`aspect_ratio_buckets=True` is for images, not for videos or latents.")
+        return _prepare_buckets(pairs, policy, cache_file, cache_latents, batch_size)
     if not holds_latents and not (cache_latents and is_encoded(cache_file)):
         pairs.drop_bad_files()
+        pairs.report_cropping()
         if not cache_latents or not skip_bad_files:
             messages = [message for messages in pairs.bad_files.values() for message in messages]
             pairs.report_bad_files(messages, len(pairs))
     if not cache_latents:
         return pairs
-    latents, messages = encode_pairs(pairs, policy, shape, cache_file, batch_size or (1 if is_video else 8))
+    latents, messages = encode_pairs(pairs, policy, shape, cache_file, batch_size)
     pairs.report_bad_files(messages, len(latents))
     return latents
+
+
+def _prepare_buckets(
+    pairs: PreferencePairs, policy: FlowPolicy, cache_file: Path, cache_latents: bool, batch_size: int
+) -> BucketedPairs:
+    """The pairs in one dataset per size; with `cache_latents`, files beside `cache_file`, one of which tells the sizes."""
+    record = cache_file.with_suffix(".buckets.json")
+    if cache_latents and record.exists():
+        found = json.loads(record.read_text(encoding="utf-8"))
+    else:
+        pairs.drop_bad_files()
+        sizes = bucket_sizes(policy, pairs.reader.height, pairs.reader.width)
+        rows = np.array(pairs.rows, dtype=int)
+        assigned = assign_buckets(pairs.sizes[rows], sizes)
+        buckets = [(size, rows[assigned == index].tolist()) for index, size in enumerate(sizes)]
+        messages = [message for messages in pairs.bad_files.values() for message in messages]
+        found = {"buckets": [bucket for bucket in buckets if bucket[1]], "bad_files": messages}
+        if not cache_latents or not pairs.skip_bad_files:
+            pairs.report_bad_files(messages, len(rows))
+        if cache_latents:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            aside = record.with_suffix(f".{os.getpid()}.tmp")
+            aside.write_text(json.dumps(found), encoding="utf-8")
+            aside.replace(record)
+    parts, messages = [], found["bad_files"]
+    for (height, width), rows in found["buckets"]:
+        part = copy(pairs)
+        part.reader, part.rows, part.bad_files = ImageReader(height, width), rows, {}
+        if cache_latents:
+            key = Hasher.hash([cache_file.stem, height, width, rows])
+            shape = tuple(policy.latent_shape(height, width))
+            part, damaged = encode_pairs(part, policy, shape, cache_file.with_name(f"{key}.arrow"), batch_size)
+            messages = [*messages, *damaged]
+        parts.append(part)
+    parts = [part for part in parts if len(part) > 0]
+    if cache_latents:
+        pairs.report_bad_files(messages, sum(len(part) for part in parts))
+    return BucketedPairs(parts)
 
 
 def _holds_latents(pairs: PreferencePairs, shape: tuple[int, ...]) -> bool:

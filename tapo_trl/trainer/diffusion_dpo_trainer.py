@@ -173,9 +173,9 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
 
     # Noisy latents
 
-    def _draw(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self, rows: list[int], shape: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Steps `(batch_size,)` and noise `(batch_size, *latent_shape)`, on the CPU. They depend on the seed, the update and
+        Steps `(batch_size,)` and noise `(batch_size, *shape)`, on the CPU. They depend on the seed, the update and
         the row of the dataset alone: not on the number of processes, nor on whether the run was resumed.
         """
         steps, noise = [], []
@@ -186,7 +186,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
                 steps.append((position * len(self.sigmas)).long())
             else:
                 steps.append(torch.multinomial(self.step_probabilities, 1, generator=generator))
-            noise.append(torch.randn(self.latent_shape, generator=generator))
+            noise.append(torch.randn(shape or self.latent_shape, generator=generator))
         return torch.cat(steps), torch.stack(noise)
 
     def _noisy_latents(
@@ -242,7 +242,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rows = inputs["row"].tolist()
         if self.model.training:
-            steps, noise = self._draw(rows)
+            steps, noise = self._draw(rows, inputs["chosen_latents"].shape[1:])
             losses, metrics = self._pair_losses(model, inputs, steps, noise)
             self.nonfinite_guard.watch(losses, partial(describe_loss, inputs, self.sigmas[steps]), inputs["prompt"])
             loss = self.nonfinite_guard.mark(losses.mean())

@@ -27,8 +27,8 @@ class PreferenceDataConfig:
 
     Parameters:
         resolution (`int`, *optional*, defaults to `512`):
-            Height and width in pixels to which images and videos are cropped and resized. `height` and `width` take
-            precedence.
+            Height and width in pixels to which images and videos are cropped, around their centre, and resized. `height`
+            and `width` take precedence.
         height (`int`, *optional*):
             Height in pixels.
         width (`int`, *optional*):
@@ -47,6 +47,10 @@ class PreferenceDataConfig:
         short_videos (`str`, *optional*, defaults to `"refuse"`):
             What becomes of videos that end before `num_frames` at `fps` are there: `"refuse"` counts them among the files
             that cannot be used; `"uniform"` takes their frames at equal distances from the whole video.
+        aspect_ratio_buckets (`bool`, *optional*, defaults to `False`):
+            Whether images of the training keep about their aspect ratio, from 1/2 to 2: each pair is cropped to the size of
+            a bucket, of at most `height` x `width` pixels, and a batch holds pairs of one bucket. Held-out pairs are
+            cropped to `height` x `width`.
         max_sequence_length (`int`, *optional*):
             Number of tokens of the T5 (or UMT5) text encoder. Defaults to the model family's: 256 for SD3.5 and 512 for
             Wan2.1.
@@ -87,6 +91,13 @@ class PreferenceDataConfig:
             "(`refuse`), or give frames at equal distances (`uniform`)."
         },
     )
+    aspect_ratio_buckets: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether images of the training keep about their aspect ratio, in batches of one size of at most `height` "
+            "x `width` pixels."
+        },
+    )
     max_sequence_length: int | None = field(
         default=None,
         metadata={
@@ -114,6 +125,15 @@ class PreferenceDataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.aspect_ratio_buckets and self.num_frames is not None:
+            raise ValueError(
+                "`aspect_ratio_buckets=True` is for images, and `num_frames` for videos: set one of them."
+            )
+        if self.aspect_ratio_buckets and self.train_sampling_strategy != "random":
+            raise ValueError(
+                "`aspect_ratio_buckets=True` decides about the order of the pairs: leave `train_sampling_strategy` at 'random', "
+                f"not {self.train_sampling_strategy!r}."
+            )
         if self.short_videos not in ("refuse", "uniform"):
             raise ValueError(f"`short_videos` must be 'refuse' or 'uniform', got {self.short_videos!r}.")
         if self.dimension_weights is not None:

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 
+from ..data.buckets import BucketedPairs, BucketSampler
 from ..data.columns import column_values
 from ..data.preferences import (
     LATENT_COLUMNS,
@@ -101,10 +103,18 @@ class PreferenceDataMixin:
                 dimension_weights=args.dimension_weights,
                 skip_bad_files=args.skip_bad_files,
                 short_videos=args.short_videos,
+                aspect_ratio_buckets=args.aspect_ratio_buckets and dataset_name == "train_dataset",
                 cache_latents=args.cache_latents,
                 cache_dir=args.cache_dir,
                 name=dataset_name,
             )
+
+    def _get_train_sampler(self, train_dataset: Dataset | BucketedPairs | None = None) -> Sampler | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if not isinstance(dataset, BucketedPairs):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return BucketSampler([len(part) for part in dataset.datasets], self._train_batch_size, seed)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt", ROW_COLUMN, "label", "margin", "chosen", "rejected", *LATENT_COLUMNS]

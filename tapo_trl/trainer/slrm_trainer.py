@@ -186,7 +186,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self.model.training:
-            sigma, noise = self._draw_noise(inputs["row"].tolist())
+            sigma, noise = self._draw_noise(inputs["row"].tolist(), inputs["chosen_latents"].shape[1:])
             losses, scores = self._pair_loss(model, inputs, sigma, noise)
             self.nonfinite_guard.watch(losses, partial(describe_loss, inputs, sigma), inputs["prompt"])
         else:
@@ -199,19 +199,20 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         loss = self.nonfinite_guard.mark(losses.mean()) if self.model.training else self._mean_of_real_rows(losses)
         return (loss, {"rewards": scores}) if return_outputs else loss
 
-    def _draw_noise(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw_noise(self, rows: list[int], shape: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Noise levels `(batch_size,)` and noise `(2 * batch_size, *latent_shape)`, chosen first. They depend on the
+        Noise levels `(batch_size,)` and noise `(2 * batch_size, *shape)`, chosen first. They depend on the
         seed, the step and the row of the dataset alone: not on the number of processes, nor on whether the run was
         resumed.
         """
+        shape = shape or self.latent_shape
         sigmas, chosen_noise, rejected_noise = [], [], []
         for row in rows:
             generator = seeded_generator("slrm", self.args.seed, self.state.global_step, row)
             sigmas.append(draw_uniform_or_logit_normal(self.args.timestep_sampling, generator))
-            noise = torch.randn(self.latent_shape, generator=generator)
+            noise = torch.randn(shape, generator=generator)
             chosen_noise.append(noise)
-            other = noise if self.args.shared_noise else torch.randn(self.latent_shape, generator=generator)
+            other = noise if self.args.shared_noise else torch.randn(shape, generator=generator)
             rejected_noise.append(other)
         device = self.accelerator.device
         return torch.cat(sigmas).to(device), torch.stack(chosen_noise + rejected_noise).to(device)
