@@ -14,6 +14,7 @@
 
 """Columns of a dataset as they are stored, whatever its format shows of them."""
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
@@ -39,6 +40,12 @@ def stored_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
     """A column in Arrow's form, in the order of the rows."""
     stored = dataset.data.column(column)
     return stored if dataset._indices is None else stored.take(dataset._indices.column(0))
+
+
+def stored_table(dataset: Dataset) -> tuple[Dataset, np.ndarray]:
+    """What `dataset` selects its rows from, and the numbers of those rows: `table.select(rows)` is `dataset`."""
+    rows = np.arange(len(dataset)) if dataset._indices is None else dataset._indices.column(0).to_numpy()
+    return Dataset(dataset.data, info=dataset.info.copy(), fingerprint=dataset._fingerprint), rows.astype(np.int64)
 
 
 def column_values(dataset: Dataset, column: str) -> list:

@@ -28,7 +28,7 @@ from datasets import ClassLabel, Dataset, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
-from .columns import column_values, refuse_transform, stored_column
+from .columns import column_values, refuse_transform, stored_column, stored_table
 from .dimensions import LABEL_PREFIX
 from .latents import SIDES
 
@@ -278,7 +278,7 @@ def _pairs_by_preference(dataset: Dataset, options: dict[str, Any], valid: np.nd
     """The first is preferred: columns get other names, and other columns stay."""
     names = {options["first"]: "chosen", options["second"]: "rejected", options["prompt"]: "prompt"}
     if "media_root" in options:
-        table, rows = _stored_table(dataset)
+        table, rows = stored_table(dataset)
         dataset = _with_media_root(table, [options["first"], options["second"]], options["media_root"]).select(rows)
     names = {column: name for column, name in names.items() if column != name}
     hidden = [name for name in names.values() if name in dataset.column_names and name not in names]
@@ -316,7 +316,7 @@ def _pairs_by_position(dataset: Dataset, options: dict[str, Any], valid: np.ndar
         labels[name] = np.where(swapped, 1 - values, values)
 
     fingerprint = Hasher.hash([dataset._fingerprint, sorted((name, str(value)) for name, value in options.items())])
-    table, rows = _stored_table(dataset)
+    table, rows = stored_table(dataset)
     if "media_root" in options:
         table = _with_media_root(table, [first, second], options["media_root"])
     table = table.select_columns(list(dict.fromkeys([options["prompt"], first, second])))
@@ -338,14 +338,6 @@ def _pairs_by_position(dataset: Dataset, options: dict[str, Any], valid: np.ndar
         beside[name] = pa.array(column, mask=np.isnan(column))
     both = concatenate_datasets([both, Dataset(pa.table(beside), fingerprint=fingerprint)], axis=1)
     return both.select((rows + len(table) * swapped)[labelled], new_fingerprint=fingerprint)
-
-
-def _stored_table(dataset: Dataset) -> tuple[Dataset, np.ndarray]:
-    """What `dataset` selects its rows from, and the numbers of those rows."""
-    rows = (
-        np.arange(len(dataset)) if dataset._indices is None else dataset._indices.column(0).to_numpy().astype(np.int64)
-    )
-    return Dataset(dataset.data, info=dataset.info.copy(), fingerprint=dataset._fingerprint), rows
 
 
 def _dimensions(dataset: Dataset, options: dict[str, Any]) -> Mapping[str, str]:

@@ -19,15 +19,16 @@ import os
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 
 from ..policies import FlowPolicy, PromptEmbeddings
 from ..policies.base import update_with_weights
-from .columns import refuse_transform
+from .columns import refuse_transform, stored_table
 
 
 ROW_COLUMN = "tapo_row"
@@ -57,7 +58,12 @@ def prepare_prompts(dataset: Dataset, name: str) -> Dataset:
             raise ValueError(f"`{name}` row {row}: `prompt` must be a string, got {prompt!r}.")
     if ROW_COLUMN in dataset.column_names:
         dataset = dataset.remove_columns(ROW_COLUMN)
-    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
+    table, rows = stored_table(dataset)
+    if len(np.unique(rows)) < len(rows):  # a row that comes twice has two numbers
+        return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
+    numbers = np.zeros(len(table), dtype=np.int64)
+    numbers[rows] = np.arange(len(rows))
+    return concatenate_datasets([table, Dataset.from_dict({ROW_COLUMN: numbers})], axis=1).select(rows)
 
 
 class PromptCache:

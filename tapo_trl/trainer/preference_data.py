@@ -91,6 +91,7 @@ class PreferenceDataMixin:
     ) -> Dataset:
         if is_prepared(dataset):
             return dataset
+        check_preference_dataset(dataset, dataset_name, args.dimension_weights)
         with args.main_process_first(desc=f"encoding {dataset_name}"):
             self.prompt_cache.encode(column_values(dataset, "prompt"))
             return prepare_preference_dataset(

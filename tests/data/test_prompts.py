@@ -105,6 +105,14 @@ class TestPrompts:
             rows = [prepare_prompts(formatted, "train_dataset")[row] for row in range(2)]
             assert rows == [plain[0], plain[1]] and type(rows[1][ROW_COLUMN]) is int
 
+    @pytest.mark.parametrize("rows", [[2, 0], [1, 2], [2, 0, 2]])
+    def test_selected_rows_are_numbered_and_not_copied(self, rows, monkeypatch):
+        if len(set(rows)) == len(rows):
+            monkeypatch.setattr(Dataset, "flatten_indices", lambda *args, **kwargs: pytest.fail("rows were copied"))
+        selected = Dataset.from_dict({"prompt": ["a", "b", "c"], "tapo_row": [7, 8, 9]}).select(rows)
+        prepared = prepare_prompts(selected, "train_dataset")
+        assert list(prepared) == [{"prompt": "abc"[row], ROW_COLUMN: index} for index, row in enumerate(rows)]
+
     def test_a_transform_is_refused(self):
         dataset = Dataset.from_dict({"prompt": ["a"]}).with_transform(lambda rows: {"prompt": ["b"]})
         with pytest.raises(ValueError, match=r"`train_dataset` has a transform .*`train_dataset.map\(...\)`"):
