@@ -53,7 +53,8 @@ class PreferenceDatasetArguments:
             Column of booleans; the rows where it is false are left out. Defaults to `has_label`, where there is such a
             column.
         media_root (`str`, *optional*):
-            Folder that relative paths of images and videos start from. Defaults to the working directory.
+            Folder that relative paths of images and videos start from, or the address of a folder of a dataset on the Hub.
+            Defaults to the working directory.
     """
 
     dataset_name: str | None = field(

@@ -158,7 +158,8 @@ def to_preference_pairs(
             Column of booleans; the rows where it is false are left out. Defaults to `has_label`, where there is such a
             column.
         media_root (`str` or `Path`, *optional*):
-            Folder that relative paths start from.
+            Folder that relative paths start from, or the address of a folder of a dataset on the Hub, such as
+            `https://huggingface.co/datasets/OWNER/NAME/resolve/main`.
 
     Returns:
         [`~datasets.Dataset`]: columns `prompt`, `chosen`, `rejected`, `label` (float64; 1, or 0.5 for a tie) where there are
@@ -347,7 +348,7 @@ def _dimensions(dataset: Dataset, options: dict[str, Any]) -> Mapping[str, str]:
     numbers = [
         name
         for name, feature in dataset.features.items()
-        if isinstance(feature, Value) and feature.dtype.startswith(("float", "int"))
+        if isinstance(feature, Value) and feature.dtype.startswith(("float", "int", "uint"))
     ]
     own = {options["label"], _label_of_second(options["first"], options["second"], options["label"])}
     names = [name for name in numbers if name.startswith(LABEL_PREFIX) and name not in own]

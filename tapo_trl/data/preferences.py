@@ -147,7 +147,7 @@ class PreferencePairs(torch.utils.data.Dataset):
                 f"On average {cropped.mean():.0%} of an image of `{self.name}` is cropped off (at most {cropped.max():.0%}): "
                 f"they are {ratios.min():.2f} to {ratios.max():.2f} times as wide as high, and {self.reader.height} x "
                 f"{self.reader.width} (`height` x `width`) is read around their centre. `aspect_ratio_buckets=True` trains on "
-                "their own aspect ratios."
+                "about their own aspect ratios."
             )
 
     def report_bad_files(self, messages: list[str], number_left: int) -> None:

@@ -102,6 +102,9 @@ class TestPresets:
         columns = {"prompt": ["a"], "path1": ["good.jpg"], "path2": ["/bad.jpg"], "confidence": [0.9]}
         dataset = Dataset.from_dict({**columns, "choice_dist": [[7, 2]], "model1": ["m"], "model2": ["n"]})
         pairs = to_preference_pairs(dataset, preset="hpdv3", media_root="hpd")
+        root = "https://huggingface.co/datasets/OWNER/NAME/resolve/main"
+        on_the_hub = to_preference_pairs(dataset, preset="hpdv3", media_root=root)
+        assert on_the_hub["chosen"][:] == [f"{root}/good.jpg"]
         assert pairs["chosen"][:] == ["hpd/good.jpg"] and pairs["rejected"][:] == ["/bad.jpg"]
 
     def test_genai_bench_image(self):
