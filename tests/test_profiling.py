@@ -12,24 +12,33 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import time
+from types import SimpleNamespace
 
 import pytest
 
+from tapo_trl import profiling
 from tapo_trl.profiling import StageTimer
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless it is moved on."""
+    clock = SimpleNamespace(seconds=7.0, perf_counter=lambda: clock.seconds)
+    monkeypatch.setattr(profiling, "time", clock)
+    return clock
+
+
 class TestStageTimer:
-    def test_a_stage_does_not_count_what_is_nested_in_it(self):
+    def test_a_stage_does_not_count_what_is_nested_in_it(self, clock):
         timer = StageTimer(enabled=True)
         for _ in range(2):
             with timer.stage("rollout"):
-                time.sleep(0.02)
+                clock.seconds += 2
                 with timer.stage("policy", latents=3):
-                    time.sleep(0.05)
+                    clock.seconds += 5
         rollout, policy = timer.stages["rollout"], timer.stages["policy"]
-        assert rollout.seconds == pytest.approx(0.04, abs=0.02) and rollout.calls == 2 and rollout.latents == 0
-        assert policy.seconds == pytest.approx(0.10, abs=0.03) and policy.calls == 2 and policy.latents == 6
+        assert rollout.seconds == 4 and rollout.calls == 2 and rollout.latents == 0
+        assert policy.seconds == 10 and policy.calls == 2 and policy.latents == 6
 
     def test_an_error_ends_its_stages(self):
         timer = StageTimer(enabled=True)
@@ -39,17 +48,17 @@ class TestStageTimer:
             pass
         assert timer.stages["rollout"].calls == 2 and timer.stages["policy"].calls == 1
 
-    def test_the_table_adds_up(self):
+    def test_the_table_adds_up(self, clock):
         timer = StageTimer(enabled=True)
         with timer.stage("rollout"), timer.stage("policy", latents=4):
-            time.sleep(0.03)
-        time.sleep(0.03)
+            clock.seconds += 3
+        clock.seconds += 1
         *lines, last = timer.table().splitlines()
         rows = {line[:28].strip(): line[28:].split() for line in lines}
-        parts = sum(float(rows[name][0]) for name in ("policy", "rollout", "everything else"))
-        assert parts == pytest.approx(float(rows["all"][0]), abs=0.02)
-        assert rows["policy"][1:3] == ["1", "4"]
-        assert float(last.split("%")[0]) > 95
+        seconds = {name: float(row[0]) for name, row in rows.items() if name != "stage"}
+        assert seconds == {"policy": 3, "rollout": 0, "everything else": 1, "all": 4}
+        assert rows["policy"][1:] == ["1", "4", "75.0%"]
+        assert last.startswith("100.0%")
 
     def test_measures_nothing_unless_enabled(self):
         timer = StageTimer()

@@ -20,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -163,15 +162,16 @@ def compile_deepspeed(timeout: float = 1200) -> None:
     assert result.returncode == 0, result.stdout[-5000:]
 
 
-def stop(engine: Engine, job: dict, folder: Path, launcher: str, timeout: float = 300) -> float:
+def stop(engine: Engine, job: dict, folder: Path, launcher: str, timeout: float = 600) -> None:
     """
     Run a job that stops its own launcher, see `worker.py`, and wait until its processes have ended too.
 
     Args:
         launcher (`str`): `"accelerate"` or `"torchrun"`.
+        timeout (`float`): seconds after which the launcher, or a process that it left, counts as one that never ends.
 
-    Returns:
-        `float`: for how many seconds they outlived the launcher, at most 60.
+    Raises:
+        AssertionError: if one of them never ends.
     """
     job_file = folder / "stop.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,10 +191,8 @@ def stop(engine: Engine, job: dict, folder: Path, launcher: str, timeout: float 
         )
         try:
             assert process.wait(timeout) != 0, (folder / "stop.log").read_text()[-8000:]
-            ended = time.monotonic()
-            while marked(mark) and time.monotonic() < ended + 60:
-                time.sleep(0.5)
-            return time.monotonic() - ended
+            _, alive = psutil.wait_procs(marked(mark), timeout)
+            assert not alive, (folder / "stop.log").read_text()[-8000:]
         finally:
             process.kill()
             end_marked(mark)

@@ -14,7 +14,6 @@
 
 """Signals to a launcher reach the training: it saves, ends, leaves no process behind, and goes on exactly."""
 
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,41 +38,31 @@ CASES = {  # launcher, signal, run, and the unbroken run under DDP
 
 
 @pytest.fixture(scope="module")
-def stopped(job, tmp_path_factory):
-    """Folder of the runs that were stopped, and how long their processes stayed after their launcher had ended."""
-
-    @cache
-    def all_cases() -> tuple[Path, dict[str, float]]:
-        folder, seconds = tmp_path_factory.mktemp("stopped"), {}
-        for name, (launcher, number, run, _) in CASES.items():
-            runs = {name: run | {"signal": number}}
-            seconds[name] = stop(ENGINES["ddp"], job | {"runs": runs}, folder, launcher)
-        return folder, seconds
-
-    return all_cases
+def stopped(job, tmp_path_factory) -> Path:
+    """Folder of the runs that were stopped, all of whose processes have ended."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for name, (launcher, number, run, _) in CASES.items():
+        stop(ENGINES["ddp"], job | {"runs": {name: run | {"signal": number}}}, folder, launcher)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def resumed(job, stopped) -> dict[str, dict]:
-    folder, _ = stopped()
-    stops = {name: last_good_checkpoint(folder / name) for name in CASES}
+    stops = {name: last_good_checkpoint(stopped / name) for name in CASES}
     runs = {name: run | {"resume": True} for name, (_, _, run, _) in CASES.items()}
-    return stops, launch(ENGINES["ddp"], job | {"runs": runs}, folder)
+    return stops, launch(ENGINES["ddp"], job | {"runs": runs}, stopped)
 
 
 @pytest.mark.parametrize("name", CASES)
 class TestTwoProcesses:
     def test_save_and_end(self, stopped, name):
-        folder, seconds = stopped()
-        assert seconds[name] < 30
-        checkpoint = last_good_checkpoint(folder / name)
-        assert checkpoint.name in ("checkpoint-2", "checkpoint-3", "checkpoint-4")
-        assert [path.name for path in (folder / name).glob("checkpoint-*")] == [checkpoint.name]
+        checkpoint = last_good_checkpoint(stopped / name)
+        assert checkpoint.name == "checkpoint-2"
+        assert [path.name for path in (stopped / name).glob("checkpoint-*")] == [checkpoint.name]
 
     def test_go_on_exactly(self, results, stopped, resumed, name):
-        folder, _ = stopped()
         expected = tensor_files(results("ddp").folder / CASES[name][3] / "checkpoint-5")
-        found = tensor_files(folder / name / "checkpoint-5")
+        found = tensor_files(stopped / name / "checkpoint-5")
         assert expected.keys() == found.keys()
         for file in expected:
             assert differences(read(expected[file]), read(found[file])) == [], file
@@ -81,5 +70,5 @@ class TestTwoProcesses:
 
 def test_a_launcher_of_one_process_does_not_pass_signals_on_but_its_end_does(job, tmp_path):
     run = TAPO | {"signal": "SIGTERM"}
-    assert stop(ENGINES["single"], job | {"runs": {"one": run}}, tmp_path, "accelerate") < 30
-    assert last_good_checkpoint(tmp_path / "one").name in ("checkpoint-2", "checkpoint-4")
+    stop(ENGINES["single"], job | {"runs": {"one": run}}, tmp_path, "accelerate")
+    assert last_good_checkpoint(tmp_path / "one").name == "checkpoint-2"

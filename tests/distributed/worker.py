@@ -115,7 +115,9 @@ class SignalLauncher(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2 and args.process_index == 0:
             os.kill(os.getppid(), self.number)
-            time.sleep(2)  # until it has been passed on
+            graceful_stop = signal.getsignal(signal.SIGTERM).__self__
+            while graceful_stop.signal is None:  # until the launcher, or its end, has passed it on
+                time.sleep(0.05)
 
 
 def prompts(number: int) -> Dataset:

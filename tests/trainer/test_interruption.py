@@ -15,6 +15,8 @@
 """Runs that are stopped in every way go on and end with the weights of the unbroken run."""
 
 import ctypes
+import io
+import json
 import os
 import random
 import resource
@@ -23,14 +25,16 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from tapo_trl import SLRMConfig, SLRMTrainer
+from tapo_trl.trainer import checkpoints
 from tapo_trl.trainer.checkpoints import SEAL_NAME, checkpoint_damage, last_good_checkpoint
 
 from ..data.preference_pairs import latent_pairs
@@ -186,7 +190,7 @@ def make_slrm_trainer(folder, callbacks=None, **kwargs):
 
 
 MAKE = {"tapo": make_trainer, "slrm": make_slrm_trainer}
-MANY_STEPS = SAVING | {"max_steps": 12}
+MANY_STEPS = SAVING | {"max_steps": 10}
 
 
 class Announce(TrainerCallback):
@@ -195,15 +199,57 @@ class Announce(TrainerCallback):
         sys.stdout.flush()
 
 
-def train_to_the_end(method, folder):
-    trainer = MAKE[method](folder, callbacks=[Announce()], **MANY_STEPS)
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_half_and_die(value, path, *args, **kwargs):
+    buffer = io.BytesIO()
+    write(value, buffer)
+    Path(path).write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+    die()
+
+
+write = torch.save
+
+# What is replaced, by what, and whether a checkpoint is unfinished then
+MOMENTS = {
+    "in a step": (Trainer, "compute_loss", die, False),
+    "weights written, optimizer not": (Trainer, "_save_optimizer_and_scheduler", die, True),
+    "half of a file written": (torch, "save", write_half_and_die, True),
+    "all but the seal written": (checkpoints, "seal_checkpoint", die, True),
+    "seal not in its place": (checkpoints.os, "replace", die, True),
+    "older checkpoints not deleted": (checkpoints, "rotate_checkpoints", die, False),
+}
+
+
+class DieInTheSecondStep(TrainerCallback):
+    """Kills its own process at one of `MOMENTS`, after one step has been saved."""
+
+    def __init__(self, moment):
+        self.moment, self.steps = moment, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.steps += 1
+        if self.steps == 2:
+            owner, name, replacement, _ = MOMENTS[self.moment]
+            owner = type(self.trainer) if owner is Trainer else owner
+            setattr(owner, name, replacement)
+
+
+def train_to_the_end(method, folder, moment=None):
+    callbacks = [Announce()]
+    if moment is not None:
+        callbacks.append(DieInTheSecondStep(moment))
+    trainer = MAKE[method](folder, callbacks=callbacks, save_total_limit=2, **MANY_STEPS)
+    callbacks[-1].trainer = trainer
     trainer.train(resume_from_checkpoint=True)
     torch.save(trainable(trainer), folder / "final.pt")
 
 
 # Importing takes longer than training: it is done once, and every training is a process forked from there.
 SERVER = """
-import os, sys, traceback
+import json, os, sys, traceback
 from pathlib import Path
 from tests.trainer.test_interruption import train_to_the_end
 
@@ -214,7 +260,8 @@ for line in sys.stdin:
         sys.stdin.close()
         code = 1
         try:
-            train_to_the_end(*(kind(word) for kind, word in zip((str, Path), line.split())))
+            method, folder, moment = json.loads(line)
+            train_to_the_end(method, Path(folder), moment)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -239,9 +286,9 @@ class Trainings:
         self.sessions = []
         return self
 
-    def start(self, method, folder):
+    def start(self, method, folder, moment=None):
         """Process id and the step from which it goes on."""
-        self.server.stdin.write(f"{method} {folder}\n")
+        self.server.stdin.write(json.dumps([method, str(folder), moment]) + "\n")
         self.server.stdin.flush()
         self.sessions.append(self.read("process"))
         return self.sessions[-1], self.read("start")
@@ -254,13 +301,18 @@ class Trainings:
 
     def left(self):
         """Processes of trainings that have ended."""
-        return [process.pid for process in psutil.process_iter() if _session(process.pid) in self.sessions]
+        return [process for process in psutil.process_iter() if _session(process.pid) in self.sessions]
+
+    def assert_none_left(self):
+        """Data loaders look for their training process every 5 seconds; the limit is for those that never do."""
+        _, alive = psutil.wait_procs(self.left(), timeout=300)
+        assert not alive
 
     def __exit__(self, *error):
         self.server.stdin.close()
         for process in self.left():
-            os.kill(process, signal.SIGKILL)
-        self.server.wait(30)
+            process.kill()
+        self.server.wait()
         self.server.stdout.close()
 
 
@@ -275,48 +327,72 @@ def unfinished(folder):
     return [path for path in (folder / "out").glob("checkpoint-*") if not (path / SEAL_NAME).exists()]
 
 
+@pytest.fixture(scope="module")
+def unbroken_of(tmp_path_factory):
+    @cache
+    def weights(method):
+        trainer = MAKE[method](tmp_path_factory.mktemp(method), **MANY_STEPS)
+        trainer.train()
+        return trainable(trainer)
+
+    return weights
+
+
+def assert_ends_as(folder, expected):
+    final = torch.load(folder / "final.pt")
+    assert final.keys() == expected.keys()
+    assert max((final[name] - expected[name]).abs().max() for name in final) == 0
+
+
+def last_step(folder):
+    whole = last_good_checkpoint(folder / "out")
+    return 0 if whole is None else int(whole.name.removeprefix("checkpoint-"))
+
+
+@pytest.mark.parametrize("method", MAKE)
+def test_killed_in_a_step_and_at_every_stage_of_a_save(tmp_path, unbroken_of, method):
+    with Trainings() as trainings:
+        for moment, (*_, cuts_a_save) in MOMENTS.items():
+            before = last_step(tmp_path)
+            _, step = trainings.start(method, tmp_path, moment)
+            assert step == before
+            assert os.WIFSIGNALED(trainings.read("end")), moment
+            assert bool(unfinished(tmp_path)) == cuts_a_save, moment
+            assert last_step(tmp_path) == before + (2 if moment == "older checkpoints not deleted" else 1), moment
+        _, step = trainings.start(method, tmp_path)
+        assert step == last_step(tmp_path) > 0
+        assert trainings.read("end") == 0
+        trainings.assert_none_left()
+    assert_ends_as(tmp_path, unbroken_of(method))
+
+
 KILLS = int(os.environ.get("TAPO_TRL_KILLS", "6"))  # more take longer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kills"), [("tapo", KILLS), ("slrm", KILLS // 2)])
-def test_killed_at_random_moments_and_while_saving(tmp_path, method, kills):
-    expected_trainer = MAKE[method](tmp_path / "unbroken", **MANY_STEPS)
-    expected_trainer.train()
-    expected = trainable(expected_trainer)
-    rng, killed, saves_cut, runs = random.Random(0), 0, 0, 0
+@pytest.mark.parametrize("method", MAKE)
+def test_killed_at_random_moments(tmp_path, unbroken_of, method):
+    rng, killed, runs = random.Random(0), 0, 0
     folder = tmp_path / "run-0"
     folder.mkdir()
-
     with Trainings() as trainings:
         while True:
-            whole = last_good_checkpoint(folder / "out")
+            before = last_step(folder)
             process, step = trainings.start(method, folder)
-            assert step == (0 if whole is None else int(whole.name.removeprefix("checkpoint-")))
-            if killed < kills:
+            assert step == before
+            if killed < KILLS:
                 time.sleep(rng.uniform(0, 1.2))
-                earlier, deadline = unfinished(folder), time.monotonic() + 5
-                while killed % 2 and unfinished(folder) == earlier and time.monotonic() < deadline:
-                    time.sleep(0.001)  # every other time, until a checkpoint is being written
                 with suppress(ProcessLookupError):  # it may have come to its end
                     os.kill(process, signal.SIGKILL)
             status = trainings.read("end")
             if os.WIFSIGNALED(status):
                 killed += 1
-                saves_cut += bool(unfinished(folder))
                 continue
             assert status == 0
-            final = torch.load(folder / "final.pt")
-            assert final.keys() == expected.keys()
-            assert max((final[name] - expected[name]).abs().max() for name in final) == 0
-            if killed == kills:
+            assert_ends_as(folder, unbroken_of(method))
+            if killed == KILLS:
                 break
             runs += 1
             folder = tmp_path / f"run-{runs}"
             folder.mkdir()
-        assert saves_cut > 0
-
-        deadline = time.monotonic() + 30  # data loaders look for their training process every 5 seconds
-        while trainings.left() and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert trainings.left() == []
+        trainings.assert_none_left()
