@@ -16,15 +16,12 @@
 
 import ctypes
 import io
-import json
 import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +35,7 @@ from tapo_trl.trainer import checkpoints
 from tapo_trl.trainer.checkpoints import SEAL_NAME, checkpoint_damage, last_good_checkpoint
 
 from ..data.preference_pairs import latent_pairs
+from ..processes import FORKED, start
 from .test_tapo_trainer import make_pipeline, make_trainer, trainable
 
 
@@ -193,12 +191,6 @@ MAKE = {"tapo": make_trainer, "slrm": make_slrm_trainer}
 MANY_STEPS = SAVING | {"max_steps": 10}
 
 
-class Announce(TrainerCallback):
-    def on_train_begin(self, args, state, control, **kwargs):
-        sys.stdout.write(f"start {state.global_step}\n")
-        sys.stdout.flush()
-
-
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -237,8 +229,16 @@ class DieInTheSecondStep(TrainerCallback):
             setattr(owner, name, replacement)
 
 
-def train_to_the_end(method, folder, moment=None):
-    callbacks = [Announce()]
+class SayWhereItStarts(TrainerCallback):
+    def __init__(self, connection):
+        self.connection = connection
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.connection.send(state.global_step)
+
+
+def train_to_the_end(method, folder, moment, connection):
+    callbacks = [SayWhereItStarts(connection)]
     if moment is not None:
         callbacks.append(DieInTheSecondStep(moment))
     trainer = MAKE[method](folder, callbacks=callbacks, save_total_limit=2, **MANY_STEPS)
@@ -247,73 +247,27 @@ def train_to_the_end(method, folder, moment=None):
     torch.save(trainable(trainer), folder / "final.pt")
 
 
-# Importing takes longer than training: it is done once, and every training is a process forked from there.
-SERVER = """
-import json, os, sys, traceback
-from pathlib import Path
-from tests.trainer.test_interruption import train_to_the_end
+class Training:
+    """A training in a process of its own."""
 
-for line in sys.stdin:
-    process = os.fork()
-    if process == 0:
-        os.setsid()
-        sys.stdin.close()
-        code = 1
-        try:
-            method, folder, moment = json.loads(line)
-            train_to_the_end(method, Path(folder), moment)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        os._exit(code)
-    print("process", process, flush=True)
-    print("end", os.waitpid(process, 0)[1], flush=True)
-"""
+    def __init__(self, method, folder, moment=None):
+        receiver, sender = FORKED.Pipe(duplex=False)
+        self.process = start(train_to_the_end, method, folder, moment, sender)
+        sender.close()
+        self.first_step = receiver.recv()
+
+    def wait(self):
+        """Its exit code."""
+        self.process.join()
+        return self.process.exitcode
 
 
-class Trainings:
-    """Starts trainings, one after the other, and reads what they say."""
-
-    def __enter__(self):
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.sessions = []
-        return self
-
-    def start(self, method, folder, moment=None):
-        """Process id and the step from which it goes on."""
-        self.server.stdin.write(json.dumps([method, str(folder), moment]) + "\n")
-        self.server.stdin.flush()
-        self.sessions.append(self.read("process"))
-        return self.sessions[-1], self.read("start")
-
-    def read(self, word):
-        for line in self.server.stdout:
-            if line.startswith(f"{word} "):
-                return int(line.split()[1])
-        raise AssertionError(f"The training ended before its {word!r}.")
-
-    def left(self):
-        """Processes of trainings that have ended."""
-        return [process for process in psutil.process_iter() if _session(process.pid) in self.sessions]
-
-    def assert_none_left(self):
-        """Data loaders look for their training process every 5 seconds; the limit is for those that never do."""
-        _, alive = psutil.wait_procs(self.left(), timeout=300)
-        assert not alive
-
-    def __exit__(self, *error):
-        self.server.stdin.close()
-        for process in self.left():
-            process.kill()
-        self.server.wait()
-        self.server.stdout.close()
+def assert_none_left(trainings):
+    """Data loaders look for their training process every 5 seconds; the limit is for those that never end."""
+    sessions = [training.process.pid for training in trainings]
+    left = [process for process in psutil.process_iter() if _session(process.pid) in sessions]
+    _, alive = psutil.wait_procs(left, timeout=300)
+    assert not alive
 
 
 def _session(process):
@@ -349,21 +303,23 @@ def last_step(folder):
     return 0 if whole is None else int(whole.name.removeprefix("checkpoint-"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", MAKE)
 def test_killed_in_a_step_and_at_every_stage_of_a_save(tmp_path, unbroken_of, method):
-    with Trainings() as trainings:
-        for moment, (*_, cuts_a_save) in MOMENTS.items():
-            before = last_step(tmp_path)
-            _, step = trainings.start(method, tmp_path, moment)
-            assert step == before
-            assert os.WIFSIGNALED(trainings.read("end")), moment
-            assert bool(unfinished(tmp_path)) == cuts_a_save, moment
-            assert last_step(tmp_path) == before + (2 if moment == "older checkpoints not deleted" else 1), moment
-        _, step = trainings.start(method, tmp_path)
-        assert step == last_step(tmp_path) > 0
-        assert trainings.read("end") == 0
-        trainings.assert_none_left()
+    trainings = []
+    for moment, (*_, cuts_a_save) in MOMENTS.items():
+        before = last_step(tmp_path)
+        training = Training(method, tmp_path, moment)
+        trainings.append(training)
+        assert training.first_step == before
+        assert training.wait() == -signal.SIGKILL, moment
+        assert bool(unfinished(tmp_path)) == cuts_a_save, moment
+        assert last_step(tmp_path) == before + (2 if moment == "older checkpoints not deleted" else 1), moment
+    training = Training(method, tmp_path)
+    assert training.first_step == last_step(tmp_path) > 0
+    assert training.wait() == 0
     assert_ends_as(tmp_path, unbroken_of(method))
+    assert_none_left([*trainings, training])
 
 
 KILLS = int(os.environ.get("TAPO_TRL_KILLS", "6"))  # more take longer
@@ -372,27 +328,25 @@ KILLS = int(os.environ.get("TAPO_TRL_KILLS", "6"))  # more take longer
 @pytest.mark.slow
 @pytest.mark.parametrize("method", MAKE)
 def test_killed_at_random_moments(tmp_path, unbroken_of, method):
-    rng, killed, runs = random.Random(0), 0, 0
+    rng, killed, runs, trainings = random.Random(0), 0, 0, []
     folder = tmp_path / "run-0"
     folder.mkdir()
-    with Trainings() as trainings:
-        while True:
-            before = last_step(folder)
-            process, step = trainings.start(method, folder)
-            assert step == before
-            if killed < KILLS:
-                time.sleep(rng.uniform(0, 1.2))
-                with suppress(ProcessLookupError):  # it may have come to its end
-                    os.kill(process, signal.SIGKILL)
-            status = trainings.read("end")
-            if os.WIFSIGNALED(status):
-                killed += 1
-                continue
-            assert status == 0
-            assert_ends_as(folder, unbroken_of(method))
-            if killed == KILLS:
-                break
-            runs += 1
-            folder = tmp_path / f"run-{runs}"
-            folder.mkdir()
-        trainings.assert_none_left()
+    while True:
+        before = last_step(folder)
+        training = Training(method, folder)
+        trainings.append(training)
+        assert training.first_step == before
+        if killed < KILLS:
+            time.sleep(rng.uniform(0, 1.2))
+            training.process.kill()  # unless it has come to its end
+        if training.wait() == -signal.SIGKILL:
+            killed += 1
+            continue
+        assert training.process.exitcode == 0
+        assert_ends_as(folder, unbroken_of(method))
+        if killed == KILLS:
+            break
+        runs += 1
+        folder = tmp_path / f"run-{runs}"
+        folder.mkdir()
+    assert_none_left(trainings)

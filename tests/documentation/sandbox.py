@@ -1,0 +1,232 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A copy of the repository's examples and recipes with small models and data, and what runs documented blocks in it."""
+
+import importlib
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset, DatasetDict, Image, load_dataset
+from peft import LoraConfig
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+import tapo_trl
+from tapo_trl import GradientShareCallback, SLRMModel, TAPOConfig, TAPOTrainer, load_policy
+from tapo_trl.cli.main import COMMANDS
+
+from ..data.preference_pairs import color_pairs
+from ..data.video_files import grey_clip, write_video
+from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
+from .substitutions import AFTER, BEFORE, LARGEST, SCRIPTS, SMALL, replace_text
+
+
+ROOT = Path(__file__).parents[2]
+SPLITS = ("train", "validation", "test")
+CONFIGS = ("SLRMConfig", "TAPOConfig", "DiffusionDPOConfig", "OnlineDiffusionDPOConfig", "FlowGRPOConfig")
+
+
+@dataclass(frozen=True)
+class Block:
+    """
+    A code block of a page.
+
+    Args:
+        language (`str`): what is written behind its fence.
+        text (`str`): what is in it, without its indentation.
+    """
+
+    language: str
+    text: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [Block(language, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)) for indent, language, text in found]
+
+
+def commands_of(block: str) -> Iterator[str]:
+    """Its commands, each in one line. Of a job script, those that it starts."""
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:3] == ["srun", "bash", "-c"]:
+            yield from commands_of(words[3])
+        elif words and words[0] != "export":
+            while "=" in words[0]:  # variables of the environment
+                words = words[1:]
+            yield shlex.join(words)
+
+
+# The sandbox
+
+
+def build(folder: Path) -> None:
+    """Fill `folder` with all that the documentation's blocks read."""
+    shutil.copy(ROOT / "Makefile", folder)
+    for name in ("examples", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("pairs", "prompts", "__pycache__"))
+    few_captions(folder / "examples/emoji/data/emoji.parquet", folder / "pictures.parquet")
+    for recipe in (ROOT / "recipes").rglob("*.yaml"):
+        copy = folder / recipe.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(replace_text(recipe.read_text(encoding="utf-8")), encoding="utf-8")
+
+    torch.manual_seed(0)
+    color_pairs(8).to_parquet(folder / "pairs.parquet")
+    pick_a_pic(color_pairs(8)).save_to_disk(folder / "tiny" / "pick_a_pic")
+    video_pairs(folder).to_parquet(folder / "video_pairs.parquet")
+    video_pairs(folder).to_csv(folder / "video_pairs.csv")
+    reward_places = ("slrm", "sd35-slrm", "outputs/sd35-slrm", "outputs/sd35-slrm-24gb", "runs/emoji/slrm")
+    train(
+        tiny_sd3_pipeline(),
+        folder,
+        "tiny/sd3",
+        reward_places,
+        ("aligned", "sd35-tapo", "outputs/sd35-tapo"),
+        {"resolution": 32},
+    )
+    size = {"height": 32, "width": 32, "num_frames": 5}
+    train(tiny_wan_pipeline(), folder, "tiny/wan", ("outputs/wan21-slrm",), ("wan21-tapo",), size)
+    shutil.copytree(folder / "outputs/sd35-tapo", folder / "outputs/sd35-tapo-long")
+    run_command("python examples/emoji/make_pairs.py")
+
+
+def few_captions(file: Path, scratch: Path) -> None:
+    """Keep two captions of each split, and those that the moving emoji show."""
+    pictures = load_dataset("parquet", data_files=str(file), split="train").cast_column("image", Image(decode=False))
+    kept = {split: sorted({row["prompt"] for row in pictures if row["split"] == split})[:2] for split in SPLITS}
+    moving = runpy.run_path(str(ROOT / "examples/moving_emoji/clips.py"))["SUBJECTS"]
+    rows = [row for row, value in enumerate(pictures) if value["prompt"] in (*kept[value["split"]], *moving)]
+    pictures.select(rows).to_parquet(scratch)
+    scratch.replace(file)
+
+
+def train(pipeline, folder: Path, base: str, rewards: tuple[str, ...], aligned: tuple[str, ...], size: dict) -> None:
+    """A base model, a reward model on it and what TAPO makes of both, each in all the folders that the pages name."""
+    pipeline.save_pretrained(folder / base)
+    slrm = SLRMModel.from_policy(load_policy(base), num_task_tokens=2, max_sequence_length=4, **size)
+    for place in rewards:
+        slrm.save_pretrained(place)
+    args = small_config(TAPOConfig)(aligned[0], save_strategy="no", logging_steps=1, max_sequence_length=4, **size)
+    prompts = Dataset.from_dict({"prompt": ["a fox", "a boat"]})
+    lora, callbacks = LoraConfig(r=2, init_lora_weights="gaussian"), [GradientShareCallback(every_n_steps=1)]
+    trainer = TAPOTrainer(base, rewards[0], args, prompts, callbacks=callbacks, peft_config=lora)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    for place in aligned[1:]:
+        shutil.copytree(aligned[0], place)
+
+
+def pick_a_pic(pairs: Dataset) -> DatasetDict:
+    """The pairs in that data set's columns."""
+    pairs = pairs.rename_columns({"prompt": "caption", "chosen": "jpg_0", "rejected": "jpg_1"})
+    pairs = pairs.add_column("label_0", [1.0, 1.0, 0.5, 1.0] * 2).add_column("label_1", [0.0, 0.0, 0.5, 0.0] * 2)
+    pairs = pairs.add_column("has_label", [True] * 8)
+    return DatasetDict({"train": pairs, "validation_unique": pairs})
+
+
+def video_pairs(folder: Path) -> Dataset:
+    rows = {"prompt": ["a fox", "a boat"], "chosen": [], "rejected": []}
+    for row in range(2):
+        for side in ("chosen", "rejected"):
+            file = folder / "videos" / f"{side}-{row}.mp4"
+            file.parent.mkdir(exist_ok=True)
+            write_video(file, grey_clip(12), fps=4)
+            rows[side].append(str(file))
+    return Dataset.from_dict(rows)
+
+
+# Running
+
+
+def run_command(command: str) -> None:
+    """Run a documented command in this process, with small values. Launchers check their flags, and run one process."""
+    words = shlex.split(replace_text(os.path.expandvars(command)))
+    if words[0] == "make":  # what it would do, but for the installation
+        recipe = subprocess.run([*words, "-n", "-o", "install"], capture_output=True, text=True, check=True).stdout
+        for line in commands_of(recipe.replace(".venv/bin/", "")):
+            run_command(line)
+        return
+    if words[:2] == ["accelerate", "launch"]:
+        args = launch_command_parser().parse_args(words[2:])
+        words = [*(["-m"] if args.module else []), args.training_script, *args.training_script_args]
+    elif words[0] == "torchrun":
+        args = torchrun_parser().parse_args(words[1:])
+        words = [args.training_script, *args.training_script_args]
+    elif words[0] == "python":
+        words = words[1:]
+    if words[0] == "tapo-trl":
+        words = ["-m", "tapo_trl.cli", *words[1:]]
+
+    is_module = words[0] == "-m"
+    sys.argv = words[1:] if is_module else words
+    sys.argv += small_flags(sys.argv) + SCRIPTS.get(Path(words[0]).name, [])
+    if is_module:
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def small_flags(argv: list[str]) -> list[str]:
+    """Flags that make the command small: fields that it has, unless it takes none of them."""
+    name = argv[1] if argv[0] == "tapo_trl.cli" else re.sub(r"_(sd35|wan21)\.py$", "", Path(argv[0]).name)
+    if name not in COMMANDS:
+        return []
+    parser = importlib.import_module(f"tapo_trl.cli.{name}").make_parser()
+    given = {word for word in argv if word.startswith("--")}
+    if "--config" in given:
+        recipe = Path(argv[argv.index("--config") + 1])
+        given |= {f"--{key}" for key in yaml.safe_load(recipe.read_text(encoding="utf-8"))}
+    values = small_values({flag.removeprefix("--") for flag in given})
+    return [part for key, value in values.items() if key in parser._field_names() for part in (f"--{key}", str(value))]
+
+
+def small_values(given: Container[str]) -> dict:
+    """What is changed of the fields that are given, and what is added."""
+    size = {} if "height" in given or "resolution" in given else {"resolution": LARGEST["resolution"]}
+    return SMALL | size | {key: value for key, value in LARGEST.items() if key in given}
+
+
+def run_python(blocks: list[str], page: str) -> None:
+    """Run the blocks of a page one after the other, as a reader would, with configurations that are small."""
+    for name in CONFIGS:
+        setattr(tapo_trl, name, small_config(getattr(tapo_trl, name)))
+    namespace = {}
+    exec(BEFORE.get(page, ""), namespace)
+    for block in blocks:
+        exec(compile(replace_text(block), page, "exec"), namespace)
+    exec(AFTER.get(page, ""), namespace)
+
+
+def small_config(config_class: type):
+    names = {field.name for field in fields(config_class)}
+
+    def make(*args, **kwargs):
+        values = kwargs | small_values(kwargs)
+        return config_class(*args, **{key: value for key, value in values.items() if key in names or key in kwargs})
+
+    return make

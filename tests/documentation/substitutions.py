@@ -1,0 +1,108 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What stands in for the models, data and sizes of the documentation, so that every block of it runs in seconds on a CPU."""
+
+import re
+
+
+# In every block: models and data of the Hub become folders of the sandbox, launch configurations the one for a CPU
+TEXT = {
+    r"stabilityai/stable-diffusion-3\.5-medium": "tiny/sd3",
+    r"Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers": "tiny/wan",
+    r'load_dataset\("my-name/pairs"': 'load_dataset("parquet", data_files="pairs.parquet"',
+    r"yuvalkirstain/pickapic_v1|liuhuohuo2/pick-a-pic-v2": "tiny/pick_a_pic",
+    r"path/to/pairs\.parquet": "video_pairs.parquet",
+    r"recipes/accelerate/\w+\.yaml": "recipes/accelerate/cpu.yaml",
+    r"/tmp/": "scratch/",
+    r"--(\w*minutes) [\d.]+": r"--\1 0.01",
+    r"torch\.randn\(1, 16, 64, 64\)": "torch.randn(1, 4, 8, 8)",
+}
+
+# Fields of commands and configurations that are changed wherever they exist
+SMALL = {
+    "max_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "fp16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "gradient_accumulation_steps": 1,
+    "num_sde_steps": 1,
+    "num_candidates": 2,
+    "num_inference_steps": 4,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 4,
+    "dataloader_num_workers": 0,
+    "torch_dtype": "float32",
+    "group_offload": False,
+    "layerwise_casting": False,
+}
+# And the largest values of those that are set
+LARGEST = {
+    "resolution": 32,
+    "height": 32,
+    "width": 32,
+    "num_frames": 5,
+    "fps": 4,
+    "max_sequence_length": 4,
+    "lora_r": 2,
+    "num_task_tokens": 2,
+    "save_steps": 1,
+    "sample_every_steps": 1,
+    "num_generations": 2,
+    "prompts": 1,
+    "seeds": 1,
+    "repeats": 1,
+}
+
+# Flags of other scripts
+SCRIPTS = {
+    "report.py": ["--seeds", "1", "--num_inference_steps", "2"],
+    "plain_loop.py": ["--num_inference_steps", "4", "--num_sde_steps", "2", "--num_candidates", "2"],
+}
+
+# What the blocks of Python of a page need before the first, and what uses what they define
+BEFORE = {
+    "docs/reproduction.md": "def judge(samples, prompts): return {}",
+    "examples/emoji/README.md": "import sys; sys.path.insert(0, 'examples/emoji')",
+    "examples/moving_emoji/README.md": "import sys; sys.path.insert(0, 'examples/moving_emoji')",
+}
+AFTER = {
+    "docs/diagnostics.md": "diagnose('outputs/sd35-slrm', 'tiny/sd3', 'pairs.parquet'); curve('outputs/sd35-tapo')",
+    "docs/rewards.md": "trainer.train()",
+    "docs/callbacks.md": "trainer.train()",
+}
+
+# Why a command or a block of Python cannot run here. The first words or lines of it decide
+EXEMPT = {
+    r"make (install|test|lint|format)": "what runs these tests",
+    r"pip install ": "installs; `.ci/run` does it in a new environment",
+    r"hf ": "needs an account",
+    r"tapo-trl bench .*--device cuda": "needs an NVIDIA GPU",
+    r"tapo-trl reproduce": "trains for hours; tests/reproduction runs it in a small world",
+    r"tapo-trl tapo .*--push_to_hub": "needs an account; tests/trainer/test_hub.py pushes to a Hub of its own",
+    r'trainer\.dataset_name = "my-name/pairs"': "needs an account; tests/trainer/test_hub.py",
+    r"python examples/emoji/build_dataset\.py": "downloads packages",
+}
+
+
+def replace_text(text: str) -> str:
+    for pattern, replacement in TEXT.items():
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def reason_not_to_run(text: str) -> str | None:
+    return next((reason for pattern, reason in EXEMPT.items() if re.match(pattern, text)), None)

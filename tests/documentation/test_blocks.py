@@ -1,0 +1,106 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Every command and every block of Python of the documentation runs, but for those that `substitutions.EXEMPT` gives a reason for."""
+
+import os
+import re
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+
+from ..processes import start
+from . import sandbox, substitutions
+from .sandbox import ROOT, blocks_of, commands_of
+from .substitutions import reason_not_to_run
+
+
+FOLDERS = (".", "docs", "examples/emoji", "examples/moving_emoji", "benchmarks")
+PAGES = {str(page.relative_to(ROOT)): blocks_of(page) for folder in FOLDERS for page in (ROOT / folder).glob("*.md")}
+COMMANDS = [
+    (page, command)
+    for page, blocks in PAGES.items()
+    for block in blocks
+    if block.language == "bash"
+    for command in commands_of(block.text)
+]
+PYTHON = {page: [block.text for block in blocks if block.language == "python"] for page, blocks in PAGES.items()}
+
+
+def run_in(folder, function, *args):
+    """In a process of its own, in `folder`, with what is printed in a file there."""
+    log = folder / "log.txt"
+    process = start(_run, folder, log, function, args)
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-4000:]
+
+
+def _run(folder, log, function, args):
+    os.chdir(folder)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        function(*args)
+    except SystemExit as exit:
+        sys.exit(exit.code)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sandbox")
+    run_in(folder, sandbox.build, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(built, tmp_path):
+    """A sandbox of the test's own: what one command writes is not there for the next."""
+    yield Path(shutil.copytree(built, tmp_path / "sandbox"))
+    shutil.rmtree(tmp_path / "sandbox")
+
+
+def test_the_pages_are_found():
+    assert {"README.md", "docs/cli.md", "docs/resuming.md"} <= PAGES.keys()
+    assert len(COMMANDS) > 40 and sum(map(len, PYTHON.values())) > 25
+
+
+def test_every_exemption_is_needed():
+    texts = [command for _, command in COMMANDS] + [block for blocks in PYTHON.values() for block in blocks]
+    unused = [pattern for pattern in substitutions.EXEMPT if not any(re.match(pattern, text) for text in texts)]
+    assert not unused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "command"), [pytest.param(*item, id=f"{item[0]}: {item[1]}"[:150]) for item in COMMANDS]
+)
+def test_command(folder, page, command):
+    if (reason := reason_not_to_run(command)) is not None:
+        pytest.skip(reason)
+    run_in(folder, sandbox.run_command, command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page, blocks in PYTHON.items() if blocks])
+def test_python(folder, page):
+    blocks = [block for block in PYTHON[page] if reason_not_to_run(block) is None]
+    run_in(folder, sandbox.run_python, blocks, page)
