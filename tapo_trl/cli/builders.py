@@ -341,10 +341,8 @@ def build_sample_callbacks(
     callbacks, ema = [], None
     if script_args.ema_decay is not None:
         resume_from = training_args.resume_from_checkpoint
-        ema = EMACallback(
-            decay=script_args.ema_decay,
-            resume_from=resume_from if resume_from and Path(resume_from).is_dir() else None,
-        )
+        is_folder = isinstance(resume_from, str) and Path(resume_from).is_dir()
+        ema = EMACallback(decay=script_args.ema_decay, resume_from=resume_from if is_folder else None)
         callbacks.append(ema)
     if script_args.sample_every_steps is not None:
         if script_args.sample_prompts is not None:
@@ -400,7 +398,7 @@ def run_training(
         dataset_name (`str`, *optional*): Data set for the card.
     """
     trainer.dataset_name = dataset_name
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train()
     trainer.save_state()
     if training_args.push_to_hub:
         trainer.push_to_hub()

@@ -324,7 +324,9 @@ class TestBuildCallbacks:
         assert grid.ema is ema
         assert grid.prompts == ["a"]
 
-    @pytest.mark.parametrize(("resume", "expected"), [(None, None), ("True", None), ("checkpoint-3", "checkpoint-3")])
+    @pytest.mark.parametrize(
+        ("resume", "expected"), [(None, None), ("True", None), (True, None), ("checkpoint-3", "checkpoint-3")]
+    )
     def test_average_resumes_from_the_checkpoint(self, tmp_path, resume, expected):
         (tmp_path / "checkpoint-3").mkdir()
         (ema,) = self.build(resume=resume, ema_decay=0.9)
