@@ -87,7 +87,9 @@ def load_split(name: str, config: str | None = None, split: str = "train") -> Da
     if path.suffix in FILE_BUILDERS:
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {name} (the working directory is {os.getcwd()}).")
-        return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split=split)
+        builder = FILE_BUILDERS[path.suffix]
+        encoding = {} if builder == "parquet" else {"encoding": "utf-8-sig"}  # files from Windows start with a mark
+        return load_dataset(builder, data_files=str(path), split=split, **encoding)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))
         if isinstance(saved, Dataset):
@@ -313,7 +315,8 @@ def read_prompts(prompts: list[str], option: str) -> list[str]:
         path = Path(prompts[0])
         if not path.is_file():
             raise FileNotFoundError(f"`{option}`: there is no file {path}.")
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"`{option}` has no prompt in it.")
     return prompts
