@@ -90,9 +90,10 @@ class DiffusionModelConfig(PipelineConfig):
         lora_alpha (`int`, *optional*):
             Scale of the update, `lora_alpha / lora_r`. The default is `lora_r`, as in diffusers' training scripts.
         lora_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout of LoRA's input. With 0, the loss of the first step is exactly ln 2 (M9 of the design).
+            Dropout of LoRA's input. With 0, the loss of the first step is exactly ln 2.
         lora_target_modules (`list[str]`, *optional*):
-            Names of the linear layers to adapt. The default is every attention projection of the model family.
+            Names of the linear layers to adapt, or `all-linear`. The default is every attention projection of the model
+            family.
         init_lora_weights (`str`, *optional*, defaults to `"gaussian"`):
             Initialisation of the LoRA matrices, `"gaussian"` or `"default"` (Kaiming). Both start at a zero update.
     """
@@ -107,7 +108,8 @@ class DiffusionModelConfig(PipelineConfig):
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of the linear layers to adapt. The default is every attention projection of the model family."
+            "help": "Names of the linear layers to adapt, or `all-linear`. The default is every attention projection of the "
+            "model family."
         },
     )
     init_lora_weights: Literal["gaussian", "default"] = field(
@@ -138,10 +140,11 @@ def get_lora_config(
     """
     if not model_args.use_peft:
         return None
+    modules = model_args.lora_target_modules or target_modules or policy.lora_target_modules
     return LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_r if model_args.lora_alpha is None else model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules or target_modules or policy.lora_target_modules,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
         init_lora_weights=True if model_args.init_lora_weights == "default" else model_args.init_lora_weights,
     )

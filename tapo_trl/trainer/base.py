@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from ..field_types import check_folder_name
 from ..policies import FlowPolicy
 from .checkpoints import SealCallback, SealedCheckpointsMixin
 from .hub import HubPushMixin
@@ -168,15 +170,22 @@ def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...
     return policy.latent_shape(args.height, args.width, args.num_frames)
 
 
-def check_writable(folder: str) -> None:
-    """Make the output folder, or say why it can't be written to."""
+def check_folders(args: TrainingArguments) -> None:
+    """[`check_writable`] of the folders that a run writes to."""
+    check_writable(args.output_dir)
+    check_writable(args.cache_dir or Path(HF_HOME) / "tapo_trl", "cache_dir")
+
+
+def check_writable(folder: str | Path, option: str = "output_dir") -> None:
+    """Make the folder that an option names, or say why it can't be written to."""
+    check_folder_name(folder, option)
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"`output_dir={folder}` cannot be created: {error}.") from error
+        raise ValueError(f"`{option}={folder}` cannot be created: {error}.") from error
     if not os.access(path, os.W_OK):
-        raise ValueError(f"`output_dir={folder}` is not writable.")
+        raise ValueError(f"`{option}={folder}` is not writable.")
 
 
 @contextmanager

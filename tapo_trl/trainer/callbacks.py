@@ -63,7 +63,7 @@ class PolicyCallback(TrainerCallback):
     """
 
     def __init__(self, prompts: list[str] | None = None):
-        self.prompts = list(prompts) if prompts is not None else []
+        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts or [])
         self._trainer = None
 
     @property

@@ -22,7 +22,7 @@ import os
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -111,24 +111,48 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | Path | None, outpu
     Raises:
         ValueError: if the folder that is named is not a whole checkpoint.
     """
-    if isinstance(resume_from_checkpoint, str):
-        word = resume_from_checkpoint.lower()
-        resume_from_checkpoint = {"true": True, "false": False, "": None}.get(word, resume_from_checkpoint)
-    if resume_from_checkpoint is None or resume_from_checkpoint is False:
-        return None
-    if resume_from_checkpoint is True:
+    folder = _folder_to_resume(resume_from_checkpoint)
+    if folder is True:
         last = last_good_checkpoint(output_dir)
         if last is None:
             logger.warning(f"There is no checkpoint to resume from in {output_dir}: starting anew.")
         return last
-    folder = Path(resume_from_checkpoint).expanduser()
-    damage = checkpoint_damage(folder) if folder.is_dir() else "there is no such folder"
+    damage = None if folder is None else checkpoint_damage(folder)
     if damage is not None:
         raise ValueError(
             f"`resume_from_checkpoint`: the checkpoint {folder} cannot be used: {damage}. Pass another one, or `True` for "
             "the last one that is whole."
         )
     return folder
+
+
+def _folder_to_resume(resume_from_checkpoint: str | bool | Path | None) -> Path | Literal[True] | None:
+    """What [`checkpoint_to_resume`] is asked for: a folder, which exists, or the last one, or nothing."""
+    if isinstance(resume_from_checkpoint, str):
+        word = resume_from_checkpoint.lower()
+        resume_from_checkpoint = {"true": True, "false": False, "": None}.get(word, resume_from_checkpoint)
+    if resume_from_checkpoint is True:
+        return True
+    if resume_from_checkpoint is None or resume_from_checkpoint is False:
+        return None
+    folder = Path(resume_from_checkpoint).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint`: the checkpoint {folder} cannot be used: there is no such folder. Pass another one, or "
+            "`True` for the last one that is whole."
+        )
+    return folder
+
+
+def check_start(args: TrainingArguments) -> None:
+    """
+    What can be said of `args.resume_from_checkpoint` before anything is loaded or read.
+
+    Raises:
+        ValueError: if it names no folder, or see [`check_keeps_checkpoints`].
+    """
+    if _folder_to_resume(args.resume_from_checkpoint) is None:
+        check_keeps_checkpoints(args, None)
 
 
 def check_keeps_checkpoints(args: TrainingArguments, checkpoint: Path | None) -> None:

@@ -36,8 +36,8 @@ from ..seeding import seeded_generator
 from .base import (
     DiffusionTrainerMixin,
     autocast_dtype,
+    check_folders,
     check_no_data_parallel,
-    check_writable,
     fill_in_sizes,
     whole_weights,
 )
@@ -116,7 +116,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         self._paper = DIFFUSION_DPO_PAPERS[args.variant]
 
         # Everything that can be wrong and is cheap to find out
-        check_writable(args.output_dir)
+        check_folders(args)
         check_no_data_parallel(args, "DiffusionDPOTrainer")
         check_hub_strategy(args)
         check_preference_splits(train_dataset, eval_dataset, args)

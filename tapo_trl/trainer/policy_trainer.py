@@ -216,6 +216,7 @@ class PolicyTrainerMixin:
             for a video policy: in [0, 1], float32, on the CPU.
         """
         args, device = self.args, self.accelerator.device
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         with self._eval_mode(), self.accelerator.autocast():
             return generate_samples(
                 self.policy,

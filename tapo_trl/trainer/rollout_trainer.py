@@ -44,8 +44,8 @@ from ..seeding import seeded_generator
 from .base import (
     DiffusionTrainerMixin,
     autocast_dtype,
+    check_folders,
     check_no_data_parallel,
-    check_writable,
     fill_in_sizes,
     whole_weights,
 )
@@ -112,7 +112,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     ):
         if args is None:
             args = self.config_class(f"{Path(model).name if isinstance(model, str) else 'policy'}-{self._name}")
-        check_writable(args.output_dir)
+        check_folders(args)
         check_no_data_parallel(args, type(self).__name__)
         check_hub_strategy(args)
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from trl import RewardConfig
 
+from ..field_types import convert_fields
 from ..metrics.pair_scores import ACCURACY_RULES
 from ..rewards import REWARD_MODELS
 from ..rewards.dina import DEFAULT_NUM_QUERIES
@@ -272,6 +273,7 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     )
 
     def __post_init__(self):
+        convert_fields(self)
         for inherited in fields(RewardConfig):
             if inherited.name in _TEXT_FIELDS and inherited.default is not MISSING:
                 if getattr(self, inherited.name) not in (inherited.default, None):

@@ -38,7 +38,7 @@ from ..policies import FlowPolicy, load_policy
 from ..rewards import REWARD_MODELS, StepRewardModel, load_reward_model
 from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
 from ..seeding import seeded_generator
-from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable, fill_in_sizes
+from .base import DiffusionTrainerMixin, check_folders, check_no_data_parallel, fill_in_sizes
 from .hub import check_hub_strategy
 from .launch_checks import check_launch, uses_fsdp
 from .model_card import REWARD_MODEL_PAPERS
@@ -113,7 +113,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             args = SLRMConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-SLRM")
 
         # Everything that can be wrong and is cheap to find out
-        check_writable(args.output_dir)
+        check_folders(args)
         check_no_data_parallel(args, "SLRMTrainer")
         check_hub_strategy(args)
         _check_sharding(args)
