@@ -17,14 +17,16 @@
 from collections.abc import Sequence
 
 import torch
+from datasets import Dataset
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from peft import PeftConfig
 from transformers import TrainerCallback
 
+from ..data.prompts import ROW_COLUMN
 from ..policies import FlowPolicy
 from ..rewards import LatentRewardModel, StepRewardModel, load_reward_model
 from ..rewards.loading import saved_class
-from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction
+from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, check_reward_function
 from ..rewards.sharing import base_tensors, check_base_stays, check_same, saved_tensors, tie
 from ..rewards.step_reward import HUB_ARGUMENTS
 from .base import autocast_dtype
@@ -67,6 +69,20 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
             "`reward_group_offload=True` keeps the reward model on the CPU and lends its blocks to an accelerator, but this run is "
             "on the CPU: leave it unset."
         )
+
+
+def check_reward_functions(rewards: Sequence[RewardModel], datasets: Sequence[Dataset | None]) -> None:
+    """
+    Check that reward functions take the columns of every dataset of prompts, see [`~rewards.scoring.check_reward_function`].
+
+    Raises:
+        ValueError: if one does not.
+    """
+    for reward in rewards:
+        for dataset in datasets if not isinstance(reward, (str, StepRewardModel)) else ():
+            if dataset is not None:
+                columns = [name for name in dataset.column_names if name not in ("prompt", ROW_COLUMN)]
+                check_reward_function(reward, columns)
 
 
 def check_sharing(rewards: Sequence[RewardModel], args: RolloutConfig, peft_config: PeftConfig | None) -> None:
