@@ -186,4 +186,4 @@ def check_folder_name(folder: str | os.PathLike, option: str) -> None:
         raise ValueError(f"`{option}` is empty: name a folder, or leave it out.")
     for path in (Path(folder), *Path(folder).parents):
         if path.exists() and not path.is_dir():
-            raise ValueError(f"`{option}={folder}` must be a folder, but {path} is a file: name another one.")
+            raise ValueError(f"`{option}={folder}` cannot be created: {path} is a file. Name another folder.")

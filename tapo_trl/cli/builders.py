@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ..data import default_prompts
 from ..data.dimensions import LABEL_PREFIX
 from ..policies import FlowPolicy, load_policy
+from ..policies.loading import pop_dtype
 from ..trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
 from .model_arguments import DiffusionModelConfig, get_lora_config
 from .script_arguments import (
@@ -65,8 +66,9 @@ def load_policy_from_args(
     Returns:
         [`FlowPolicy`]: The policy.
     """
-    options = {"torch_dtype": model_args.dtype, "revision": model_args.model_revision}
-    return load_policy(model_args.require_model(), **{**options, **(training_args.model_init_kwargs or {})})
+    kwargs = {"revision": model_args.model_revision, **(training_args.model_init_kwargs or {})}
+    dtype = pop_dtype(kwargs) or model_args.dtype
+    return load_policy(model_args.require_model(), torch_dtype=dtype, **kwargs)
 
 
 def load_split(name: str, config: str | None = None, split: str = "train") -> Dataset:

@@ -34,7 +34,8 @@ class PipelineConfig:
         model_revision (`str`, *optional*):
             Branch, tag or commit of the pipeline's repository.
         torch_dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision of the frozen weights: `"float32"`, `"bfloat16"` or `"float16"`.
+            Precision of the frozen weights: `"float32"`, `"bfloat16"` or `"float16"`, also `"fp32"`, `"bf16"` or `"fp16"`, or
+            `"auto"`, the one in which the transformer was saved.
     """
 
     model_name_or_path: str | None = field(
@@ -46,15 +47,30 @@ class PipelineConfig:
     model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the pipeline's repository."}
     )
-    torch_dtype: Literal["float32", "bfloat16", "float16"] = field(
+    torch_dtype: str = field(
         default="float32",
-        metadata={"help": "Precision of the frozen weights."},
+        metadata={
+            "help": "Precision of the frozen weights: float32, bfloat16 (bf16) or float16 (fp16), or auto, that of the saved "
+            "transformer."
+        },
     )
 
+    def __post_init__(self):
+        _ = self.dtype  # refuses what is none
+
     @property
-    def dtype(self) -> torch.dtype:
-        """`torch_dtype` as PyTorch's own type."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.torch_dtype]
+    def dtype(self) -> torch.dtype | str:
+        """`torch_dtype` as PyTorch's own type, or `"auto"`."""
+        from ..policies.loading import parse_dtype
+
+        return parse_dtype(self.torch_dtype)
+
+    @property
+    def known_dtype(self) -> torch.dtype:
+        """`dtype`, where no weights are at hand to tell what `"auto"` is."""
+        if self.dtype == "auto":
+            raise ValueError("`torch_dtype: auto` depends on weights, but a dry run loads none: name the precision.")
+        return self.dtype
 
     def require_model(self) -> str:
         """`model_name_or_path`, or an error that asks for it."""
@@ -79,7 +95,8 @@ class DiffusionModelConfig(PipelineConfig):
         model_revision (`str`, *optional*):
             Branch, tag or commit of the pipeline's repository.
         torch_dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision of the frozen weights: `"float32"`, `"bfloat16"` or `"float16"`. LoRA matrices are float32 always.
+            Precision of the frozen weights: `"float32"`, `"bfloat16"` or `"float16"`, also `"fp32"`, `"bf16"` or `"fp16"`, or
+            `"auto"`, the one in which the transformer was saved. LoRA matrices are float32 always.
 
         > Parameters that control LoRA
 
@@ -118,6 +135,7 @@ class DiffusionModelConfig(PipelineConfig):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.lora_r < 1:
             raise ValueError(f"`lora_r` must be at least 1, but it is {self.lora_r}.")
         if not 0.0 <= self.lora_dropout < 1.0:

@@ -103,6 +103,8 @@ class FlowPolicy(ABC):
     modality: Literal["image", "video"]
     max_sequence_length: int  # tokens of a prompt, unless told otherwise
     lora_target_modules: list[str]
+    revision: str | None = None  # of the repository, and variant of its files, that were asked for
+    variant: str | None = None
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline

@@ -24,11 +24,12 @@ from transformers import TrainerCallback
 
 from ..data.prompts import ROW_COLUMN
 from ..policies import FlowPolicy
+from ..policies.loading import pop_dtype
 from ..rewards import LatentRewardModel, StepRewardModel, load_reward_model
 from ..rewards.loading import saved_class
 from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, check_reward_function
 from ..rewards.sharing import base_tensors, check_base_stays, check_same, saved_tensors, tie
-from ..rewards.step_reward import HUB_ARGUMENTS
+from ..rewards.step_reward import BASE_ARGUMENTS, HUB_ARGUMENTS
 from .base import autocast_dtype
 from .launch_checks import uses_fsdp
 from .rollout_config import RolloutConfig
@@ -149,8 +150,7 @@ def load_reward(
     model = reward
     if isinstance(reward, str):
         kwargs = dict(args.reward_model_init_kwargs or {})
-        if isinstance(kwargs.get("torch_dtype"), str):
-            kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
+        kwargs["torch_dtype"] = pop_dtype(kwargs)
         model = _load_sharing(reward, policy, **kwargs) if args.share_backbone else load_reward_model(reward, **kwargs)
     elif args.share_backbone:
         dtype = model.transformer.backbone_dtype if isinstance(model, LatentRewardModel) else None
@@ -197,6 +197,9 @@ def _load_sharing(
     model_class = saved_class(name, **hub_arguments)
     config = model_class.load_config(name, **hub_arguments)
     _check_shares(model_class, config["lora"], policy, torch_dtype)
+    recorded = (
+        {"revision": config.get("base_revision"), "variant": config.get("base_variant")} if base_model is None else {}
+    )
     base_model = base_model or config["base_model_name_or_path"]
     if not base_model:
         raise ValueError(
@@ -205,7 +208,8 @@ def _load_sharing(
             "base_model=policy, share_base=True)` if it was, and pass it as `reward_model`."
         )
     base = base_tensors(policy.transformer)
-    check_same(saved_tensors(base_model, base), base, model_class.label)
+    files = {key: value for key, value in kwargs.items() if key in BASE_ARGUMENTS} | recorded
+    check_same(saved_tensors(base_model, base, **files), base, model_class.label)
     return model_class.from_pretrained(name, base_model=policy, share_base=True, **kwargs)
 
 
