@@ -44,9 +44,11 @@ def diagnose_reward_model(args, model_args) -> dict[str, dict]:
         sigmas=sorted(args.sigmas),
         rules=args.rules,
         fps=args.fps,
+        dimension_weights=args.dimension_weights,
         skip_bad_files=args.skip_bad_files,
         batch_size=args.batch_size,
         seed=args.seed,
+        cache_dir=args.cache_dir,
         show_progress=True,
     )
     return diagnose_scores(scores, args.tie_threshold)

@@ -76,9 +76,11 @@ def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
         width=args.width,
         num_frames=args.num_frames,
         fps=args.fps,
+        dimension_weights=args.dimension_weights,
         skip_bad_files=args.skip_bad_files,
         batch_size=args.batch_size,
         seed=args.seed,
+        cache_dir=args.cache_dir,
     )
 
 

@@ -12,8 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import json
 from dataclasses import dataclass, field
 
+from ..field_types import convert_fields
 from .script_arguments import PreferenceDatasetArguments
 
 
@@ -126,8 +128,13 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
             and `none` can be used while sampling. Defaults to the first two, and to `none` for other reward models.
         max_pairs (`int`, *optional*):
             Measure on the first so many pairs.
+        dimension_weights (`dict[str, float]`, *optional*):
+            Weights of the columns `label_<dimension>`, whose weighted sum then says which side is preferred, as in
+            [`SLRMConfig`].
         skip_bad_files (`bool`, *optional*, defaults to `False`):
             Whether to leave out pairs with a file that is unreadable, damaged or too short.
+        cache_dir (`str`, *optional*):
+            Where latents and prompt embeddings are kept. Defaults to `tapo_trl` in the Hugging Face home.
     """
 
     dataset_test_split: str = field(
@@ -149,13 +156,25 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
         },
     )
     max_pairs: int | None = field(default=None, metadata={"help": "Measure on the first so many pairs."})
+    dimension_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "Weights of the columns `label_<dimension>`, which then say which side is preferred."},
+    )
     skip_bad_files: bool = field(
         default=False,
         metadata={"help": "Whether to leave out pairs with a file that is unreadable, damaged or too short."},
     )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where latents and prompt embeddings are kept."})
 
     def __post_init__(self):
         super().__post_init__()
+        convert_fields(self)
+        if isinstance(self.dimension_weights, str):
+            self.dimension_weights = json.loads(self.dimension_weights)
+        if self.dimension_weights is not None:
+            from ..data.dimensions import check_dimension_weights
+
+            check_dimension_weights(self.dimension_weights)
         if any(not 0.0 <= sigma < 1.0 for sigma in self.sigmas):
             raise ValueError(f"`sigmas` must lie in [0, 1), but they are {self.sigmas}.")
         if self.slrm is not None and self.dataset_name is None:
