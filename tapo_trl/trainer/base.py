@@ -71,6 +71,11 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
     def _method_table(self) -> dict[str, Any]:
         """Options of the training, for the card's table."""
 
+    @property
+    def _card_method(self) -> tuple[str, list[str], dict[str, str]]:
+        """Name of the method, its tags and its paper, for the card."""
+        return self._name, self._tag_names, self._paper
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -88,12 +93,13 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         if not self.is_world_process_zero():
             return
         folder, hub_model_id = Path(self.args.output_dir), self.hub_model_id or self.args.hub_model_id
+        name, method_tags, paper = self._card_method
         metrics = {}
         for logs in self.state.log_history:
             metrics |= {name: value for name, value in logs.items() if name.startswith(self._card_metrics)}
         write_model_card(
             folder / "README.md",
-            trainer_name=self._name,
+            trainer_name=name,
             base_model=self._base_model_name,
             model_name=model_name or (hub_model_id or folder.resolve().name).split("/")[-1],
             dataset_name=dataset_name or self.dataset_name,
@@ -102,13 +108,13 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
             modality=self.policy.modality,
             fps=self.args.fps if self.policy.modality == "video" else None,
             is_lora=is_peft_model(self.accelerator.unwrap_model(self.model)),
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            tags=[*method_tags, *([tags] if isinstance(tags, str) else tags or [])],
             license=None,
             method_table=self._method_table(),
             metrics=metrics,
             images=sorted(folder.glob("samples/*.png"))[-4:],
             hub_model_id=hub_model_id,
-            paper=self._paper,
+            paper=paper,
             command=current_command(),
         )
 

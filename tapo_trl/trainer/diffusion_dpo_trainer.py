@@ -45,7 +45,7 @@ from .callbacks import PolicyCallback, RewardHackingGuardCallback
 from .diffusion_dpo_config import DiffusionDPOConfig
 from .hub import check_hub_strategy
 from .launch_checks import check_launch
-from .model_card import DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
+from .model_card import DIFFUSION_DPO_NAMES, DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
 from .noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
 from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
@@ -113,6 +113,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
     ):
         if args is None:
             args = DiffusionDPOConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-Diffusion-DPO")
+        self._name = DIFFUSION_DPO_NAMES[args.variant]
         self._paper = DIFFUSION_DPO_PAPERS[args.variant]
 
         # Everything that can be wrong and is cheap to find out
