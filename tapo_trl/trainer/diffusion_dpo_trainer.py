@@ -136,7 +136,14 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         self.inversion_cache = None
         if args.cache_inversions:
             precision = autocast_dtype(args)
-            self.inversion_cache = InversionCache(self.policy, args.cache_dir, args.num_inference_steps, (precision,))
+            self.inversion_cache = InversionCache(
+                self.policy,
+                args.cache_dir,
+                args.num_inference_steps,
+                (precision,),
+                max_sequence_length=args.max_sequence_length,
+                embeds_dtype=precision,
+            )
         transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
 
         # Data: prompts and pixels are encoded once, then the text encoders leave the memory
