@@ -14,8 +14,9 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ..field_types import convert_fields
+from ..field_types import check_folder_name, convert_fields
 from .script_arguments import PreferenceDatasetArguments
 
 
@@ -206,6 +207,10 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
         GenerationArguments.__post_init__(self)
         if self.slrm is None and self.reward_model is None:
             raise ValueError("Give `slrm` (accuracy on pairs), `reward_model` (reward of samples), or both.")
+        if self.output_file is not None:  # before the work, rather than after it
+            check_folder_name(Path(self.output_file).parent, "output_file")
+            if not self.output_file.strip() or Path(self.output_file).is_dir():
+                raise ValueError(f"`output_file={self.output_file}` must name a file.")
         if self.reward_model is not None and self.prompts is None:
             raise ValueError("`reward_model` needs `prompts`: what the model should draw.")
 

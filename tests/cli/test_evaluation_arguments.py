@@ -26,6 +26,8 @@ class TestEvaluateArguments:
             ({"slrm": "x"}, "`slrm` needs `dataset_name`"),
             ({"reward_model": ["a:b"]}, "`reward_model` needs `prompts`"),
             ({"slrm": "x", "dataset_name": "y", "sigmas": [0.5, 1.0]}, "`sigmas` must lie"),
+            ({"reward_model": ["a:b"], "prompts": ["a"], "output_file": "."}, "`output_file=.` must name a file"),
+            ({"reward_model": ["a:b"], "prompts": ["a"], "output_file": f"{__file__}/x"}, "`output_file=.*is a file"),
         ],
     )
     def test_bad_combinations(self, options, message):
