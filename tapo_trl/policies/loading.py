@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, WanPipeline
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 
 from .base import FlowPolicy
@@ -133,7 +134,10 @@ def load_policy(
         if not os.path.isdir(
             model
         ):  # whose errors say more than those of diffusers, of a gated repository for example
-            hf_hub_download(model, DiffusionPipeline.config_name, **hub_arguments)
+            try:
+                hf_hub_download(model, DiffusionPipeline.config_name, **hub_arguments)
+            except HFValidationError as error:
+                raise ValueError(f"There is no folder {model}, and it cannot be the name of a repository.") from error
         # A component that was saved as absent has to be passed as `None` to diffusers.
         components = DiffusionPipeline.load_config(model, **hub_arguments)
         absent = {name: None for name, value in components.items() if value == [None, None]}

@@ -103,5 +103,7 @@ class TestHubArguments:
         monkeypatch.setenv("HOME", str(folders))
         assert load_policy("~/sd3").name_or_path == str(folders / "sd3")
         assert load_policy(str(folders), subfolder="sd3").modality == "image"
+        with pytest.raises(ValueError, match="There is no folder ~/no, and"):
+            load_policy("~/no")
         with pytest.raises(ValueError, match="no folder `other` .`subfolder`."):
             load_policy(str(folders), subfolder="other")
