@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from ..field_types import check_folder_name
 from ..policies import FlowPolicy
 from .checkpoints import SealCallback, SealedCheckpointsMixin
 from .hub import HubPushMixin
@@ -69,6 +71,11 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
     def _method_table(self) -> dict[str, Any]:
         """Options of the training, for the card's table."""
 
+    @property
+    def _card_method(self) -> tuple[str, list[str], dict[str, str]]:
+        """Name of the method, its tags and its paper, for the card."""
+        return self._name, self._tag_names, self._paper
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -86,12 +93,13 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         if not self.is_world_process_zero():
             return
         folder, hub_model_id = Path(self.args.output_dir), self.hub_model_id or self.args.hub_model_id
+        name, method_tags, paper = self._card_method
         metrics = {}
         for logs in self.state.log_history:
             metrics |= {name: value for name, value in logs.items() if name.startswith(self._card_metrics)}
         write_model_card(
             folder / "README.md",
-            trainer_name=self._name,
+            trainer_name=name,
             base_model=self._base_model_name,
             model_name=model_name or (hub_model_id or folder.resolve().name).split("/")[-1],
             dataset_name=dataset_name or self.dataset_name,
@@ -100,13 +108,13 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
             modality=self.policy.modality,
             fps=self.args.fps if self.policy.modality == "video" else None,
             is_lora=is_peft_model(self.accelerator.unwrap_model(self.model)),
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            tags=[*method_tags, *([tags] if isinstance(tags, str) else tags or [])],
             license=None,
             method_table=self._method_table(),
             metrics=metrics,
             images=sorted(folder.glob("samples/*.png"))[-4:],
             hub_model_id=hub_model_id,
-            paper=self._paper,
+            paper=paper,
             command=current_command(),
         )
 
@@ -168,15 +176,22 @@ def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...
     return policy.latent_shape(args.height, args.width, args.num_frames)
 
 
-def check_writable(folder: str) -> None:
-    """Make the output folder, or say why it can't be written to."""
+def check_folders(args: TrainingArguments) -> None:
+    """[`check_writable`] of the folders that a run writes to."""
+    check_writable(args.output_dir)
+    check_writable(args.cache_dir or Path(HF_HOME) / "tapo_trl", "cache_dir")
+
+
+def check_writable(folder: str | Path, option: str = "output_dir") -> None:
+    """Make the folder that an option names, or say why it can't be written to."""
+    check_folder_name(folder, option)
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"`output_dir={folder}` cannot be created: {error}.") from error
+        raise ValueError(f"`{option}={folder}` cannot be created: {error}.") from error
     if not os.access(path, os.W_OK):
-        raise ValueError(f"`output_dir={folder}` is not writable.")
+        raise ValueError(f"`{option}={folder}` is not writable.")
 
 
 @contextmanager

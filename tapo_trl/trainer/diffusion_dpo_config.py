@@ -17,6 +17,7 @@ from typing import Any
 
 from trl.trainer.base_config import _BaseConfig
 
+from ..field_types import convert_fields
 from .noise_levels import TIMESTEP_SAMPLINGS
 from .preference_config import PreferenceDataConfig
 
@@ -168,6 +169,7 @@ class DiffusionDPOConfig(PreferenceDataConfig, _BaseConfig):
     negative_prompt: str = field(default="", metadata={"help": "Prompt of the unconditional half of the guidance."})
 
     def __post_init__(self):
+        convert_fields(self)
         if self.gradient_checkpointing is not None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()

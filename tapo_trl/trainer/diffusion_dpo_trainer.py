@@ -36,8 +36,8 @@ from ..seeding import seeded_generator
 from .base import (
     DiffusionTrainerMixin,
     autocast_dtype,
+    check_folders,
     check_no_data_parallel,
-    check_writable,
     fill_in_sizes,
     whole_weights,
 )
@@ -45,7 +45,7 @@ from .callbacks import PolicyCallback, RewardHackingGuardCallback
 from .diffusion_dpo_config import DiffusionDPOConfig
 from .hub import check_hub_strategy
 from .launch_checks import check_launch
-from .model_card import DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
+from .model_card import DIFFUSION_DPO_NAMES, DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
 from .noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
 from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
@@ -113,10 +113,11 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
     ):
         if args is None:
             args = DiffusionDPOConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-Diffusion-DPO")
+        self._name = DIFFUSION_DPO_NAMES[args.variant]
         self._paper = DIFFUSION_DPO_PAPERS[args.variant]
 
         # Everything that can be wrong and is cheap to find out
-        check_writable(args.output_dir)
+        check_folders(args)
         check_no_data_parallel(args, "DiffusionDPOTrainer")
         check_hub_strategy(args)
         check_preference_splits(train_dataset, eval_dataset, args)
@@ -135,7 +136,14 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         self.inversion_cache = None
         if args.cache_inversions:
             precision = autocast_dtype(args)
-            self.inversion_cache = InversionCache(self.policy, args.cache_dir, args.num_inference_steps, (precision,))
+            self.inversion_cache = InversionCache(
+                self.policy,
+                args.cache_dir,
+                args.num_inference_steps,
+                (precision,),
+                max_sequence_length=args.max_sequence_length,
+                embeds_dtype=precision,
+            )
         transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
 
         # Data: prompts and pixels are encoded once, then the text encoders leave the memory

@@ -31,6 +31,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..data.prompts import PromptCache
 from ..policies import FlowPolicy
+from ..policies.loading import pop_dtype
 from .base import autocast_dtype
 from .generation import generate_samples
 from .speed import compile_blocks
@@ -69,11 +70,9 @@ def save_policy(
 def policy_init_kwargs(args: TrainingArguments, peft_config: PeftConfig | None) -> dict[str, Any]:
     """Loading arguments. A base that LoRA keeps frozen is loaded in the precision it is used in."""
     kwargs = dict(args.model_init_kwargs or {})
-    dtype: str | torch.dtype | None = kwargs.pop("torch_dtype", None)
+    dtype = pop_dtype(kwargs)
     if dtype is None and peft_config is not None:
         dtype = autocast_dtype(args)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
     return kwargs | {"torch_dtype": dtype}
 
 
@@ -216,6 +215,7 @@ class PolicyTrainerMixin:
             for a video policy: in [0, 1], float32, on the CPU.
         """
         args, device = self.args, self.accelerator.device
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         with self._eval_mode(), self.accelerator.autocast():
             return generate_samples(
                 self.policy,

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 
 from trl.trainer.base_config import _BaseConfig
 
+from ..field_types import convert_fields
+
 
 @dataclass
 class RolloutConfig(_BaseConfig):
@@ -240,6 +242,7 @@ class RolloutConfig(_BaseConfig):
     )
 
     def __post_init__(self):
+        convert_fields(self)
         if self.gradient_checkpointing is not None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()

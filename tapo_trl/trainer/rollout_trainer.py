@@ -44,8 +44,8 @@ from ..seeding import seeded_generator
 from .base import (
     DiffusionTrainerMixin,
     autocast_dtype,
+    check_folders,
     check_no_data_parallel,
-    check_writable,
     fill_in_sizes,
     whole_weights,
 )
@@ -54,7 +54,15 @@ from .hub import check_hub_strategy
 from .launch_checks import check_launch
 from .nonfinite import Watched
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
-from .reward_loading import RewardModel, TieCallback, check_rewards, check_sharing, load_reward, place_rewards
+from .reward_loading import (
+    RewardModel,
+    TieCallback,
+    check_reward_functions,
+    check_rewards,
+    check_sharing,
+    load_reward,
+    place_rewards,
+)
 from .rollout_config import RolloutConfig
 from .rollout_metrics import metrics_of_steps
 from .rollout_reuse import EpochRepeatSampler, load_rollouts, save_rollouts
@@ -112,7 +120,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     ):
         if args is None:
             args = self.config_class(f"{Path(model).name if isinstance(model, str) else 'policy'}-{self._name}")
-        check_writable(args.output_dir)
+        check_folders(args)
         check_no_data_parallel(args, type(self).__name__)
         check_hub_strategy(args)
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
@@ -141,6 +149,9 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             }
         elif eval_dataset is not None:
             eval_dataset = prepare_prompts(eval_dataset, "eval_dataset")
+
+        splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        check_reward_functions(reward_models, [train_dataset, *splits.values()])
 
         # Policy
         with whole_weights(args):

@@ -17,7 +17,7 @@ import torch
 from ..losses import tapo_loss
 from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
 from ..schedulers import gaussian_kl, sde_step_indices
-from .model_card import TAPO_OPTIONS
+from .model_card import PAIRING_METHODS, TAPO_OPTIONS
 from .rollout_trainer import RolloutTrainer
 from .tapo_config import TAPOConfig
 from .tapo_metrics import rollout_metrics
@@ -75,6 +75,11 @@ class TAPOTrainer(RolloutTrainer):
     _name = "TAPO"
     _card_metrics = ("reward", "eval_", "kl")
     _card_options = TAPO_OPTIONS
+
+    @property
+    def _card_method(self) -> tuple[str, list[str], dict[str, str]]:
+        name, tag, paper = PAIRING_METHODS[self.args.pairing]
+        return name, ["trl", tag], paper or self._paper
 
     # Rollout: Algorithm 1, lines 2-13
 

@@ -366,9 +366,10 @@ class TestNoisyLatents:
                 (other, {}),
                 (tiny_sd3_pipeline(), {"num_inference_steps": 5}),
                 (tiny_sd3_pipeline(), {"bf16": True}),
+                (tiny_sd3_pipeline(), {"max_sequence_length": 5}),
             )
         ]
-        assert folders[0] == cached.inversion_cache.folder and len(set(folders)) == 4
+        assert folders[0] == cached.inversion_cache.folder and len(set(folders)) == 5
 
 
 class TestEvaluation:

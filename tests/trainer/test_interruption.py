@@ -136,6 +136,18 @@ class TestDamage:
         trainer.train(resume_from_checkpoint=True)
         assert_same(trainer, unbroken)
 
+    def test_the_configuration_says_it(self, tmp_path):
+        make_trainer(tmp_path, **SAVING | {"max_steps": 2}).train()
+        weights = sorted((tmp_path / "out").glob("checkpoint-*/adapter_model.safetensors"))
+        before = [path.stat().st_mtime_ns for path in weights]
+
+        resumed = make_trainer(tmp_path, resume_from_checkpoint="true", **SAVING | {"max_steps": 3})
+        resumed.train()
+        assert [logs["step"] for logs in resumed.state.log_history if "loss" in logs][-1] == 3
+        assert [path.stat().st_mtime_ns for path in weights] == before, "the first steps are not trained again"
+        with pytest.raises(ValueError, match="checkpoints of an earlier run"):
+            make_trainer(tmp_path, resume_from_checkpoint="true", **SAVING).train(resume_from_checkpoint=False)
+
     def test_lets_go_of_old_checkpoints_after_the_new_one_is_whole(self, tmp_path):
         trainer = make_trainer(tmp_path, save_total_limit=1, **SAVING)
         trainer.train()

@@ -479,6 +479,13 @@ class TestSaving:
         assert all(name.startswith("transformer.") for name in metadata)
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 4
 
+    def test_the_card_names_the_method_of_the_pairing(self, tmp_path):
+        trainer = make_trainer(tmp_path, pairing="lpo", pair_threshold=[0.2, 0.4])
+        trainer.create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "**LPO**" in card and "zhang2025diffusion" in card and "- lpo\n" in card and "[0.2, 0.4]" in card
+        assert "xian2026consistent" not in card and "- tapo\n" not in card
+
 
 class TestCallbacks:
     def test_prompts_of_callbacks_are_encoded_and_the_trainer_attached(self, tmp_path):
