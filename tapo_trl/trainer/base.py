@@ -160,6 +160,37 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
+def check_precision(args: TrainingArguments, policy: FlowPolicy | None = None) -> None:
+    """
+    Check that no network is in another half precision than that of `args`: autocast cannot mix them.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): the configuration, with `model_init_kwargs`.
+        policy ([`FlowPolicy`], *optional*): what was loaded. Without it, only what `args` asks for is looked at.
+
+    Raises:
+        ValueError: if one is. The VAE may be, for it computes outside of autocast.
+    """
+    if not (args.bf16 or args.fp16):
+        return
+    own, other = ("bf16", "float16") if args.bf16 else ("fp16", "bfloat16")
+    found = {}
+    if policy is None:
+        kwargs = args.model_init_kwargs or {}
+        found = {f"`{name}` in `model_init_kwargs`": kwargs.get(name) for name in ("torch_dtype", "dtype")}
+    else:
+        names = [name for name in policy.text_encoder_names if policy.pipeline.components[name] is not None]
+        components = {name: policy.pipeline.components[name] for name in ("transformer", *names)}
+        found = {f"the `{name}` of `model`": component.dtype for name, component in components.items()}
+    for name, dtype in found.items():
+        if str(dtype).removeprefix("torch.") == other:
+            raise ValueError(
+                f"`{own}=True` computes in {autocast_dtype(args)}, but {name} is {other}, which cannot be mixed with it: load "
+                f"`model` in {str(autocast_dtype(args)).removeprefix('torch.')} or float32, or set "
+                + ("`fp16=True` and `bf16=False`." if args.bf16 else "`bf16=True` and `fp16=False`.")
+            )
+
+
 def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...]:
     """Put what `args` leaves to `resolution` and to the policy's family into it, and return the shape of one latent."""
     args.height, args.width = args.height or args.resolution, args.width or args.resolution

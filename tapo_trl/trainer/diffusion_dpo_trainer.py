@@ -37,6 +37,7 @@ from .base import (
     DiffusionTrainerMixin,
     autocast_dtype,
     check_no_data_parallel,
+    check_precision,
     check_writable,
     fill_in_sizes,
     whole_weights,
@@ -92,7 +93,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
             Optimizer and learning rate scheduler.
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
-            fine-tuned and a frozen copy of it is the reference.
+            fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
     """
 
     loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
@@ -119,6 +120,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         check_writable(args.output_dir)
         check_no_data_parallel(args, "DiffusionDPOTrainer")
         check_hub_strategy(args)
+        check_precision(args)
         check_preference_splits(train_dataset, eval_dataset, args)
         check_launch(args, len(train_dataset))
         callbacks = list(callbacks or [])
@@ -131,6 +133,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         # Policy
         with whole_weights(args):
             self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
+        check_precision(args, self.policy)
         self.latent_shape = fill_in_sizes(args, self.policy)
         self.inversion_cache = None
         if args.cache_inversions:

@@ -27,6 +27,7 @@ from accelerate.utils import is_peft_model
 from diffusers import ModelMixin
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..data.prompts import PromptCache
@@ -36,6 +37,8 @@ from .generation import generate_samples
 from .speed import compile_blocks
 from .tracking import make_config_trackable
 
+
+logger = logging.get_logger(__name__)
 
 TRANSFORMER_FOLDER = "transformer"
 
@@ -86,7 +89,7 @@ def make_trainable(
     Args:
         policy ([`FlowPolicy`]): the policy. Its transformer is changed in place.
         args ([`TAPOConfig`] or [`DiffusionDPOConfig`]): the configuration.
-        peft_config ([`~peft.PeftConfig`], *optional*): LoRA configuration. Without it all weights are trained.
+        peft_config ([`~peft.PeftConfig`], *optional*): LoRA configuration. Without it all weights are trained, in float32.
 
     Returns:
         `tuple`: the network to train, and the frozen copy that is its reference, or `None` if the reference is the
@@ -100,11 +103,12 @@ def make_trainable(
         set_seed(args.seed)  # LoRA starts at random
         transformer = get_peft_model(transformer, peft_config)
     else:
-        if args.fp16 and transformer.dtype == torch.float16:
-            raise ValueError(
-                "`fp16=True` with full fine-tuning needs float32 weights: load `model` without `torch_dtype`, or pass a "
-                "`peft_config`."
+        if transformer.dtype != torch.float32:
+            logger.warning(
+                f"Full fine-tuning: the weights of the transformer are cast from {transformer.dtype} to float32, since most "
+                "updates are smaller than what half precision can tell apart."
             )
+            transformer.float()
         ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
     if args.disable_dropout:
         disable_dropout_in_model(transformer)

@@ -45,6 +45,7 @@ from .base import (
     DiffusionTrainerMixin,
     autocast_dtype,
     check_no_data_parallel,
+    check_precision,
     check_writable,
     fill_in_sizes,
     whole_weights,
@@ -92,7 +93,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             Optimizer and learning rate scheduler.
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
-            fine-tuned and a frozen copy of it is the reference.
+            fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
     """
 
     loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
@@ -115,6 +116,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         check_writable(args.output_dir)
         check_no_data_parallel(args, type(self).__name__)
         check_hub_strategy(args)
+        check_precision(args)
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
         check_rewards(reward_models, args)
         check_sharing(reward_models, args, peft_config)
@@ -145,6 +147,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         # Policy
         with whole_weights(args):
             self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
+        check_precision(args, self.policy)
         self.latent_shape = fill_in_sizes(args, self.policy)
         with whole_weights(args):
             rewards = [load_reward(reward, self.policy, args) for reward in reward_models]

@@ -38,7 +38,7 @@ from ..policies import FlowPolicy, load_policy
 from ..rewards import REWARD_MODELS, StepRewardModel, load_reward_model
 from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
 from ..seeding import seeded_generator
-from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable, fill_in_sizes
+from .base import DiffusionTrainerMixin, check_no_data_parallel, check_precision, check_writable, fill_in_sizes
 from .hub import check_hub_strategy
 from .launch_checks import check_launch, uses_fsdp
 from .model_card import REWARD_MODEL_PAPERS
@@ -116,6 +116,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         check_writable(args.output_dir)
         check_no_data_parallel(args, "SLRMTrainer")
         check_hub_strategy(args)
+        check_precision(args)
         _check_sharding(args)
         if args.freeze_backbone and peft_config is not None:
             raise ValueError("`freeze_backbone=True` and `peft_config` exclude each other: set one of them.")
@@ -125,6 +126,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         # Model
         set_seed(args.seed)  # what is beside the backbone starts at random
         self.policy, model = _load_model(model, args, peft_config)
+        check_precision(args, self.policy)
         self.latent_shape = fill_in_sizes(args, self.policy)
         recorded = ("rho", "score_link", "velocity_target") if model.compares_velocities else ()
         for name in (*recorded, "max_sequence_length", "resolution", "height", "width", "num_frames"):
