@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
@@ -46,6 +45,7 @@ from .callbacks import PolicyCallback, RewardHackingGuardCallback
 from .diffusion_dpo_config import DiffusionDPOConfig
 from .hub import check_hub_strategy
 from .launch_checks import check_launch
+from .lora_checks import check_no_adapter, check_peft_config
 from .model_card import DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
 from .noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
@@ -121,6 +121,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         check_no_data_parallel(args, "DiffusionDPOTrainer")
         check_hub_strategy(args)
         check_precision(args)
+        check_peft_config(peft_config)
         check_preference_splits(train_dataset, eval_dataset, args)
         check_launch(args, len(train_dataset))
         callbacks = list(callbacks or [])
@@ -134,6 +135,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         with whole_weights(args):
             self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
         check_precision(args, self.policy)
+        check_no_adapter(self.policy)
         self.latent_shape = fill_in_sizes(args, self.policy)
         self.inversion_cache = None
         if args.cache_inversions:
@@ -279,7 +281,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
             label_smoothing=torch.where(labels == TIE, TIE, self.args.label_smoothing),
             margin=inputs.get("margin"),
         )
-        self._check_start(F.softplus(-metrics["rewards/margins"]))
+        self._check_start(metrics["rewards/margins"])
 
         error = (velocity.detach() - target).square().flatten(1).mean(1)
         metrics["error/chosen"], metrics["error/rejected"] = error.chunk(2)

@@ -145,6 +145,12 @@ class FlowGRPOTrainer(RolloutTrainer):
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
         if not self.args.self_check or not self.model.training or self.state.global_step > 0:
             return
+        if "kl" in metrics and metrics["kl"].max() > 1e-9:
+            raise RuntimeError(
+                f"Before the first update the divergences from the reference are {metrics['kl'].tolist()}, not 0: the policy and "
+                "the reference differ. Does the adapter start from trained weights, or is some layer (dropout, batch norm) "
+                "random? Set `self_check=False` if the difference is meant."
+            )
         ratios = metrics["ratio"]
         if (ratios - 1).abs().mean() > self.args.epsilon:
             raise RuntimeError(

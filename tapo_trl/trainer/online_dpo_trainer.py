@@ -13,7 +13,6 @@
 # limitations under the License.
 
 import torch
-import torch.nn.functional as F
 
 from ..losses import diffusion_dpo_loss, velocity_error_change
 from ..rollouts import NoisedPairs, OnlineDPOSampler, SamplePairs
@@ -125,4 +124,4 @@ class OnlineDiffusionDPOTrainer(RolloutTrainer):
         return losses, inputs.weights * losses, metrics
 
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        self._check_start(F.softplus(-metrics["rewards/margins"]))
+        self._check_start(metrics["rewards/margins"])

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import is_peft_model
 from diffusers import ModelMixin
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -156,13 +157,17 @@ class PolicyTrainerMixin:
             with self.accelerator.unwrap_model(model).disable_adapter():
                 yield model
 
-    def _check_start(self, losses: torch.Tensor) -> None:
-        """Policy and reference are the same at the start, so every loss is ln 2: anything else is a bug upstream."""
+    def _check_start(self, margins: torch.Tensor) -> None:
+        """
+        Policy and reference are the same at the start, so the rewards of both sides of a pair are, too, and every sigmoid loss
+        is ln 2: anything else is a bug upstream.
+        """
         if not self.args.self_check or not self.model.training or self.state.global_step > 0:
             return
-        if (losses.detach() - math.log(2)).abs().max() > 1e-6:
+        losses = F.softplus(-margins.detach())
+        if (losses - math.log(2)).abs().max() > 1e-6:
             raise RuntimeError(
-                f"The loss at the start is {losses.detach().tolist()}, not ln 2 = {math.log(2):.6f}: the policy and the "
+                f"The sigmoid loss at the start is {losses.tolist()}, not ln 2 = {math.log(2):.6f}: the policy and the "
                 "reference differ before the first update. Does the adapter start from trained weights, or is some "
                 "layer (dropout, batch norm) random? Set `self_check=False` if the difference is meant."
             )

@@ -53,6 +53,7 @@ from .base import (
 from .callbacks import PolicyCallback, ProfileCallback
 from .hub import check_hub_strategy
 from .launch_checks import check_launch
+from .lora_checks import check_no_adapter, check_peft_config
 from .nonfinite import Watched
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
 from .reward_loading import RewardModel, TieCallback, check_rewards, check_sharing, load_reward, place_rewards
@@ -120,6 +121,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
         check_rewards(reward_models, args)
         check_sharing(reward_models, args, peft_config)
+        check_peft_config(peft_config)
         check_speed_options(args, peft_config)
 
         # Data
@@ -148,6 +150,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         with whole_weights(args):
             self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
         check_precision(args, self.policy)
+        check_no_adapter(self.policy)
         self.latent_shape = fill_in_sizes(args, self.policy)
         with whole_weights(args):
             rewards = [load_reward(reward, self.policy, args) for reward in reward_models]

@@ -41,6 +41,7 @@ from ..seeding import seeded_generator
 from .base import DiffusionTrainerMixin, check_no_data_parallel, check_precision, check_writable, fill_in_sizes
 from .hub import check_hub_strategy
 from .launch_checks import check_launch, uses_fsdp
+from .lora_checks import check_no_adapter, check_peft_config
 from .model_card import REWARD_MODEL_PAPERS
 from .noise_levels import draw_uniform_or_logit_normal
 from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
@@ -117,6 +118,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         check_no_data_parallel(args, "SLRMTrainer")
         check_hub_strategy(args)
         check_precision(args)
+        check_peft_config(peft_config, has_reference=False)
         _check_sharding(args)
         if args.freeze_backbone and peft_config is not None:
             raise ValueError("`freeze_backbone=True` and `peft_config` exclude each other: set one of them.")
@@ -394,6 +396,7 @@ def _load_model(
         return policy, model
 
     policy = load_policy(model, torch_dtype=dtype, **init_kwargs)
+    check_no_adapter(policy)
     reward_model = REWARD_MODELS[args.reward_model_type].from_policy(
         policy, max_sequence_length=args.max_sequence_length or policy.max_sequence_length, **args.model_config()
     )

@@ -170,5 +170,4 @@ class TAPOTrainer(RolloutTrainer):
         }
 
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        if self.args.loss_type == "sigmoid":
-            self._check_start(losses)
+        self._check_start(metrics["rewards/margins"])

@@ -17,6 +17,8 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
 
 from tapo_trl import (
     DiffusionDPOTrainer,
@@ -30,8 +32,8 @@ from tapo_trl import (
 from ..data.preference_pairs import latent_pairs
 from ..testing_utils import tiny_sd3_pipeline
 from . import test_diffusion_dpo_trainer, test_flow_grpo_trainer, test_online_dpo_trainer, test_tapo_trainer
-from .policy_checks import trainable
-from .test_tapo_trainer import PROMPTS, make_lora, redness
+from .policy_checks import check_lora_loads_into_diffusers_exactly, trainable
+from .test_tapo_trainer import PROMPTS, make_lora, randomize_adapter, redness
 
 
 METHODS = {
@@ -128,3 +130,114 @@ class TestPrecision:
         pipeline.text_encoder.to(torch.float16)
         with pytest.raises(ValueError, match="the `text_encoder` of `model` is float16"):
             make("tapo", tmp_path, pipeline, bf16=True)
+
+
+def lora(**kwargs):
+    return LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], **kwargs)
+
+
+def with_adapter(way, tmp_path):
+    """A pipeline to which a LoRA came in one of the ways that there are."""
+    pipeline = tiny_sd3_pipeline()
+    if way == "get_peft_model":
+        pipeline.transformer = get_peft_model(pipeline.transformer, lora())
+    elif way == "inject":
+        get_peft_model(pipeline.transformer, lora())
+    elif way in ("add_adapter", "disabled"):
+        pipeline.transformer.add_adapter(lora())
+        if way == "disabled":
+            pipeline.transformer.disable_adapters()
+    else:
+        pipeline.transformer.add_adapter(lora(init_lora_weights=False))
+        layers = get_peft_model_state_dict(pipeline.transformer, adapter_name="default")
+        pipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+        pipeline = tiny_sd3_pipeline()
+        pipeline.load_lora_weights(tmp_path / "lora")
+        if way != "loaded":
+            pipeline.fuse_lora()
+        if way == "merged":
+            pipeline.unload_lora_weights()
+    return pipeline
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    @pytest.mark.parametrize("way", ["get_peft_model", "inject", "add_adapter", "disabled", "loaded", "fused"])
+    def test_a_transformer_that_has_one_is_refused(self, tmp_path, method, way):
+        pipeline = with_adapter(way, tmp_path)
+        for peft_config in (None, lora()):
+            with pytest.raises(ValueError, match="has an adapter already"):
+                make(method, tmp_path, pipeline, peft_config)
+
+    @pytest.mark.parametrize("peft_config", [None, lora()])
+    def test_one_that_was_merged_is_the_base(self, tmp_path, peft_config):
+        pipeline = with_adapter("merged", tmp_path)
+        name = "transformer_blocks.0.attn.to_q.weight"
+        start = pipeline.transformer.get_parameter(name).detach().clone()
+        assert not torch.equal(start, tiny_sd3_pipeline().transformer.get_parameter(name))
+        trainer = make("tapo", tmp_path, pipeline, peft_config)
+        own = trainer.policy.transformer.state_dict()
+        assert torch.equal(own[name if peft_config is None else name.replace("weight", "base_layer.weight")], start)
+
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    @pytest.mark.parametrize(
+        ("peft_config", "message"),
+        [
+            (
+                lora(init_lora_weights="pissa"),
+                "`init_lora_weights='pissa'` of `peft_config` starts from other weights",
+            ),
+            (lora(init_lora_weights="olora"), "`init_lora_weights='olora'`"),
+            (
+                lora(modules_to_save=["proj_out"]),
+                r"`modules_to_save=\['proj_out'\]` of `peft_config` trains or changes more",
+            ),
+            (lora(bias="lora_only"), "`bias='lora_only'`"),
+            (LoHaConfig(r=2, target_modules=["to_q"]), "is a `LoHaConfig`"),
+            (LoKrConfig(r=2, target_modules=["to_q"]), "is a `LoKrConfig`"),
+            (AdaLoraConfig(target_modules=["to_q"], total_step=10), "is a `AdaLoraConfig`"),
+        ],
+    )
+    def test_one_that_does_not_load_is_refused_before_the_model_is_loaded(
+        self, tmp_path, method, peft_config, message
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(method, tmp_path, "no-such/model", peft_config)
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("init", [False, "orthogonal"])
+    def test_a_policy_that_does_not_start_from_its_reference_is_refused(self, tmp_path, method, init):
+        with pytest.raises(ValueError, match="which are the reference: choose one of"):
+            make(method, tmp_path, "no-such/model", lora(init_lora_weights=init))
+
+    @pytest.mark.parametrize(
+        ("method", "options"),
+        [
+            ("tapo", {"loss_type": "hinge"}),
+            ("tapo", {"loss_type": "ipo"}),
+            ("online_dpo", {}),
+            ("grpo", {}),
+            ("dpo", {}),
+        ],
+    )
+    def test_every_loss_finds_out_at_the_start(self, tmp_path, method, options):
+        trainer = make(method, tmp_path, None, make_lora(), **options)
+        randomize_adapter(trainer)
+        with pytest.raises(RuntimeError, match="the policy and the reference differ"):
+            trainer.train()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"use_dora": True},
+            {"use_rslora": True},
+            {"rank_pattern": {"to_q": 4}, "alpha_pattern": {"to_q": 3}},
+            {"target_modules": "all-linear"},
+        ],
+        ids=str,
+    )
+    def test_kinds_of_lora_that_load_into_diffusers(self, tmp_path, options):
+        peft_config = LoraConfig(**{"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"]} | options)
+        trainer = make("tapo", tmp_path, None, peft_config)
+        trainer.train()
+        check_lora_loads_into_diffusers_exactly(trainer, PROMPTS[0], tmp_path / "base")
