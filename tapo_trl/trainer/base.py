@@ -27,6 +27,7 @@ from accelerate.utils import is_peft_model
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..policies import FlowPolicy
 from .checkpoints import SealCallback, SealedCheckpointsMixin
@@ -127,6 +128,18 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         start = partial(start_data_worker, dataloader.worker_init_fn)
         dataloader.worker_init_fn = dataloader.base_dataloader.worker_init_fn = start
         return dataloader
+
+    @abstractmethod
+    def _pop_metrics(self, mode: str) -> dict[str, float]:
+        """Means of what was recorded since the last call, of `"train"` or `"eval"`."""
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._metrics["eval"].clear()  # of an evaluation that was interrupted
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Before they are logged: each of several `eval_dataset`s has a prefix of its own
+        recorded = self._pop_metrics("eval").items()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in recorded})
+        return output
 
     def _num_real_rows(self, num_rows: int) -> int:
         """

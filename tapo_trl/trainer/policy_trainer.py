@@ -180,17 +180,19 @@ class PolicyTrainerMixin:
             self._metrics["train" if self.model.training else "eval"][name].append(values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        names = sorted(self._metrics[mode])
-        if names:
-            values = [torch.cat([v.flatten().float() for v in self._metrics[mode][name]]) for name in names]
-            totals = torch.stack([torch.stack([v.sum(), torch.full_like(v.sum(), len(v))]) for v in values])
-            sums, counts = self.accelerator.reduce(totals, reduction="sum").T.tolist()
-            prefix = "eval_" if mode == "eval" else ""
-            rows = zip(names, sums, counts, strict=True)
-            logs.update({f"{prefix}{name}": total / count for name, total, count in rows if count})
+        if self.model.training:
+            logs.update(self._pop_metrics("train"))
         super().log(logs, start_time)
+
+    def _pop_metrics(self, mode: str) -> dict[str, float]:
+        names = sorted(self._metrics[mode])
+        if not names:
+            return {}
+        values = [torch.cat([v.flatten().float() for v in self._metrics[mode][name]]) for name in names]
+        totals = torch.stack([torch.stack([v.sum(), torch.full_like(v.sum(), len(v))]) for v in values])
+        sums, counts = self.accelerator.reduce(totals, reduction="sum").T.tolist()
         self._metrics[mode].clear()
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
 
     @property
     def _base_model_name(self) -> str:

@@ -313,6 +313,11 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             if len(values) > 0:
                 recorded[name].extend(values.tolist())
 
+    def _pop_metrics(self, mode: str) -> dict[str, float]:
+        metrics = {name: sum(values) / len(values) for name, values in self._metrics[mode].items()}
+        self._metrics[mode].clear()
+        return metrics
+
     # Saving and loading
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:

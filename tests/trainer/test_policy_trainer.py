@@ -241,3 +241,51 @@ class TestAdapters:
         trainer = make("tapo", tmp_path, None, peft_config)
         trainer.train()
         check_lora_loads_into_diffusers_exactly(trainer, PROMPTS[0], tmp_path / "base")
+
+
+def eval_splits(method):
+    """Two sets of held-out prompts or pairs."""
+    if method in ("dpo", "slrm"):
+        return {"near": latent_pairs(2, seed=1), "far": latent_pairs(3, seed=2)}
+    return {
+        name: Dataset.from_dict({"prompt": prompts})
+        for name, prompts in {"near": ["cat"], "far": ["emu", "yak"]}.items()
+    }
+
+
+def evaluated(metrics, prefix):
+    """Metrics of an evaluation, without the times that it took."""
+    own = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    return {name: value for name, value in own.items() if "per_second" not in name and "time" not in name}
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    def test_each_of_several_splits_has_metrics_of_its_own(self, tmp_path, method):
+        splits = eval_splits(method)
+        trainer = make(method, tmp_path, eval_dataset=splits, per_device_eval_batch_size=2)
+        metrics = trainer.evaluate()
+        name = "accuracy" if method == "slrm" else "rewards/accuracies" if method == "dpo" else "reward"
+        found = {split: evaluated(metrics, f"eval_{split}_") for split in splits}
+        assert found["near"].keys() == found["far"].keys() and {name, "loss"} <= found["near"].keys()
+        assert found["near"] != found["far"] and f"eval_{name}" not in metrics
+        for split, values in found.items():
+            assert values == pytest.approx(evaluated(trainer.evaluate(trainer.eval_dataset[split]), "eval_"))
+        logged = [log for log in trainer.state.log_history if f"eval_near_{name}" in log]
+        assert len(logged) == 1 and f"eval_far_{name}" not in logged[0]
+        assert f"test_{name}" in trainer.predict(trainer.eval_dataset["near"]).metrics
+
+    @pytest.mark.parametrize(("method", "metric"), [("tapo", "eval_far_reward"), ("slrm", "eval_far_margin")])
+    def test_the_best_model_is_chosen_by_the_metric_of_a_split(self, tmp_path, method, metric):
+        options = {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "max_steps": 2,
+        }
+        options |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
+        trainer = make(method, tmp_path, None, make_lora(), eval_splits(method), learning_rate=1e-2, **options)
+        trainer.train()
+        values = [log[metric] for log in trainer.state.log_history if metric in log]
+        assert len(values) == 2 and trainer.state.best_metric == min(values)
