@@ -400,6 +400,7 @@ def run_training(
         dataset_name (`str`, *optional*): Data set for the card.
     """
     trainer.dataset_name = dataset_name
+    trainer.policy.unload_text_encoders()  # nothing else reads the policy that was loaded for the trainer
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_state()
     if training_args.push_to_hub:

@@ -29,6 +29,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.prompts import PromptCache
 from ..policies import FlowPolicy
 from .checkpoints import SealCallback, SealedCheckpointsMixin
 from .hub import HubPushMixin
@@ -58,8 +59,10 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         ),
     }
     dataset_name: str | None = None  # for every card of the run
+    _was_trained = False  # by an earlier call of `train`, which starts to count steps anew
     _card_metrics: tuple[str, ...]
     policy: FlowPolicy
+    prompt_cache: PromptCache
 
     @property
     @abstractmethod
@@ -111,6 +114,27 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
             command=current_command(),
         )
 
+    def _encode_prompts(self, prompts: list[str]) -> None:
+        """Encode prompts that are new since the start, if the text encoders are still there."""
+        with self.args.main_process_first(desc="encoding prompts"):
+            missing = self.prompt_cache.missing(prompts)
+            if not missing:
+                return
+            if not self.policy.has_text_encoders:
+                raise ValueError(
+                    f"The prompt {missing[0]!r} (one of {len(missing)}) was not encoded at the start, and the text encoders have "
+                    "left the memory since. Give its dataset to the trainer as `eval_dataset`, of which a `dict` may hold "
+                    "several; or pass a loaded pipeline as `model`, whose text encoders stay."
+                )
+            self.policy.move_text_encoders(self.args.device)
+            self.prompt_cache.encode(missing)
+            self.policy.move_text_encoders("cpu")
+
+    @property
+    def _is_untrained(self) -> bool:
+        """Whether the model is as it was before the first update of the first run."""
+        return self.model.training and self.state.global_step == 0 and not self._was_trained
+
     def _add_run_callbacks(self, stop_every_n_steps: int = 1) -> None:
         """The last callbacks of the list: a checkpoint is sealed when all others have written into it."""
         self.nonfinite_guard = NonFiniteGuard(self, stop_every_n_steps)
@@ -119,7 +143,10 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         self.add_callback(SealCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
-        output = super().train(resume_from_checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, **kwargs)
+        finally:  # also of a run that was interrupted, after which one may go on
+            self._was_trained = self._was_trained or self.state.global_step > 0
         self.nonfinite_guard.raise_if_over()
         return output
 
@@ -202,6 +229,14 @@ def check_precision(args: TrainingArguments, policy: FlowPolicy | None = None) -
                 f"`model` in {str(autocast_dtype(args)).removeprefix('torch.')} or float32, or set "
                 + ("`fp16=True` and `bf16=False`." if args.bf16 else "`bf16=True` and `fp16=False`.")
             )
+
+
+def release_text_encoders(model: Any, policy: FlowPolicy) -> None:
+    """Drop the text encoders of a `model` that was loaded by name; those of a user's object wait on the CPU."""
+    if isinstance(model, str):
+        policy.unload_text_encoders()
+    else:
+        policy.move_text_encoders("cpu")
 
 
 def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...]:

@@ -22,7 +22,6 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -39,6 +38,7 @@ from .base import (
     check_precision,
     check_writable,
     fill_in_sizes,
+    release_text_encoders,
     whole_weights,
 )
 from .callbacks import PolicyCallback, RewardHackingGuardCallback
@@ -143,12 +143,12 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
             self.inversion_cache = InversionCache(self.policy, args.cache_dir, args.num_inference_steps, (precision,))
         transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
 
-        # Data: prompts and pixels are encoded once, then the text encoders leave the memory
+        # Data: prompts and pixels are encoded once, then the text encoders leave the accelerator
         train_dataset, eval_dataset = self._prepare_splits(train_dataset, eval_dataset, args)
         prompts = [prompt for cb in callbacks if isinstance(cb, PolicyCallback) for prompt in cb.prompts]
         with args.main_process_first(desc="encoding prompts"):
             self.prompt_cache.encode([args.negative_prompt, *prompts])
-        self.policy.unload_text_encoders()
+        release_text_encoders(model, self.policy)
 
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(
@@ -311,8 +311,3 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         """Loss and rewards of held-out pairs, with the same noise at every evaluation."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_dataset(eval_dataset, None, self.args, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)

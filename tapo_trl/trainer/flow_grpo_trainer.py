@@ -143,7 +143,7 @@ class FlowGRPOTrainer(RolloutTrainer):
         return {name: metrics[key] for name, key in names.items() if key in metrics}
 
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        if not self.args.self_check or not self.model.training or self.state.global_step > 0:
+        if not self.args.self_check or not self._is_untrained:
             return
         if "kl" in metrics and metrics["kl"].max() > 1e-9:
             raise RuntimeError(

@@ -162,7 +162,7 @@ class PolicyTrainerMixin:
         Policy and reference are the same at the start, so the rewards of both sides of a pair are, too, and every sigmoid loss
         is ln 2: anything else is a bug upstream.
         """
-        if not self.args.self_check or not self.model.training or self.state.global_step > 0:
+        if not self.args.self_check or not self._is_untrained:
             return
         losses = F.softplus(-margins.detach())
         if (losses - math.log(2)).abs().max() > 1e-6:

@@ -28,7 +28,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, load_dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 from transformers.utils import logging
 from trl.trainer.base_trainer import _BaseTrainer
@@ -48,6 +48,7 @@ from .base import (
     check_precision,
     check_writable,
     fill_in_sizes,
+    release_text_encoders,
     whole_weights,
 )
 from .callbacks import PolicyCallback, ProfileCallback
@@ -161,7 +162,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
         shrink_and_speed_up(self.policy, self.ref_model, rewards, args)
 
-        # Prompts are encoded once, then the text encoders leave the memory
+        # Prompts are encoded once, then the text encoders leave the accelerator
         callbacks = list(callbacks or [])
         self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, autocast_dtype(args))
         self.timer = StageTimer(args.profile, args.device)
@@ -172,7 +173,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             prompts += [prompt for split in splits if split is not None for prompt in split["prompt"]]
             prompts += [prompt for cb in callbacks if isinstance(cb, PolicyCallback) for prompt in cb.prompts]
             self.prompt_cache.encode(prompts)
-        self.policy.unload_text_encoders()
+        release_text_encoders(model, self.policy)
 
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._buffer: list[tuple[list[int], Rollout]] = []
@@ -391,6 +392,10 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
 
     # Trainer hooks
 
+    def train(self, *args, **kwargs) -> Any:
+        self._buffer, self._buffer_step = [], -1  # of an earlier run
+        return super().train(*args, **kwargs)
+
     def _save_training_state(self, folder: Path) -> None:
         if self.state.global_step % self.args.num_iterations:
             save_rollouts(folder, self.args.process_index, self._buffer)
@@ -398,7 +403,6 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             self.accelerator.unwrap_model(self.ref_model).save_pretrained(folder / REFERENCE_FOLDER)
 
     def _load_training_state(self, folder: Path) -> None:
-        self._buffer, self._buffer_step = [], -1
         if self.args.sync_ref_model:
             reference = self.accelerator.unwrap_model(self.ref_model)
             saved = type(reference).from_pretrained(folder / REFERENCE_FOLDER, torch_dtype=reference.dtype)
@@ -410,6 +414,21 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = self.train_dataset.column_names
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        return super().get_eval_dataloader(self._prepare_new_prompts(eval_dataset, "eval_dataset"))
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return super().get_test_dataloader(self._prepare_new_prompts(test_dataset, "test_dataset"))
+
+    def _prepare_new_prompts(self, dataset: str | Dataset | None, name: str) -> str | Dataset | None:
+        """What was done to the datasets of the constructor; a name or `None` stands for one of those."""
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        if not isinstance(dataset, Dataset) or ROW_COLUMN not in dataset.column_names:
+            dataset = prepare_prompts(dataset, name)
+        self._encode_prompts(dataset["prompt"])
+        return dataset
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         if self.args.num_iterations == 1:

@@ -14,6 +14,8 @@
 
 """What must hold for every trainer of a policy, whatever its algorithm."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -289,3 +291,57 @@ class TestEvaluation:
         trainer.train()
         values = [log[metric] for log in trainer.state.log_history if metric in log]
         assert len(values) == 2 and trainer.state.best_metric == min(values)
+
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    def test_a_dataset_that_comes_later(self, tmp_path, method):
+        """With prompts that were not there at the start, of a pipeline whose text encoders are the user's."""
+        pipeline = tiny_sd3_pipeline()
+        trainer = make(method, tmp_path, pipeline, make_lora())
+        assert pipeline.text_encoder is not None and pipeline.text_encoder.device.type == "cpu"
+        splits = eval_splits(method)
+        metrics = trainer.evaluate(splits["far"])
+        assert "eval_loss" in metrics and {"eval_near_loss", "eval_far_loss"} <= trainer.evaluate(splits).keys()
+        assert metrics["eval_loss"] == pytest.approx(trainer.predict(splits["far"]).metrics["test_loss"])
+        expected = make(method, tmp_path, None, make_lora(), splits["far"]).evaluate()
+        assert evaluated(metrics, "eval_") == pytest.approx(evaluated(expected, "eval_"))
+        prompt = {"prompt": "a newt", "num_inference_steps": 1, "max_sequence_length": 3, "output_type": "latent"}
+        assert pipeline(height=32, width=32, **prompt).images.shape == (1, 4, 8, 8)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_prompts_that_come_when_the_text_encoders_are_gone(self, tmp_path, method):
+        tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
+        kwargs = {"text_encoder_3": None, "tokenizer_3": None}
+        trainer = make(method, tmp_path, str(tmp_path / "base"), make_lora(), model_init_kwargs=kwargs)
+        assert trainer.policy.pipeline.text_encoder is None
+        with pytest.raises(ValueError, match="was not encoded at the start, and the text encoders have left"):
+            trainer.evaluate(eval_splits(method)["far"].map(lambda row: {"prompt": "new"}))
+        known = latent_pairs(2, seed=1) if method == "dpo" else Dataset.from_dict({"prompt": PROMPTS[:1]})
+        assert "eval_loss" in trainer.evaluate(known)
+
+    def test_a_dataset_that_cannot_be_used(self, tmp_path):
+        trainer = make("tapo", tmp_path)
+        with pytest.raises(ValueError, match="`eval_dataset` needs a column `prompt`"):
+            trainer.evaluate(Dataset.from_dict({"text": ["cat"]}))
+        with pytest.raises(ValueError, match="`eval_dataset` lacks the columns"):
+            make("dpo", tmp_path).evaluate(Dataset.from_dict({"prompt": ["cat"]}))
+
+
+class TestTrainingAgain:
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    def test_a_second_run_goes_on(self, tmp_path, method):
+        options = {} if method in ("dpo", "slrm") else {"num_iterations": 2, "max_steps": 3}
+        trainer = make(method, tmp_path, None, make_lora(), learning_rate=1e-2, **options)
+        trainer.train()
+        first = trainable(trainer)
+        trainer.train()
+        assert trainer.state.global_step == trainer.args.max_steps
+        assert any(not torch.equal(value, first[name]) for name, value in trainable(trainer).items())
+        assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_first_run_that_failed_at_the_start_is_checked_again(self, tmp_path, method):
+        trainer = make(method, tmp_path, None, make_lora())
+        randomize_adapter(trainer)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the policy and the reference differ"):
+                trainer.train()
