@@ -262,6 +262,25 @@ class RolloutConfig(_BaseConfig):
                 "a checkpoint holds no rollouts, so it has to lie between two of them."
             )
 
+    def check_noise(self, step_indices: list[int]) -> None:
+        """
+        Args:
+            step_indices (`list[int]`): the stochastic steps, which need noise.
+
+        Raises:
+            ValueError: if `sde_type` and `noise_level` leave one without.
+        """
+        if self.noise_level <= 0 or (self.sde_type == "cps" and self.noise_level > 1):
+            raise ValueError(
+                "`noise_level` must be positive, since stochastic steps without noise teach nothing, and at most 1 for "
+                f'`sde_type="cps"`. Got {self.noise_level}.'
+            )
+        if self.sde_type == "cps" and self.num_inference_steps - 1 in step_indices:
+            raise ValueError(
+                '`sde_type="cps"` has no noise at the last sampling step, which the stochastic steps '
+                f"{step_indices} include: lower `num_sde_steps` or `t_init`."
+            )
+
     def check_choices(self, **choices: tuple[str | None, ...]) -> None:
         """
         Args:

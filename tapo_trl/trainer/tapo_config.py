@@ -175,12 +175,10 @@ class TAPOConfig(RolloutConfig):
     def __post_init__(self):
         super().__post_init__()
 
-        sde_step_indices(self.num_inference_steps, self.num_sde_steps, self.t_init)
+        step_indices = sde_step_indices(self.num_inference_steps, self.num_sde_steps, self.t_init)
         get_pairing(self.pairing, self.continue_with, self.pair_threshold, self.consistent_pairs)
         if self.num_candidates < 2:
             raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
-        if self.noise_level <= 0:
-            raise ValueError(f"`noise_level` must be positive: candidates must differ. Got {self.noise_level}.")
         if self.beta <= 0:
             raise ValueError(f"`beta` must be positive, got {self.beta}.")
         if self.kl_coef < 0:
@@ -196,3 +194,4 @@ class TAPOConfig(RolloutConfig):
             step_weighting=("none", "velocity"),
             velocity_target=(None, *VELOCITY_TARGETS),
         )
+        self.check_noise(step_indices)

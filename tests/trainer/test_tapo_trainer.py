@@ -508,6 +508,8 @@ class TestBadInput:
             ({"num_sde_steps": 6}, "t_init"),
             ({"num_candidates": 1}, "num_candidates"),
             ({"noise_level": 0.0}, "noise_level"),
+            ({"sde_type": "cps", "noise_level": 1.5}, 'at most 1 for `sde_type="cps"`'),
+            ({"sde_type": "cps"}, "has no noise at the last sampling step"),  # the steps are 1, 3 and 5 of 0 to 5
             ({"beta": 0.0}, "beta"),
             ({"kl_coef": -1.0}, "kl_coef"),
             ({"pairing": "dpo"}, "pairing"),
