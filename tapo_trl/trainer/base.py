@@ -187,7 +187,7 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         return self.nonfinite_guard.grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "learning_rate" in logs:
             logs["skipped_updates"] = self.nonfinite_guard.pop_skipped()
         super().log(logs, start_time)
 

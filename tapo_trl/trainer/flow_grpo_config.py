@@ -64,7 +64,8 @@ class FlowGRPOConfig(RolloutConfig):
         logprob_reduction (`str`, *optional*, defaults to `"mean"`):
             Reduction of log-probabilities over the latent's dimensions, `"mean"` or `"sum"`.
         self_check (`bool`, *optional*, defaults to `True`):
-            Whether a run first checks, before its first update, that the ratio is 1 up to rounding.
+            Whether a run first checks, before its first update, that the ratio is 1 up to rounding and, if there is a
+            reference, that the divergence from it is 0.
 
     > [!NOTE]
     > `num_inference_steps` defaults to `10` instead of the `20` of [`RolloutConfig`].

@@ -156,7 +156,7 @@ class NonFiniteGuard(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
-        if "loss" in logs:
+        if "learning_rate" in logs:
             # With `logging_nan_inf_filter=False` `Trainer` resets a sum that is NaN by subtracting it from itself.
             self.trainer._tr_loss.nan_to_num_(nan=0.0)
 

@@ -184,14 +184,15 @@ class PolicyTrainerMixin:
             logs.update(self._pop_metrics("train"))
         super().log(logs, start_time)
 
-    def _pop_metrics(self, mode: str) -> dict[str, float]:
-        names = sorted(self._metrics[mode])
+    def _pop_metrics(self, mode: str, only: str | None = None) -> dict[str, float]:
+        names = [name for name in sorted(self._metrics[mode]) if only in (None, name)]
         if not names:
             return {}
         values = [torch.cat([v.flatten().float() for v in self._metrics[mode][name]]) for name in names]
         totals = torch.stack([torch.stack([v.sum(), torch.full_like(v.sum(), len(v))]) for v in values])
         sums, counts = self.accelerator.reduce(totals, reduction="sum").T.tolist()
-        self._metrics[mode].clear()
+        for name in names:
+            del self._metrics[mode][name]
         return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
 
     @property

@@ -178,6 +178,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._buffer: list[tuple[list[int], Rollout]] = []
         self._buffer_step, self._slot = -1, 0
+        self._batches: list[list[dict[str, Any]]] = []  # of the update
         self._chunk_prompts: list[str] = []
         self._chunk_counts: torch.Tensor | None = None  # all of its examples do
 
@@ -310,12 +311,29 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
 
         rows = [example[ROW_COLUMN] for example in batch]
         if slot == len(self._buffer):
-            rollout = self._generate_and_score_trajectories(batch, seed_step=step)
-            self._buffer.append((rows, rollout))
+            starts_update = slot == 0 and any(batch is first for first in self._batches[:1])
+            self._generate(self._batches if starts_update else [batch], seed_step=step)
         stored_rows, rollout = self._buffer[slot]
         if stored_rows != rows:
             raise RuntimeError(f"The rollout of rows {stored_rows} is up for reuse, but the batch has rows {rows}.")
         return rollout
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list[list[dict[str, Any]]], Any]:
+        self._batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        return self._batches, num_items_in_batch
+
+    def _generate(self, batches: list[list[dict[str, Any]]], seed_step: int) -> None:
+        """
+        Make the rollouts of all batches of an update, and scale the weights of their examples, which go to the CPU, so that
+        the loss is the mean over those that count, of all processes.
+        """
+        rollouts = [self._generate_and_score_trajectories(batch, seed_step) for batch in batches]
+        totals = [torch.tensor([rollout.weights.sum(), rollout.num_examples]) for rollout in rollouts]
+        totals = torch.stack(totals).sum(0).to(self.accelerator.device)
+        count, number = self.accelerator.reduce(totals, reduction="sum").tolist()
+        for batch, rollout in zip(batches, rollouts, strict=True):
+            rollout.weights = rollout.weights.cpu() * (number / count if count else 1.0)
+            self._buffer.append(([example[ROW_COLUMN] for example in batch], rollout))
 
     def _generate_and_score_trajectories(self, batch: list[dict[str, Any]], seed_step: int) -> Rollout:
         device = self.accelerator.device
@@ -341,6 +359,13 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         return rollout
 
     # Loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            means = self._pop_metrics("train", only="loss")
+            if math.isfinite(logs["loss"]):
+                logs.update(means) if means else logs.pop("loss")
+        super().log(logs, start_time)
 
     def reference_velocity(
         self,
@@ -378,11 +403,18 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        counts = inputs.weights.cpu() > 0
+        if self._chunk_counts is not None:
+            counts &= self._chunk_counts
         inputs = inputs.to(self.accelerator.device)
         losses, weighted_losses, metrics = self.transition_losses(model, inputs)
         self.check_before_first_update(losses, metrics)
-        counts = torch.ones(len(losses), dtype=torch.bool) if self._chunk_counts is None else self._chunk_counts
-        self._record(metrics_of_steps(inputs.step_indices, metrics, self.step_metrics(losses, metrics), counts))
+        # The loss that `Trainer` knows has zeros for updates none of whose examples count
+        values = metrics | {"loss": weighted_losses.detach() / inputs.weights}
+        values = metrics_of_steps(inputs.step_indices, values, self.step_metrics(losses, metrics), counts)
+        if self.model.training and self.args.logging_nan_inf_filter:
+            values["loss"] = values["loss"][values["loss"].isfinite()]
+        self._record(values)
 
         loss = weighted_losses.mean() * inputs.share
         if self.model.training:

@@ -114,7 +114,7 @@ class TAPOTrainer(RolloutTrainer):
         return weights
 
     def rollout_metrics(self, rollout: TrajectoryPairs) -> dict[str, torch.Tensor]:
-        return rollout_metrics(rollout, self.sampler.pairing)
+        return rollout_metrics(rollout)
 
     # Loss: Eq. 13
 

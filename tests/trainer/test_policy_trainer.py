@@ -345,3 +345,14 @@ class TestTrainingAgain:
         for _ in range(2):
             with pytest.raises(RuntimeError, match="the policy and the reference differ"):
                 trainer.train()
+
+
+@pytest.mark.parametrize("method", ["tapo", "online_dpo", "grpo"])
+def test_equal_rewards_teach_nothing(tmp_path, method, monkeypatch):
+    monkeypatch.setitem(globals(), "redness", lambda images, prompts: [0.5] * len(prompts))
+    trainer = make(method, tmp_path, None, make_lora(), max_steps=2, weight_decay=0.0, learning_rate=1e-2)
+    before = trainable(trainer)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainable(trainer).items())
+    logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert logged == ([pytest.approx(0.0)] * 2 if method == "grpo" else [])

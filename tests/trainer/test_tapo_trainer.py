@@ -295,7 +295,8 @@ class TestGradient:
     )
     def test_equals_an_independent_float64_reference_and_finite_differences(self, tmp_path, options):
         trainer, (pairs,), gradients = self.run(tmp_path, beta=30.0, **options)
-        assert 0 < pairs.weights.mean() < 1 or "pair_threshold" not in options
+        assert pairs.weights.mean() == 1  # the mean over the pairs that count
+        assert (pairs.weights == 0).any() == ("pair_threshold" in options)
         loss, model = reference_loss(trainer, pairs)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -478,6 +479,51 @@ class TestSaving:
         metadata = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
         assert all(name.startswith("transformer.") for name in metadata)
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 4
+
+
+class TestPairsThatDoNotCount:
+    """Those below the threshold of SPO, and ties."""
+
+    def test_the_loss_is_the_mean_over_the_others_however_the_batch_is_split(self, tmp_path):
+        results = []
+        for rows, splits in ((4, 1), (2, 2), (1, 4)):
+            recorder = GradientRecorder()
+            batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": splits, "max_steps": 1}
+            options = {"pairing": "spo", "pair_threshold": [0.0015], "transition_batch_size": 2}
+            trainer = make_trainer(tmp_path / f"{rows}", callbacks=[recorder], **batch | options)
+            trainer.train()
+            logs = trainer.state.log_history[0]
+            assert 0.2 < logs["pairs_kept"] < 0.8
+            assert logs["loss"] == pytest.approx(math.log(2), abs=1e-6)
+            results.append(recorder.gradients)
+        for name, gradient in results[0].items():
+            for other in results[1:]:
+                torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("loss", ["tapo", "spo"])
+    def test_updates_without_a_pair_that_counts_log_no_loss(self, tmp_path, loss):
+        def equal(images, prompts):
+            return [1.0] * len(prompts)
+
+        trainer = make_trainer(tmp_path, equal, pairing=loss, weight_decay=0.0, eval_prompts=["cat"], kl_coef=1.0)
+        before = trainable(trainer)
+        trainer.train()
+        assert all(torch.equal(value, before[name]) for name, value in trainable(trainer).items())
+        for logs in trainer.state.log_history[:2]:
+            assert logs["pairs_kept"] == 0 and logs["skipped_updates"] == 0
+            assert not {"loss", "rewards/margins", "kl"} & logs.keys()
+
+    def test_a_loss_that_is_logged_over_several_updates_leaves_out_those_without(self, tmp_path):
+        calls = []
+
+        def sometimes_equal(images, prompts):
+            calls.append(len(prompts))
+            return [0.0] * len(prompts) if len(calls) <= 3 else redness(images, prompts)
+
+        trainer = make_trainer(tmp_path, sometimes_equal, logging_steps=2, learning_rate=0.0)
+        trainer.train()
+        logs = trainer.state.log_history[0]
+        assert logs["pairs_kept"] == 0.5 and logs["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 class TestCallbacks:
