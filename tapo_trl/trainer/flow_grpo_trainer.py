@@ -145,12 +145,6 @@ class FlowGRPOTrainer(RolloutTrainer):
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
         if not self.args.self_check or not self._is_untrained:
             return
-        if "kl" in metrics and metrics["kl"].max() > 1e-9:
-            raise RuntimeError(
-                f"Before the first update the divergences from the reference are {metrics['kl'].tolist()}, not 0: the policy and "
-                "the reference differ. Does the adapter start from trained weights, or is some layer (dropout, batch norm) "
-                "random? Set `self_check=False` if the difference is meant."
-            )
         ratios = metrics["ratio"]
         if (ratios - 1).abs().mean() > self.args.epsilon:
             raise RuntimeError(
@@ -158,4 +152,10 @@ class FlowGRPOTrainer(RolloutTrainer):
                 f"`epsilon={self.args.epsilon}`: what is trained is not what has sampled, or rounding in half precision is "
                 "larger than the clip range. Is some layer (dropout, batch norm) random? If not, raise `epsilon`, or train "
                 "with `bf16=False`. Set `self_check=False` if the difference is meant."
+            )
+        if "kl" in metrics and metrics["kl"].max() > 1e-9:
+            raise RuntimeError(
+                f"Before the first update the divergences from the reference are {metrics['kl'].tolist()}, not 0: the policy and "
+                "the reference differ. Does the adapter start from trained weights, or is some layer (dropout, batch norm) "
+                "random? Set `self_check=False` if the difference is meant."
             )
