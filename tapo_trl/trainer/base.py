@@ -36,6 +36,7 @@ from .hub import HubPushMixin
 from .interruption import GracefulStopCallback, start_data_worker
 from .model_card import current_command, write_model_card
 from .nonfinite import NonFiniteGuard
+from .option_checks import check_without_effect
 
 
 class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
@@ -139,7 +140,7 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         """The last callbacks of the list: a checkpoint is sealed when all others have written into it."""
         self.nonfinite_guard = NonFiniteGuard(self, stop_every_n_steps)
         self.add_callback(self.nonfinite_guard)
-        self.add_callback(GracefulStopCallback(stop_every_n_steps))
+        self.add_callback(GracefulStopCallback())
         self.add_callback(SealCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
@@ -241,6 +242,8 @@ def release_text_encoders(model: Any, policy: FlowPolicy) -> None:
 
 def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...]:
     """Put what `args` leaves to `resolution` and to the policy's family into it, and return the shape of one latent."""
+    if policy.modality == "image":
+        check_without_effect(args, ["fps"], "because `model` makes images")
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
     if args.max_sequence_length is None:
         args.max_sequence_length = policy.max_sequence_length

@@ -48,6 +48,7 @@ from .launch_checks import check_launch
 from .lora_checks import check_no_adapter, check_peft_config
 from .model_card import DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
 from .noise_levels import draw_uniform_or_logit_normal, training_sigmas
+from .option_checks import check_arguments_of_trainer
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
 from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
 
@@ -120,6 +121,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         check_writable(args.output_dir)
         check_no_data_parallel(args, "DiffusionDPOTrainer")
         check_hub_strategy(args)
+        check_arguments_of_trainer(args, model)
         check_precision(args)
         check_peft_config(peft_config)
         check_preference_splits(train_dataset, eval_dataset, args)

@@ -70,7 +70,8 @@ class NonFiniteGuard(TrainerCallback):
     Args:
         trainer ([`DiffusionTrainerMixin`]): the trainer.
         stop_every_n_steps (`int`, *optional*, defaults to `1`):
-            Stop only after steps that are a multiple of it, where a checkpoint can be resumed from exactly.
+            Stop only after steps that are a multiple of it, when rollouts that are used several times are used up: the
+            resumed run makes new ones.
     """
 
     def __init__(self, trainer: "DiffusionTrainerMixin", stop_every_n_steps: int = 1):

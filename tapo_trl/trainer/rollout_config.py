@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 
 from trl.trainer.base_config import _BaseConfig
 
+from .option_checks import check_without_effect
+
 
 @dataclass
 class RolloutConfig(_BaseConfig):
@@ -256,11 +258,9 @@ class RolloutConfig(_BaseConfig):
             raise ValueError("`auto_find_batch_size` is not supported: a retried step would repeat its rollout.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be `False`: rewards get the columns of the dataset.")
-        if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
-            raise ValueError(
-                f"`save_steps` ({self.save_steps}) must be a multiple of `num_iterations` ({self.num_iterations}): "
-                "a checkpoint holds no rollouts, so it has to lie between two of them."
-            )
+        if not self.sync_ref_model:
+            names = ["ref_model_mixup_alpha", "ref_model_sync_steps"]
+            check_without_effect(self, names, "without `sync_ref_model=True`")
 
     def check_noise(self, step_indices: list[int]) -> None:
         """

@@ -56,6 +56,7 @@ from .hub import check_hub_strategy
 from .launch_checks import check_launch
 from .lora_checks import check_no_adapter, check_peft_config
 from .nonfinite import Watched
+from .option_checks import check_arguments_of_trainer
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
 from .reward_loading import RewardModel, TieCallback, check_rewards, check_sharing, load_reward, place_rewards
 from .rollout_config import RolloutConfig
@@ -118,6 +119,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         check_writable(args.output_dir)
         check_no_data_parallel(args, type(self).__name__)
         check_hub_strategy(args)
+        check_arguments_of_trainer(args, model)
         check_precision(args)
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
         check_rewards(reward_models, args)

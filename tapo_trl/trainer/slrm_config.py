@@ -31,11 +31,20 @@ from ..rewards.slrm import (
 )
 from ..rewards.spm import DEFAULT_CLIP_MODEL
 from .noise_levels import TIMESTEP_SAMPLINGS
+from .option_checks import check_without_effect
 from .preference_config import PreferenceDataConfig
 
 
 # Fields of `RewardConfig` that mean something to a language model only.
-_TEXT_FIELDS = ("chat_template_path", "eos_token", "max_length", "pad_token", "pad_to_multiple_of")
+_TEXT_FIELDS = (
+    "chat_template_path",
+    "dataset_num_proc",
+    "eos_token",
+    "max_length",
+    "pad_token",
+    "pad_to_multiple_of",
+    "trust_remote_code",
+)
 
 # Fields that mean something to one kind of reward model only: those of the model itself, and others.
 MODEL_FIELDS = {
@@ -161,8 +170,8 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
     > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
     >
-    > `chat_template_path`, `eos_token`, `max_length`, `pad_token` and `pad_to_multiple_of`, which come from
-    > [`~trl.RewardConfig`], mean nothing here and must not be set.
+    > `chat_template_path`, `dataset_num_proc`, `eos_token`, `max_length`, `pad_token`, `pad_to_multiple_of` and
+    > `trust_remote_code`, which come from [`~trl.RewardConfig`], mean nothing here and must not be set.
     """
 
     _VALID_DICT_FIELDS = RewardConfig._VALID_DICT_FIELDS + ["dimension_weights"]
@@ -308,6 +317,10 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         for name in ("rho", "score_preservation_coef", "max_skipped_updates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.velocity_target == "none":
+            check_without_effect(self, ["rho", "detach_score"], 'with `velocity_target="none"`')
+        if self.rho == 0:
+            check_without_effect(self, ["detach_score"], "with `rho=0`")
         if self.eta <= 0:
             raise ValueError(f"`eta` must be positive, got {self.eta}.")
         if self.eta != 1 and self.loss_type == "thurstone":

@@ -44,6 +44,7 @@ from .launch_checks import check_launch, uses_fsdp
 from .lora_checks import check_no_adapter, check_peft_config
 from .model_card import REWARD_MODEL_PAPERS
 from .noise_levels import draw_uniform_or_logit_normal
+from .option_checks import check_arguments_of_trainer
 from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
 from .slrm_config import MODEL_FIELDS, SLRM_FIELDS, SLRMConfig
 from .tracking import make_config_trackable
@@ -117,6 +118,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         check_writable(args.output_dir)
         check_no_data_parallel(args, "SLRMTrainer")
         check_hub_strategy(args)
+        check_arguments_of_trainer(args, model)
         check_precision(args)
         check_peft_config(peft_config, has_reference=False)
         _check_sharding(args)

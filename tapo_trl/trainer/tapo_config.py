@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from ..rewards.velocity_targets import VELOCITY_TARGETS
 from ..rollouts import PAIRINGS, get_pairing
 from ..schedulers import sde_step_indices
+from .option_checks import check_without_effect
 from .rollout_config import RolloutConfig
 
 
@@ -185,6 +186,8 @@ class TAPOConfig(RolloutConfig):
             raise ValueError(f"`kl_coef` must not be negative, got {self.kl_coef}.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
+        if self.loss_type != "sigmoid":
+            check_without_effect(self, ["label_smoothing"], f"with `loss_type={self.loss_type!r}`")
         if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:
             raise ValueError(f"`ratio_clip` must be in (0, 1), got {self.ratio_clip}.")
         self.check_choices(

@@ -571,7 +571,16 @@ class TestBadInput:
             ({"loss_type": "dpo"}, "loss_type"),
             ({"remove_unused_columns": True}, "remove_unused_columns"),
             ({"auto_find_batch_size": True}, "auto_find_batch_size"),
-            ({"num_iterations": 3, "save_strategy": "steps", "save_steps": 4}, "save_steps"),
+            (
+                {"loss_type": "hinge", "label_smoothing": 0.1},
+                "`label_smoothing=0.1` has no effect with `loss_type='hinge'`",
+            ),
+            (
+                {"loss_type": "ipo", "label_smoothing": 0.1},
+                "`label_smoothing=0.1` has no effect with `loss_type='ipo'`",
+            ),
+            ({"ref_model_sync_steps": 8}, "`ref_model_sync_steps=8` has no effect without `sync_ref_model=True`"),
+            ({"ref_model_mixup_alpha": 0.5}, "`ref_model_mixup_alpha=0.5` has no effect"),
             ({"transition_batch_size": 0}, "transition_batch_size"),
         ],
     )
