@@ -59,6 +59,8 @@ class Pairing:
         consistent (`bool`, *optional*, defaults to `False`):
             Whether a pair counts only if its ranking does not flip until the end: its chosen side scores higher at its own
             step, and so does the final sample of the first trajectory. For two trajectories that make one pair.
+        beta (`float`, *optional*, defaults to `1000.0`):
+            Strength of the regularisation towards the reference that the method's authors use.
     """
 
     num_branches: int
@@ -66,6 +68,7 @@ class Pairing:
     continue_with: Literal["extremes", "best", "random"]
     threshold: tuple[float, float] | None = None
     consistent: bool = False
+    beta: float = 1000.0
 
     def select(self, scores: torch.Tensor, generators: list[torch.Generator]) -> Selection:
         """
@@ -147,8 +150,8 @@ class Pairing:
 PAIRINGS = {
     "tapo": Pairing(num_branches=2, shared_parent=False, continue_with="extremes"),
     "tapo_within": Pairing(num_branches=2, shared_parent=True, continue_with="extremes"),
-    "spo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.3, 0.3)),
-    "lpo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.35, 0.5)),
+    "spo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.3, 0.3), beta=10.0),
+    "lpo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.35, 0.5), beta=500.0),
 }
 
 

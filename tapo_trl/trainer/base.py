@@ -36,7 +36,7 @@ from .hub import HubPushMixin
 from .interruption import GracefulStopCallback, start_data_worker
 from .model_card import current_command, write_model_card
 from .nonfinite import NonFiniteGuard
-from .option_checks import check_without_effect
+from .option_checks import check_optimizer, check_without_effect
 
 
 class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
@@ -137,7 +137,11 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         return self.model.training and self.state.global_step == 0 and not self._was_trained
 
     def _add_run_callbacks(self, stop_every_n_steps: int = 1) -> None:
-        """The last callbacks of the list: a checkpoint is sealed when all others have written into it."""
+        """
+        The last callbacks of the list: a checkpoint is sealed when all others have written into it. Called at the end of
+        `__init__`.
+        """
+        check_optimizer(self.optimizer, self.model)
         self.nonfinite_guard = NonFiniteGuard(self, stop_every_n_steps)
         self.add_callback(self.nonfinite_guard)
         self.add_callback(GracefulStopCallback())

@@ -18,8 +18,13 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from transformers import TrainingArguments
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_without_effect(args: TrainingArguments, names: Iterable[str], reason: str) -> None:
@@ -59,3 +64,32 @@ def check_arguments_of_trainer(args: TrainingArguments, model: Any) -> None:
         ["enable_jit_checkpoint"],
         "because on SIGTERM these trainers save a checkpoint and stop in any case, at the end of the step",
     )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
+    """
+    Check that an optimizer that the trainer got updates what is trained. Warns if it does so in part.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`, *optional*): the optimizer.
+        model (`torch.nn.Module`): the network, ready for training.
+
+    Raises:
+        ValueError: if it holds none of the trainable weights.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missing = [name for name in names if id(model.get_parameter(name)) not in held]
+    if len(missing) == len(names):
+        raise ValueError(
+            "The optimizer in `optimizers` holds none of the weights that are trained: LoRA matrices and new heads are made by the "
+            "trainer, after it. Leave `optimizers` out and choose with `optim`, `learning_rate` and the like in `args`; or set "
+            "`trainer.optimizer` afterwards, with the parameters of `trainer.model`."
+        )
+    if missing:
+        logger.warning(
+            f"The optimizer in `optimizers` holds {len(names) - len(missing)} of the {len(names)} weights that are trained: the "
+            f"others, such as `{missing[0]}`, stay as they are."
+        )

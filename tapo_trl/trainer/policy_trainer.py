@@ -19,6 +19,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from .tracking import make_config_trackable
 logger = logging.get_logger(__name__)
 
 TRANSFORMER_FOLDER = "transformer"
+FULL_LEARNING_RATE = 1e-5  # which fits full fine-tuning
 
 
 def save_policy(
@@ -104,6 +106,12 @@ def make_trainable(
         set_seed(args.seed)  # LoRA starts at random
         transformer = get_peft_model(transformer, peft_config)
     else:
+        default = next(own.default for own in fields(args) if own.name == "learning_rate")
+        if args.learning_rate == default > FULL_LEARNING_RATE:
+            logger.warning(
+                f"Full fine-tuning with the default `learning_rate={default}`, which is for LoRA: set `learning_rate` to "
+                f"{FULL_LEARNING_RATE} or less, or pass a `peft_config`."
+            )
         if transformer.dtype != torch.float32:
             logger.warning(
                 f"Full fine-tuning: the weights of the transformer are cast from {transformer.dtype} to float32, since most "

@@ -125,7 +125,7 @@ class RolloutConfig(_BaseConfig):
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `activation_checkpointing`: Defaults to `True` instead of `False`.
     > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
-    > - `learning_rate`: Defaults to `1e-4` instead of `5e-5`.
+    > - `learning_rate`: Defaults to `1e-4` instead of `5e-5`, a rate for LoRA. Without `peft_config`, set `1e-5` or less.
     > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     """

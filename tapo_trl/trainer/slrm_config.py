@@ -65,8 +65,8 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
 
     This class includes only the parameters that are specific to SLRM training. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
-    differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5),
-    where it gives them. The parameters that control the data are those of [`PreferenceDataConfig`].
+    differ from those in [`~transformers.TrainingArguments`]. They are the paper's for SD3.5-medium (Table 5), but for 3
+    epochs instead of 5 and the batch of 32 pairs; the recipe `recipes/sd35/slrm.yaml` has all of them. The parameters that control the data are those of [`PreferenceDataConfig`].
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the

@@ -78,7 +78,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             - [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]: its transformer is copied; it is not trained itself.
             - [`StepRewardModel`]: its base model is loaded by the name in its configuration.
         args ([`SLRMConfig`], *optional*):
-            Configuration. Defaults to the paper's, with a folder named after the model.
+            Configuration. Defaults to one with a folder named after the model.
         train_dataset ([`~datasets.Dataset`]):
             Preference pairs with columns `prompt`, `chosen`, `rejected`, and optionally `margin`, `label` and
             `label_<dimension>`, see [`~data.preferences.prepare_preference_dataset`].

@@ -54,7 +54,7 @@ class TAPOTrainer(RolloutTrainer):
               one-step estimate of the clean sample.
             - `list`: a weighted sum of them, see `args.reward_weights`.
         args ([`TAPOConfig`], *optional*):
-            Configuration. Defaults to the paper's, with a folder named after the model.
+            Configuration. Defaults to one with a folder named after the model.
         train_dataset ([`~datasets.Dataset`], *optional*):
             Prompts, in the column `prompt`. Other columns are passed to reward callables. Defaults to
             `args.dataset_name`, else to the prompts that ship with the package.

@@ -13,12 +13,15 @@
 # limitations under the License.
 
 import pytest
+import torch
 
 from tapo_trl import SLRMConfig
 
 from ..testing_utils import tiny_sd3_pipeline
 from . import test_diffusion_dpo_trainer, test_flow_grpo_trainer, test_tapo_trainer
+from .policy_checks import trainable
 from .test_policy_trainer import METHODS, make
+from .test_tapo_trainer import make_lora
 
 
 @pytest.mark.parametrize(
@@ -92,3 +95,28 @@ def test_a_velocity_target_for_a_function(tmp_path):
 def test_rollouts_that_are_used_again_and_any_interval_of_checkpoints(tmp_path):
     args = test_tapo_trainer.make_args(tmp_path, num_iterations=3, save_strategy="steps", save_steps=4)
     assert args.save_steps == 4
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    def test_one_that_holds_nothing_that_is_trained(self, tmp_path, method):
+        pipeline = tiny_sd3_pipeline()
+        optimizer = torch.optim.AdamW(pipeline.transformer.parameters())  # made before LoRA was added
+        with pytest.raises(ValueError, match="holds none of the weights that are trained"):
+            make(method, tmp_path, pipeline, make_lora(), optimizers=(optimizer, None))
+
+    def test_one_that_holds_a_part_of_it(self, tmp_path, caplog):
+        pipeline = tiny_sd3_pipeline()
+        optimizer = torch.optim.SGD(pipeline.transformer.proj_out.parameters(), lr=1e-2)
+        trainer = make("tapo", tmp_path, pipeline, optimizers=(optimizer, None))
+        assert "holds 2 of the" in caplog.text and "`pos_embed.proj.weight`, stay as they are" in caplog.text
+        before = trainable(trainer)
+        trainer.train()
+        changed = {name for name, value in trainable(trainer).items() if not torch.equal(value, before[name])}
+        assert changed == {"proj_out.weight", "proj_out.bias"}
+
+    def test_one_that_holds_all_of_it(self, tmp_path, caplog):
+        pipeline = tiny_sd3_pipeline()
+        optimizer = torch.optim.SGD(pipeline.transformer.parameters(), lr=1e-2)
+        make("dpo", tmp_path, pipeline, optimizers=(optimizer, None))
+        assert "stay as they are" not in caplog.text

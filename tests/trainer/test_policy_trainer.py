@@ -356,3 +356,20 @@ def test_equal_rewards_teach_nothing(tmp_path, method, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in trainable(trainer).items())
     logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert logged == ([pytest.approx(0.0)] * 2 if method == "grpo" else [])
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize("method", ["tapo", "grpo"])
+    @pytest.mark.parametrize(
+        ("rate", "peft", "warns"), [(1e-4, False, True), (1e-5, False, False), (1e-4, True, False)]
+    )
+    def test_that_of_lora_for_full_fine_tuning(self, tmp_path, caplog, method, rate, peft, warns):
+        assert METHODS[method][0].config_class(str(tmp_path), use_cpu=True, bf16=False).learning_rate == 1e-4
+        make(method, tmp_path, None, make_lora() if peft else None, learning_rate=rate)
+        assert ("set `learning_rate` to 1e-05 or less" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(("pairing", "beta"), [("tapo", 1000), ("tapo_within", 1000), ("spo", 10), ("lpo", 500)])
+def test_beta_is_that_of_the_pairing(tmp_path, pairing, beta):
+    assert test_tapo_trainer.make_args(tmp_path, pairing=pairing).beta == beta
+    assert test_tapo_trainer.make_args(tmp_path, pairing=pairing, beta=7.0).beta == 7.0
