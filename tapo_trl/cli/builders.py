@@ -377,6 +377,7 @@ def run_training(
         dataset_name (`str`, *optional*): Data set for the card.
     """
     trainer.dataset_name = dataset_name
+    trainer.policy.unload_text_encoders()  # nothing else reads the policy that was loaded for the trainer
     trainer.train()
     trainer.save_state()
     if training_args.push_to_hub:

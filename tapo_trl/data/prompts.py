@@ -132,9 +132,13 @@ class PromptCache:
     def _file(self, prompt: str) -> Path:
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
 
+    def missing(self, prompts: list[str]) -> list[str]:
+        """The prompts that are not on disk yet, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()]
+
     def encode(self, prompts: list[str], batch_size: int = 32) -> None:
         """Encode the prompts that are not on disk yet. Safe to interrupt, and to run in several processes at once."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()]
+        missing = self.missing(prompts)
         self.folder.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]

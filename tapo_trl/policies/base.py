@@ -309,6 +309,11 @@ class FlowPolicy(ABC):
             if self.pipeline.components[name] is not None:
                 self.pipeline.components[name].to(device)
 
+    @property
+    def has_text_encoders(self) -> bool:
+        """Whether prompts can be encoded."""
+        return any(self.pipeline.components[name] is not None for name in self.text_encoder_names)
+
     def unload_text_encoders(self) -> None:
         """Drop the text encoders, so that their memory is free for training."""
         for name in self.text_encoder_names:

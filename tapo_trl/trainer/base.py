@@ -28,7 +28,9 @@ from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.prompts import PromptCache
 from ..field_types import check_folder_name
 from ..policies import FlowPolicy
 from .checkpoints import SealCallback, SealedCheckpointsMixin
@@ -36,6 +38,7 @@ from .hub import HubPushMixin
 from .interruption import GracefulStopCallback, start_data_worker
 from .model_card import current_command, write_model_card
 from .nonfinite import NonFiniteGuard
+from .option_checks import check_optimizer, check_without_effect
 
 
 class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
@@ -59,8 +62,10 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         ),
     }
     dataset_name: str | None = None  # for every card of the run
+    _was_trained = False  # by an earlier call of `train`, which starts to count steps anew
     _card_metrics: tuple[str, ...]
     policy: FlowPolicy
+    prompt_cache: PromptCache
 
     @property
     @abstractmethod
@@ -118,15 +123,43 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
             command=current_command(),
         )
 
+    def _encode_prompts(self, prompts: list[str]) -> None:
+        """Encode prompts that are new since the start, if the text encoders are still there."""
+        with self.args.main_process_first(desc="encoding prompts"):
+            missing = self.prompt_cache.missing(prompts)
+            if not missing:
+                return
+            if not self.policy.has_text_encoders:
+                raise ValueError(
+                    f"The prompt {missing[0]!r} (one of {len(missing)}) was not encoded at the start, and the text encoders have "
+                    "left the memory since. Give its dataset to the trainer as `eval_dataset`, of which a `dict` may hold "
+                    "several; or pass a loaded pipeline as `model`, whose text encoders stay."
+                )
+            self.policy.move_text_encoders(self.args.device)
+            self.prompt_cache.encode(missing)
+            self.policy.move_text_encoders("cpu")
+
+    @property
+    def _is_untrained(self) -> bool:
+        """Whether the model is as it was before the first update of the first run."""
+        return self.model.training and self.state.global_step == 0 and not self._was_trained
+
     def _add_run_callbacks(self, stop_every_n_steps: int = 1) -> None:
-        """The last callbacks of the list: a checkpoint is sealed when all others have written into it."""
+        """
+        The last callbacks of the list: a checkpoint is sealed when all others have written into it. Called at the end of
+        `__init__`.
+        """
+        check_optimizer(self.optimizer, self.model)
         self.nonfinite_guard = NonFiniteGuard(self, stop_every_n_steps)
         self.add_callback(self.nonfinite_guard)
-        self.add_callback(GracefulStopCallback(stop_every_n_steps))
+        self.add_callback(GracefulStopCallback())
         self.add_callback(SealCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
-        output = super().train(resume_from_checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, **kwargs)
+        finally:  # also of a run that was interrupted, after which one may go on
+            self._was_trained = self._was_trained or self.state.global_step > 0
         self.nonfinite_guard.raise_if_over()
         return output
 
@@ -135,6 +168,18 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         start = partial(start_data_worker, dataloader.worker_init_fn)
         dataloader.worker_init_fn = dataloader.base_dataloader.worker_init_fn = start
         return dataloader
+
+    @abstractmethod
+    def _pop_metrics(self, mode: str) -> dict[str, float]:
+        """Means of what was recorded since the last call, of `"train"` or `"eval"`."""
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._metrics["eval"].clear()  # of an evaluation that was interrupted
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Before they are logged: each of several `eval_dataset`s has a prefix of its own
+        recorded = self._pop_metrics("eval").items()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in recorded})
+        return output
 
     def _num_real_rows(self, num_rows: int) -> int:
         """
@@ -155,7 +200,7 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         return self.nonfinite_guard.grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "learning_rate" in logs:
             logs["skipped_updates"] = self.nonfinite_guard.pop_skipped()
         super().log(logs, start_time)
 
@@ -168,8 +213,49 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
+def check_precision(args: TrainingArguments, policy: FlowPolicy | None = None) -> None:
+    """
+    Check that no network is in another half precision than that of `args`: autocast cannot mix them.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): the configuration, with `model_init_kwargs`.
+        policy ([`FlowPolicy`], *optional*): what was loaded. Without it, only what `args` asks for is looked at.
+
+    Raises:
+        ValueError: if one is. The VAE may be, for it computes outside of autocast.
+    """
+    if not (args.bf16 or args.fp16):
+        return
+    own, other = ("bf16", "float16") if args.bf16 else ("fp16", "bfloat16")
+    found = {}
+    if policy is None:
+        kwargs = args.model_init_kwargs or {}
+        found = {f"`{name}` in `model_init_kwargs`": kwargs.get(name) for name in ("torch_dtype", "dtype")}
+    else:
+        names = [name for name in policy.text_encoder_names if policy.pipeline.components[name] is not None]
+        components = {name: policy.pipeline.components[name] for name in ("transformer", *names)}
+        found = {f"the `{name}` of `model`": component.dtype for name, component in components.items()}
+    for name, dtype in found.items():
+        if str(dtype).removeprefix("torch.") == other:
+            raise ValueError(
+                f"`{own}=True` computes in {autocast_dtype(args)}, but {name} is {other}, which cannot be mixed with it: load "
+                f"`model` in {str(autocast_dtype(args)).removeprefix('torch.')} or float32, or set "
+                + ("`fp16=True` and `bf16=False`." if args.bf16 else "`bf16=True` and `fp16=False`.")
+            )
+
+
+def release_text_encoders(model: Any, policy: FlowPolicy) -> None:
+    """Drop the text encoders of a `model` that was loaded by name; those of a user's object wait on the CPU."""
+    if isinstance(model, str):
+        policy.unload_text_encoders()
+    else:
+        policy.move_text_encoders("cpu")
+
+
 def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...]:
     """Put what `args` leaves to `resolution` and to the policy's family into it, and return the shape of one latent."""
+    if policy.modality == "image":
+        check_without_effect(args, ["fps"], "because `model` makes images")
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
     if args.max_sequence_length is None:
         args.max_sequence_length = policy.max_sequence_length

@@ -19,6 +19,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..field_types import convert_fields
 from .noise_levels import TIMESTEP_SAMPLINGS
+from .option_checks import check_without_effect
 from .preference_config import PreferenceDataConfig
 
 
@@ -186,6 +187,9 @@ class DiffusionDPOConfig(PreferenceDataConfig, _BaseConfig):
             raise ValueError(f"`gamma` must be in (0, 1], got {self.gamma}.")
         if self.num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {self.num_inference_steps}.")
+        for name, variant in {"gamma": "dense_reward", "timestep_sampling": "diffusion_dpo"}.items():
+            if self.variant != variant:
+                check_without_effect(self, [name], f"with `variant={self.variant!r}`, since it is for {variant!r}")
         if self.cache_inversions and self.variant != "inversion_dpo":
             raise ValueError(
                 f'`cache_inversions` is for `variant="inversion_dpo"`, but `variant` is {self.variant!r}.'

@@ -63,6 +63,11 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
                 f"`{option}=True` is for SLRMs and other latent reward models, but every `reward_model` is a function: leave it "
                 "unset."
             )
+    if not has_latent and args.velocity_target not in (None, "none"):
+        raise ValueError(
+            f"`velocity_target={args.velocity_target!r}` is for SLRMs, whose velocity is compared with it, but every "
+            "`reward_model` is a function: leave it unset."
+        )
     if args.reward_model_init_kwargs and not any(isinstance(reward, str) for reward in rewards):
         raise ValueError("`reward_model_init_kwargs` is for reward models that are loaded by name, but none is.")
     if args.reward_group_offload and args.device.type == "cpu":

@@ -34,11 +34,20 @@ from ..rewards.slrm import (
 )
 from ..rewards.spm import DEFAULT_CLIP_MODEL
 from .noise_levels import TIMESTEP_SAMPLINGS
+from .option_checks import check_without_effect
 from .preference_config import PreferenceDataConfig
 
 
 # Fields of `RewardConfig` that mean something to a language model only.
-_TEXT_FIELDS = ("chat_template_path", "eos_token", "max_length", "pad_token", "pad_to_multiple_of")
+_TEXT_FIELDS = (
+    "chat_template_path",
+    "dataset_num_proc",
+    "eos_token",
+    "max_length",
+    "pad_token",
+    "pad_to_multiple_of",
+    "trust_remote_code",
+)
 
 # Fields that mean something to one kind of reward model only: those of the model itself, and others.
 MODEL_FIELDS = {
@@ -69,8 +78,8 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
 
     This class includes only the parameters that are specific to SLRM training. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
-    differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5),
-    where it gives them. The parameters that control the data are those of [`PreferenceDataConfig`].
+    differ from those in [`~transformers.TrainingArguments`]. They are the paper's for SD3.5-medium (Table 5), but for 3
+    epochs instead of 5 and the batch of 32 pairs; the recipe `recipes/sd35/slrm.yaml` has all of them. The parameters that control the data are those of [`PreferenceDataConfig`].
 
     When the training of a reward model goes on, `rho`, `score_link`, `velocity_target`, the size (`resolution`, `height`,
     `width` and `num_frames`) and `max_sequence_length` are those of its training. They may be left out, and must not differ.
@@ -179,8 +188,8 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
     > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
     >
-    > `chat_template_path`, `eos_token`, `max_length`, `pad_token` and `pad_to_multiple_of`, which come from
-    > [`~trl.RewardConfig`], mean nothing here and must not be set.
+    > `chat_template_path`, `dataset_num_proc`, `eos_token`, `max_length`, `pad_token`, `pad_to_multiple_of` and
+    > `trust_remote_code`, which come from [`~trl.RewardConfig`], mean nothing here and must not be set.
     """
 
     _VALID_DICT_FIELDS = RewardConfig._VALID_DICT_FIELDS + ["dimension_weights"]
@@ -345,6 +354,10 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         for name in ("rho", "score_preservation_coef", "max_skipped_updates"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.velocity_target == "none":
+            check_without_effect(self, ["rho", "detach_score"], 'with `velocity_target="none"`')
+        if self.rho == 0:
+            check_without_effect(self, ["detach_score"], "with `rho=0`")
         if self.eta <= 0:
             raise ValueError(f"`eta` must be positive, got {self.eta}.")
         if self.eta != 1 and self.loss_type == "thurstone":

@@ -41,11 +41,20 @@ from ..policies.loading import only_hub_arguments, pop_dtype
 from ..rewards import REWARD_MODELS, LatentRewardModel, StepRewardModel, load_reward_model
 from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
 from ..seeding import seeded_generator
-from .base import DiffusionTrainerMixin, autocast_dtype, check_folders, check_no_data_parallel, fill_in_sizes
+from .base import (
+    DiffusionTrainerMixin,
+    autocast_dtype,
+    check_folders,
+    check_no_data_parallel,
+    check_precision,
+    fill_in_sizes,
+)
 from .hub import check_hub_strategy
 from .launch_checks import check_launch, uses_fsdp
+from .lora_checks import check_no_adapter, check_peft_config
 from .model_card import REWARD_MODEL_PAPERS
 from .noise_levels import draw_uniform_or_logit_normal
+from .option_checks import check_arguments_of_trainer
 from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
 from .slrm_config import MODEL_FIELDS, SLRM_FIELDS, SLRMConfig
 from .tracking import make_config_trackable
@@ -79,7 +88,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             - [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]: its transformer is copied; it is not trained itself.
             - [`StepRewardModel`]: its base model is loaded by the name in its configuration.
         args ([`SLRMConfig`], *optional*):
-            Configuration. Defaults to the paper's, with a folder named after the model.
+            Configuration. Defaults to one with a folder named after the model.
         train_dataset ([`~datasets.Dataset`]):
             Preference pairs with columns `prompt`, `chosen`, `rejected`, and optionally `margin`, `label` and
             `label_<dimension>`, see [`~data.preferences.prepare_preference_dataset`].
@@ -119,6 +128,9 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         check_folders(args)
         check_no_data_parallel(args, "SLRMTrainer")
         check_hub_strategy(args)
+        check_arguments_of_trainer(args, model)
+        check_precision(args)
+        check_peft_config(peft_config, has_reference=False)
         _check_sharding(args)
         if args.freeze_backbone and peft_config is not None:
             raise ValueError("`freeze_backbone=True` and `peft_config` exclude each other: set one of them.")
@@ -128,6 +140,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         # Model
         set_seed(args.seed)  # what is beside the backbone starts at random
         self.policy, model = _load_model(model, args, peft_config)
+        check_precision(args, self.policy)
         self.latent_shape = fill_in_sizes(args, self.policy)
         recorded = ("rho", "score_link", "velocity_target") if model.compares_velocities else ()
         for name in (*recorded, "max_sequence_length", "resolution", "height", "width", "num_frames"):
@@ -314,6 +327,11 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             if len(values) > 0:
                 recorded[name].extend(values.tolist())
 
+    def _pop_metrics(self, mode: str) -> dict[str, float]:
+        metrics = {name: sum(values) / len(values) for name, values in self._metrics[mode].items()}
+        self._metrics[mode].clear()
+        return metrics
+
     # Saving and loading
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -407,6 +425,7 @@ def _load_model(
 
     args.fill_in()
     policy = load_policy(model, torch_dtype=dtype, **init_kwargs)
+    check_no_adapter(policy)
     reward_model = REWARD_MODELS[args.reward_model_type].from_policy(
         policy, max_sequence_length=args.max_sequence_length or policy.max_sequence_length, **args.model_config()
     )

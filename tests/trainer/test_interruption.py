@@ -85,11 +85,12 @@ class TestSignals:
         assert resumed.state.global_step == STEPS
         assert_same(resumed, unbroken)
 
-    def test_waits_for_a_step_that_can_be_resumed_from(self, tmp_path):
+    def test_does_not_wait_between_two_updates_from_a_rollout(self, tmp_path):
         stop = AtStep(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         trainer = make_trainer(tmp_path, callbacks=[stop], max_steps=6, num_iterations=2)
         trainer.train()
-        assert trainer.state.global_step == 4
+        assert trainer.state.global_step == 3
+        assert last_good_checkpoint(trainer.args.output_dir).name == "checkpoint-3"
 
     def test_a_second_interrupt_does_not_wait(self, tmp_path):
         def press_twice():

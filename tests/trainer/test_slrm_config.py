@@ -74,6 +74,8 @@ def test_every_field_has_help_and_is_documented():
         ("pad_token", "<pad>"),
         ("pad_to_multiple_of", 8),
         ("max_length", 77),
+        ("dataset_num_proc", 2),
+        ("trust_remote_code", True),
     ],
 )
 def test_bad_values_name_their_field(field, value, tmp_path):
