@@ -25,7 +25,7 @@ def slrm_loss(
     rejected_log_scores: torch.Tensor,
     eta: float = 1.0,
     margin: torch.Tensor | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | torch.Tensor = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     r"""
     Bradley-Terry loss of SLRM on the enhanced scores, Eq. 9 in the log domain:
@@ -35,15 +35,15 @@ def slrm_loss(
         chosen_log_scores (`torch.Tensor` of shape `(batch_size,)`): log S_hat of the preferred latents, float32.
         rejected_log_scores (`torch.Tensor` of shape `(batch_size,)`): log S_hat of the others, float32.
         eta (`float`, *optional*, defaults to `1.0`): exponent of the scores.
-        margin (`torch.Tensor` of shape `(batch_size,)`, *optional*): m, by how much the preferred must win.
-        label_smoothing (`float`, *optional*, defaults to `0.0`): probability that a label is flipped.
+        margin (`torch.Tensor` of shape `(batch_size,)`, *optional*): m, by how much the preferred must win; 0 for a tie.
+        label_smoothing (`float` or `torch.Tensor` of shape `(batch_size,)`, *optional*, defaults to `0.0`):
+            probability that a label is flipped; 0.5 for a tie.
 
     Returns:
         `tuple`: losses of shape `(batch_size,)` and metrics `accuracy` (a tie counts one half) and `margin`.
     """
     margins = eta * (chosen_log_scores - rejected_log_scores)
-    logits = margins if margin is None else margins - margin
-    losses = _bradley_terry(logits, label_smoothing)
+    losses = _bradley_terry(_less_margin(margins, margin, label_smoothing), label_smoothing)
     metrics = {"accuracy": _win_rate(margins), "margin": margins.detach()}
     return losses, metrics
 
@@ -66,7 +66,7 @@ def thurstone_loss(
         chosen_scores (`torch.Tensor` of shape `(batch_size,)`): scores of the preferred latents, float32.
         rejected_scores (`torch.Tensor` of shape `(batch_size,)`): scores of the others, float32.
         sigma (`torch.Tensor` of shape `(batch_size,)`): noise levels of the pairs in [0, 1].
-        margin (`torch.Tensor` of shape `(batch_size,)`, *optional*): m, by how much the preferred must win.
+        margin (`torch.Tensor` of shape `(batch_size,)`, *optional*): m, by how much the preferred must win; 0 for a tie.
         label_smoothing (`float` or `torch.Tensor` of shape `(batch_size,)`, *optional*, defaults to `0.0`):
             q, the probability that a label is flipped; 0.5 for a tie.
 
@@ -75,7 +75,7 @@ def thurstone_loss(
     """
     margins = chosen_scores - rejected_scores
     variance = 2 * sigma.square() + 0.05
-    z = (margins if margin is None else margins - margin) / (2 * variance).sqrt()
+    z = _less_margin(margins, margin, label_smoothing) / (2 * variance).sqrt()
     # sqrt(Phi(z)) by its logarithm, of which the gradient does not vanish or overflow far from 0
     root_win, root_loss = ((torch.special.log_ndtr(side) / 2).exp() for side in (z, -z))
     smoothing = torch.as_tensor(label_smoothing, dtype=z.dtype, device=z.device)
@@ -168,7 +168,7 @@ def diffusion_dpo_loss(
         beta (`float`): strength of the regularisation towards the reference.
         label_smoothing (`float` or `torch.Tensor` of shape `(batch_size,)`, *optional*, defaults to `0.0`):
             probability that a label is flipped; 0.5 for a tie.
-        margin (`torch.Tensor` of shape `(batch_size,)`, *optional*): m, by how much the preferred must win.
+        margin (`torch.Tensor` of shape `(batch_size,)`, *optional*): m, by how much the preferred must win; 0 for a tie.
 
     Returns:
         `tuple`: losses of shape `(batch_size,)` and metrics `rewards/chosen`, `rewards/rejected`,
@@ -176,7 +176,7 @@ def diffusion_dpo_loss(
     """
     chosen_rewards, rejected_rewards = -beta / 2 * chosen_error_changes, -beta / 2 * rejected_error_changes
     logits = chosen_rewards - rejected_rewards
-    losses = _bradley_terry(logits if margin is None else logits - margin, label_smoothing)
+    losses = _bradley_terry(_less_margin(logits, margin, label_smoothing), label_smoothing)
     return losses, _implicit_rewards(chosen_rewards, rejected_rewards)
 
 
@@ -237,6 +237,16 @@ def flow_grpo_loss(
         "clip_ratio/region_mean": (low | high).float(),
     }
     return losses, metrics
+
+
+def _less_margin(
+    margins: torch.Tensor, margin: torch.Tensor | None, label_smoothing: float | torch.Tensor
+) -> torch.Tensor:
+    """By how much the preferred side wins more than it must. In a tie neither has to win."""
+    if margin is None:
+        return margins
+    is_tie = torch.as_tensor(label_smoothing, device=margins.device) == 0.5
+    return torch.where(is_tie, margins, margins - margin)
 
 
 def _bradley_terry(logits: torch.Tensor, label_smoothing: float | torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ class TestThurstoneLoss:
             losses, metrics = thurstone_loss(chosen, rejected, sigma, margin, label_smoothing=q)
             for s_w, s_l, level, m, loss in zip(chosen, rejected, sigma, margin, losses, strict=True):
                 variance = 2 * level.item() ** 2 + 0.05
-                z = (s_w - s_l - m).item() / math.sqrt(2 * variance)
+                z = (s_w - s_l - (m if q < 0.5 else 0)).item() / math.sqrt(2 * variance)
                 p = 0.5 * (1 + math.erf(z / math.sqrt(2)))
                 assert loss.item() == pytest.approx(1 - math.sqrt((1 - q) * p) - math.sqrt(q * (1 - p)), abs=1e-12)
             torch.testing.assert_close(metrics["margin"], chosen - rejected)
@@ -187,6 +187,26 @@ class TestDiffusionDPOLoss:
         expected = [math.log(2), (win + lose) / 2, 0.75 * win + 0.25 * lose]
         assert losses.tolist() == pytest.approx(expected, rel=1e-5)
         assert metrics["rewards/margins"].tolist() == pytest.approx([2.0] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda gap, q, m: slrm_loss(gap, torch.zeros_like(gap), margin=m, label_smoothing=q)[0],
+        lambda gap, q, m: thurstone_loss(gap, 0 * gap, torch.full_like(gap, 0.3), margin=m, label_smoothing=q)[0],
+        lambda gap, q, m: diffusion_dpo_loss(-gap, 0 * gap, beta=2.0, margin=m, label_smoothing=q)[0],
+    ],
+    ids=["slrm", "thurstone", "diffusion_dpo"],
+)
+def test_a_tie_has_no_margin(loss):
+    """Of a pair with the label 0.5 the loss is lowest where both sides score alike; other pairs keep their margin."""
+    gaps = torch.arange(-40, 41) / 20
+    margin, ties = torch.full_like(gaps, 0.5), torch.full_like(gaps, 0.5)
+    assert gaps[loss(gaps, ties, margin).argmin()] == 0
+    torch.testing.assert_close(loss(gaps, ties, margin), loss(gaps, ties, None))
+    mixed = torch.where(torch.arange(81) % 2 == 0, 0.5, 0.1)
+    expected = torch.where(mixed == 0.5, loss(gaps, mixed, None), loss(gaps - margin, mixed, None))
+    torch.testing.assert_close(loss(gaps, mixed, margin), expected)
 
 
 class TestGroupAdvantages:

@@ -237,3 +237,10 @@ class TestDocumentation:
         shared = ("preference_config.PreferenceDataConfig", "rollout_config.RolloutConfig")
         assert {f"trainer.{name}" for name in (*configs, *shared)} <= documented
         assert {"cli.script_arguments.TAPOScriptArguments", "cli.evaluation_arguments.EvaluateArguments"} <= documented
+
+
+def test_no_internal_numbers_in_what_users_read():
+    folders = [ROOT / name for name in ("tapo_trl", "docs", "examples", "recipes", "benchmarks")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md", ".yaml")]
+    found = [path.name for path in files if re.search(r"\bM\d{1,2}\b", path.read_text(encoding="utf-8"))]
+    assert files and found == []

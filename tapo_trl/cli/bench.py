@@ -41,11 +41,12 @@ def make_bench(args) -> "Bench":
 
     from ..benchmark import Bench, randomize
     from ..policies import load_policy
+    from ..policies.loading import parse_dtype
     from ..trainer.tapo_config import TAPOConfig
     from .known_pipelines import SIZES
     from .meta_models import make_meta_policy
 
-    device, dtype = torch.device(args.device), getattr(torch, args.torch_dtype)
+    device, dtype = torch.device(args.device), parse_dtype(args.torch_dtype)
     if args.model_name_or_path is not None:
         policy = load_policy(args.model_name_or_path, torch_dtype=dtype)
         policy.transformer.to(device)
@@ -238,9 +239,10 @@ def main(args) -> None:
     import torch
 
     from ..benchmark import matmul_peak
+    from ..policies.loading import parse_dtype
 
     bench = make_bench(args)
-    device, dtype = torch.device(args.device), getattr(torch, args.torch_dtype)
+    device, dtype = torch.device(args.device), parse_dtype(args.torch_dtype)
     peak = matmul_peak(device, dtype)
     measurements = []
     for setting in settings(args):

@@ -88,7 +88,7 @@ class BenchArguments:
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "A pipeline to load instead."})
     device: str = field(default="cpu", metadata={"help": "Where to run."})
-    torch_dtype: Literal["float32", "bfloat16", "float16"] = field(
+    torch_dtype: Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] = field(
         default="float32", metadata={"help": "Precision of the frozen weights."}
     )
     height: int | None = field(default=None, metadata={"help": "Height of a sample in pixels."})

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from ..data import default_prompts
 from ..data.pairs import preset_hint, to_preference_pairs
 from ..policies import FlowPolicy, load_policy
+from ..policies.loading import pop_dtype
 from ..trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
 from .model_arguments import DiffusionModelConfig, get_lora_config
 from .script_arguments import (
@@ -64,8 +65,9 @@ def load_policy_from_args(
     Returns:
         [`FlowPolicy`]: The policy.
     """
-    options = {"torch_dtype": model_args.dtype, "revision": model_args.model_revision}
-    return load_policy(model_args.require_model(), **{**options, **(training_args.model_init_kwargs or {})})
+    kwargs = {"revision": model_args.model_revision, **(training_args.model_init_kwargs or {})}
+    dtype = pop_dtype(kwargs) or model_args.dtype
+    return load_policy(model_args.require_model(), torch_dtype=dtype, **kwargs)
 
 
 def load_split(name: str, config: str | None = None, split: str = "train") -> Dataset:
@@ -86,7 +88,9 @@ def load_split(name: str, config: str | None = None, split: str = "train") -> Da
     if path.suffix in FILE_BUILDERS:
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {name} (the working directory is {os.getcwd()}).")
-        return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split=split)
+        builder = FILE_BUILDERS[path.suffix]
+        encoding = {} if builder == "parquet" else {"encoding": "utf-8-sig"}  # files from Windows start with a mark
+        return load_dataset(builder, data_files=str(path), split=split, **encoding)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))
         if isinstance(saved, Dataset):
@@ -287,7 +291,8 @@ def read_prompts(prompts: list[str], option: str) -> list[str]:
         path = Path(prompts[0])
         if not path.is_file():
             raise FileNotFoundError(f"`{option}`: there is no file {path}.")
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"`{option}` has no prompt in it.")
     return prompts
@@ -315,10 +320,8 @@ def build_sample_callbacks(
     callbacks, ema = [], None
     if script_args.ema_decay is not None:
         resume_from = training_args.resume_from_checkpoint
-        ema = EMACallback(
-            decay=script_args.ema_decay,
-            resume_from=resume_from if resume_from and Path(resume_from).is_dir() else None,
-        )
+        is_folder = isinstance(resume_from, str) and Path(resume_from).is_dir()
+        ema = EMACallback(decay=script_args.ema_decay, resume_from=resume_from if is_folder else None)
         callbacks.append(ema)
     if script_args.sample_every_steps is not None:
         if script_args.sample_prompts is not None:
@@ -374,7 +377,8 @@ def run_training(
         dataset_name (`str`, *optional*): Data set for the card.
     """
     trainer.dataset_name = dataset_name
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.policy.unload_text_encoders()  # nothing else reads the policy that was loaded for the trainer
+    trainer.train()
     trainer.save_state()
     if training_args.push_to_hub:
         trainer.push_to_hub()

@@ -45,9 +45,11 @@ def diagnose_reward_model(args, model_args) -> dict[str, dict]:
         rules=args.rules,
         fps=args.fps,
         short_videos=args.short_videos,
+        dimension_weights=args.dimension_weights,
         skip_bad_files=args.skip_bad_files,
         batch_size=args.batch_size,
         seed=args.seed,
+        cache_dir=args.cache_dir,
         show_progress=True,
     )
     return diagnose_scores(scores, args.tie_threshold)

@@ -36,12 +36,13 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
         args ([`SLRMConfig`]): The training.
         model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from.
     """
+    args.fill_in()
     policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
     size, latent_shape, tokens = sample_sizes(policy, args)
     model = REWARD_MODELS[args.reward_model_type].without_weights(policy, **args.model_config())
     is_slrm = model.compares_velocities
     parameters = {"base model": count_parameters(policy.transformer), "reward model": count_parameters(model)}
-    element = model_args.dtype.itemsize
+    element = model_args.known_dtype.itemsize
     if model_args.use_peft:
         in_full = sum(p.numel() for p in model.trained_in_full().values() if isinstance(p, nn.Parameter))
         parameters["LoRA"] = add_meta_lora(model.backbone, model_args, policy, model.lora_target_modules(policy))

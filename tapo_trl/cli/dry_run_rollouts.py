@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ..policies import FlowPolicy
+from ..policies.loading import pop_dtype
 from ..rollouts import PAIRINGS
 from ..trainer.flow_grpo_config import FlowGRPOConfig
 from ..trainer.online_dpo_config import OnlineDiffusionDPOConfig
@@ -97,8 +98,8 @@ def _rollout_run(
     if reward_model is not None and args.share_backbone:
         memory.append(shared_reward_memory(reward_model, parameters.get("LoRA", 0)))
     elif reward_model is not None:
-        dtype = (args.reward_model_init_kwargs or {}).get("torch_dtype", "float32")
-        reward_model = nn.Module.to(reward_model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        dtype = pop_dtype(dict(args.reward_model_init_kwargs or {})) or torch.float32
+        reward_model = nn.Module.to(reward_model, dtype)
         memory.append(reward_memory(reward_model, args.reward_layerwise_casting, args.reward_group_offload))
     return _RolloutRun(
         source=source,

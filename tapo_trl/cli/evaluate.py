@@ -77,9 +77,11 @@ def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
         num_frames=args.num_frames,
         fps=args.fps,
         short_videos=args.short_videos,
+        dimension_weights=args.dimension_weights,
         skip_bad_files=args.skip_bad_files,
         batch_size=args.batch_size,
         seed=args.seed,
+        cache_dir=args.cache_dir,
     )
 
 
@@ -94,16 +96,17 @@ def measure_rewards(args, model_args) -> dict[str, float]:
     Returns:
         `dict[str, float]`: `{reward: mean}`.
     """
-    import torch
-
+    from ..rewards.scoring import call_reward_function, check_reward_function
     from .builders import load_function, read_prompts
     from .sample import draw, load_sampling_policy
 
     rewards = {spec: load_function(spec, "reward_model") for spec in args.reward_model}
+    for reward in rewards.values():
+        check_reward_function(reward)
     prompts = read_prompts(args.prompts, "prompts")
     samples = draw(load_sampling_policy(model_args, args), prompts, args)
     return {
-        spec: torch.as_tensor(reward(samples, prompts), dtype=torch.float32).mean().item()
+        spec: call_reward_function(reward, samples, prompts, noun="sample").mean().item()
         for spec, reward in rewards.items()
     }
 

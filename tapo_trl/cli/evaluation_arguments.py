@@ -12,9 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from ..field_types import check_folder_name, convert_fields
 from .script_arguments import PreferenceDatasetArguments
 
 
@@ -130,8 +133,13 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
         short_videos (`str`, *optional*, defaults to `"refuse"`):
             Whether videos that are too short for `num_frames` at `fps` count as files that cannot be used (`"refuse"`), or
             give frames at equal distances (`"uniform"`).
+        dimension_weights (`dict[str, float]`, *optional*):
+            Weights of the columns `label_<dimension>`, whose weighted sum then says which side is preferred, as in
+            [`SLRMConfig`].
         skip_bad_files (`bool`, *optional*, defaults to `False`):
             Whether to leave out pairs with a file that is unreadable, damaged or too short.
+        cache_dir (`str`, *optional*):
+            Where latents and prompt embeddings are kept. Defaults to `tapo_trl` in the Hugging Face home.
     """
 
     dataset_test_split: str = field(
@@ -160,13 +168,25 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
             "equal distances (`uniform`)."
         },
     )
+    dimension_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "Weights of the columns `label_<dimension>`, which then say which side is preferred."},
+    )
     skip_bad_files: bool = field(
         default=False,
         metadata={"help": "Whether to leave out pairs with a file that is unreadable, damaged or too short."},
     )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where latents and prompt embeddings are kept."})
 
     def __post_init__(self):
         super().__post_init__()
+        convert_fields(self)
+        if isinstance(self.dimension_weights, str):
+            self.dimension_weights = json.loads(self.dimension_weights)
+        if self.dimension_weights is not None:
+            from ..data.dimensions import check_dimension_weights
+
+            check_dimension_weights(self.dimension_weights)
         if any(not 0.0 <= sigma < 1.0 for sigma in self.sigmas):
             raise ValueError(f"`sigmas` must lie in [0, 1), but they are {self.sigmas}.")
         if self.slrm is not None and self.dataset_name is None:
@@ -198,6 +218,10 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
         GenerationArguments.__post_init__(self)
         if self.slrm is None and self.reward_model is None:
             raise ValueError("Give `slrm` (accuracy on pairs), `reward_model` (reward of samples), or both.")
+        if self.output_file is not None:  # before the work, rather than after it
+            check_folder_name(Path(self.output_file).parent, "output_file")
+            if not self.output_file.strip() or Path(self.output_file).is_dir():
+                raise ValueError(f"`output_file={self.output_file}` must name a file.")
         if self.reward_model is not None and self.prompts is None:
             raise ValueError("`reward_model` needs `prompts`: what the model should draw.")
 

@@ -34,7 +34,8 @@ def tapo_forwards(
     has_function: bool = False,
 ) -> list[Row]:
     """
-    Latents that go through each network for one prompt. Guidance takes two of them for each velocity.
+    Latents that go through each network for one prompt. Guidance takes two of them for each velocity; that of the reference
+    at the candidates has none.
 
     Args:
         args ([`TAPOConfig`]): The training.
@@ -64,8 +65,9 @@ def tapo_forwards(
     asked = {"policy": by_policy, "reference": compared if velocity_target == "reference" else []}
     for name, indices in asked.items():
         if indices:
-            value = guidance * candidates * len(indices)
-            rows.append(Row(f"{name}, at the candidates", value, f"{words}{len(indices)} steps x {branches} x P"))
+            times, guided = (guidance, words) if name == "policy" else (1, "")
+            value = times * candidates * len(indices)
+            rows.append(Row(f"{name}, at the candidates", value, f"{guided}{len(indices)} steps x {branches} x P"))
     if latents_per_score:
         enhancement = f"{latents_per_score} x " if latents_per_score > 1 else ""
         scored, scored_words = candidates * args.num_sde_steps, f"n x {branches} x P"

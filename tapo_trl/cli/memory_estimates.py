@@ -125,12 +125,12 @@ def policy_memory(
     transformer, buffers = policy.transformer, _count_buffers(policy.transformer)
     if model_args.use_peft:
         parameters["LoRA"] = add_meta_lora(transformer, model_args, policy)
-        element = model_args.dtype.itemsize
+        element = model_args.known_dtype.itemsize
         policy_row = Row(
             "policy", (parameters["policy"] + buffers) * element, f"parameters and buffers x {element} bytes"
         )
         if layerwise_casting:
-            store_base_in_float8(nn.Module.to(transformer, model_args.dtype))
+            store_base_in_float8(nn.Module.to(transformer, model_args.known_dtype))
             base = sum(tensor.numel() * tensor.element_size() for tensor in base_tensors(transformer).values())
             policy_row = Row("policy", base, f"linear layers x 1 byte and a scale per row, the rest x {element} bytes")
         memory = [
@@ -148,5 +148,5 @@ def policy_memory(
 
 
 def vae_memory(policy: FlowPolicy, model_args: DiffusionModelConfig) -> Row:
-    element = 4 if policy.modality == "video" else model_args.dtype.itemsize
+    element = 4 if policy.modality == "video" else model_args.known_dtype.itemsize
     return Row("VAE", count_parameters(policy.vae) * element, f"parameters x {element} bytes")

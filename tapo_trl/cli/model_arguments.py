@@ -34,7 +34,8 @@ class PipelineConfig:
         model_revision (`str`, *optional*):
             Branch, tag or commit of the pipeline's repository.
         torch_dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision of the frozen weights: `"float32"`, `"bfloat16"` or `"float16"`.
+            Precision of the frozen weights: `"float32"`, `"bfloat16"` or `"float16"`, also `"fp32"`, `"bf16"` or `"fp16"`, or
+            `"auto"`, the one in which the transformer was saved.
     """
 
     model_name_or_path: str | None = field(
@@ -46,15 +47,30 @@ class PipelineConfig:
     model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the pipeline's repository."}
     )
-    torch_dtype: Literal["float32", "bfloat16", "float16"] = field(
+    torch_dtype: str = field(
         default="float32",
-        metadata={"help": "Precision of the frozen weights."},
+        metadata={
+            "help": "Precision of the frozen weights: float32, bfloat16 (bf16) or float16 (fp16), or auto, that of the saved "
+            "transformer."
+        },
     )
 
+    def __post_init__(self):
+        _ = self.dtype  # refuses what is none
+
     @property
-    def dtype(self) -> torch.dtype:
-        """`torch_dtype` as PyTorch's own type."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.torch_dtype]
+    def dtype(self) -> torch.dtype | str:
+        """`torch_dtype` as PyTorch's own type, or `"auto"`."""
+        from ..policies.loading import parse_dtype
+
+        return parse_dtype(self.torch_dtype)
+
+    @property
+    def known_dtype(self) -> torch.dtype:
+        """`dtype`, where no weights are at hand to tell what `"auto"` is."""
+        if self.dtype == "auto":
+            raise ValueError("`torch_dtype: auto` depends on weights, but a dry run loads none: name the precision.")
+        return self.dtype
 
     def require_model(self) -> str:
         """`model_name_or_path`, or an error that asks for it."""
@@ -79,7 +95,8 @@ class DiffusionModelConfig(PipelineConfig):
         model_revision (`str`, *optional*):
             Branch, tag or commit of the pipeline's repository.
         torch_dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision of the frozen weights: `"float32"`, `"bfloat16"` or `"float16"`. LoRA matrices are float32 always.
+            Precision of the frozen weights: `"float32"`, `"bfloat16"` or `"float16"`, also `"fp32"`, `"bf16"` or `"fp16"`, or
+            `"auto"`, the one in which the transformer was saved. LoRA matrices are float32 always.
 
         > Parameters that control LoRA
 
@@ -90,9 +107,10 @@ class DiffusionModelConfig(PipelineConfig):
         lora_alpha (`int`, *optional*):
             Scale of the update, `lora_alpha / lora_r`. The default is `lora_r`, as in diffusers' training scripts.
         lora_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout of LoRA's input. With 0, the loss of the first step is exactly ln 2 (M9 of the design).
+            Dropout of LoRA's input. With 0, the loss of the first step is exactly ln 2.
         lora_target_modules (`list[str]`, *optional*):
-            Names of the linear layers to adapt. The default is every attention projection of the model family.
+            Names of the linear layers to adapt, or `all-linear`. The default is every attention projection of the model
+            family.
         init_lora_weights (`str`, *optional*, defaults to `"gaussian"`):
             Initialisation of the LoRA matrices, `"gaussian"` or `"default"` (Kaiming). Both start at a zero update.
     """
@@ -107,7 +125,8 @@ class DiffusionModelConfig(PipelineConfig):
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of the linear layers to adapt. The default is every attention projection of the model family."
+            "help": "Names of the linear layers to adapt, or `all-linear`. The default is every attention projection of the "
+            "model family."
         },
     )
     init_lora_weights: Literal["gaussian", "default"] = field(
@@ -116,6 +135,7 @@ class DiffusionModelConfig(PipelineConfig):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.lora_r < 1:
             raise ValueError(f"`lora_r` must be at least 1, but it is {self.lora_r}.")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -138,10 +158,11 @@ def get_lora_config(
     """
     if not model_args.use_peft:
         return None
+    modules = model_args.lora_target_modules or target_modules or policy.lora_target_modules
     return LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_r if model_args.lora_alpha is None else model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules or target_modules or policy.lora_target_modules,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
         init_lora_weights=True if model_args.init_lora_weights == "default" else model_args.init_lora_weights,
     )

@@ -13,21 +13,28 @@
 # limitations under the License.
 
 import difflib
+import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
+from ..field_types import check_folder_name, convert, convert_fields, field_types
+
+
+FOLDERS = {"output_dir", "cache_dir", "runs_dir"}
+
 
 class RecipeParser(TrlParser):
     """
     A [`~trl.TrlParser`] whose errors are one line: a YAML key or a flag that no dataclass has is refused with the nearest
-    one that exists, and a value that a dataclass refuses is reported in that dataclass's words, without a traceback.
+    one that exists, and a value that a dataclass refuses is reported in that dataclass's words, without a traceback. Values
+    in the file are brought to the types of the fields, see [`~field_types.convert`].
 
     Flags override the file of `--config`, and the file overrides the defaults. Flags cannot be abbreviated.
     """
@@ -51,27 +58,41 @@ class RecipeParser(TrlParser):
         """
         args = list(sys.argv[1:] if args is None else args)
         args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        config = {}
         if "--config" in args:
-            position = args.index("--config") + 1
-            if position == len(args):
+            position = args.index("--config")
+            if position + 1 == len(args):
                 self.error("`--config` needs the path of a YAML file.")
-            self._check_file(Path(args[position]))
+            config = self._read_config(Path(args[position + 1]).expanduser())
+            del args[position : position + 2]
         self._check_flags(args)
-        if self._is_dry_run(args):
+        os.environ.update({name: str(value) for name, value in config.pop("env", {}).items()})
+        self.set_defaults_with_config(**config)
+        is_dry_run = self._is_dry_run(args, config)
+        if is_dry_run:
             # It needs no accelerator, without which `bf16: true` would be refused.
             args += ["--use_cpu", "true"]
-        try:
-            return super().parse_args_and_config(args, **kwargs)
-        except ValueError as error:
-            self.error(str(error))
+        from transformers import TrainingArguments
 
-    def _is_dry_run(self, args: list[str]) -> bool:
+        from ..trainer.checkpoints import check_start
+
+        try:
+            parsed = super().parse_args_and_config(args, **kwargs)
+            for part in parsed:
+                convert_fields(part)
+                for name in FOLDERS & vars(part).keys():
+                    if getattr(part, name) is not None:
+                        check_folder_name(getattr(part, name), name)
+                if isinstance(part, TrainingArguments) and not is_dry_run:
+                    check_start(part)
+        except ValueError as error:
+            self.error(" ".join(str(error).split()))
+        return parsed
+
+    def _is_dry_run(self, args: list[str], config: dict[str, Any]) -> bool:
         if "dry_run" not in self._field_names():
             return False
-        wanted = False
-        if "--config" in args:
-            config = yaml.safe_load(Path(args[args.index("--config") + 1]).read_text(encoding="utf-8"))
-            wanted = config.get("dry_run", False)
+        wanted = config.get("dry_run", False)
         flags = ArgumentParser(add_help=False, allow_abbrev=False)
         flags.add_argument("--dry_run", "--dry-run", type=string_to_bool, nargs="?", const=True, default=wanted)
         return flags.parse_known_args(args)[0].dry_run
@@ -82,19 +103,30 @@ class RecipeParser(TrlParser):
             if flag.startswith("--") and flag != "--config" and flag not in self._option_string_actions:
                 self.error(f"unknown flag `{flag}`." + self._nearest(flag.lstrip("-"), "--"))
 
-    def _check_file(self, path: Path) -> None:
+    def _read_config(self, path: Path) -> dict[str, Any]:
+        """The fields in a file, each in the type that its dataclass asks for."""
         if not path.is_file():
             self.error(f"`--config`: there is no file {path}.")
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            self.error(f"{path} is not valid YAML: {error}")
+            text = path.read_text(encoding="utf-8-sig")
+            config, texts = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # the second one leaves all as text
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.error(f"{path} is not valid YAML: {' '.join(str(error).split())}")
         if not isinstance(config, dict):
             self.error(f"{path} must hold a YAML mapping of fields to values.")
-        fields = self._field_names()
-        for key in config:
-            if key != "env" and key not in fields:
+        if not isinstance(config.get("env", {}), dict):
+            self.error(f"`env` in {path} must be a mapping of environment variables to values.")
+        types = {name: hint for kind in self.dataclass_types for name, hint in field_types(kind).items()}
+        for key, value in config.items():
+            if key == "env":
+                continue
+            if key not in self._field_names():
                 self.error(f"unknown key `{key}` in {path}." + self._nearest(str(key)))
+            try:
+                config[key] = convert(key, value, types[key], texts.get(key))
+            except ValueError as error:
+                self.error(f"{path}: {error} (As a flag: `--{key}`.)")
+        return config
 
     def _field_names(self) -> set[str]:
         return {action.dest for action in self._actions if action.dest != "help"}

@@ -23,25 +23,46 @@ from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 
 from ..policies import FlowPolicy
+from .prompts import encoder_fingerprint
+
+
+_VERSION = 1  # raise it when `FlowPolicy.invert` returns something else
 
 
 class InversionCache:
     """
     What [`FlowPolicy.invert`] returns, one safetensors file per clean latent and prompt, in a folder for all that it depends
-    on beside those.
+    on beside those: the transformer, the sampling steps, and what turns prompts into embeddings.
 
     Args:
-        policy ([`FlowPolicy`]): the policy, before an adapter is added.
+        policy ([`FlowPolicy`]): the policy, before an adapter is added, with its text encoders.
         cache_dir (`str` or `Path`, *optional*): root of the cache. Defaults to `tapo_trl` in the Hugging Face home.
         num_inference_steps (`int`): number of sampling steps.
         details (`tuple`): what else the trajectories depend on, such as the precision.
+        max_sequence_length (`int`, *optional*): number of tokens of the embeddings.
+        embeds_dtype (`torch.dtype`, *optional*): precision in which they are kept, see [`PromptCache`].
     """
 
     def __init__(
-        self, policy: FlowPolicy, cache_dir: str | Path | None, num_inference_steps: int, details: tuple = ()
+        self,
+        policy: FlowPolicy,
+        cache_dir: str | Path | None,
+        num_inference_steps: int,
+        details: tuple = (),
+        max_sequence_length: int | None = None,
+        embeds_dtype: torch.dtype | None = None,
     ):
         root = Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl"
-        key = (policy.transformer_fingerprint(), dict(policy.pipeline.scheduler.config), num_inference_steps, details)
+        config = {name: value for name, value in policy.pipeline.scheduler.config.items() if not name.startswith("_")}
+        encoders = encoder_fingerprint(policy, max_sequence_length, embeds_dtype)
+        key = (
+            _VERSION,
+            policy.transformer_fingerprint(),
+            sorted(config.items()),
+            num_inference_steps,
+            encoders,
+            details,
+        )
         self.folder = root / "inversions" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
     def _file(self, prompt: str, latent: torch.Tensor) -> Path:

@@ -14,6 +14,7 @@
 
 """Latents of preference pairs, given by the dataset or encoded once into a file."""
 
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from ..policies import FlowPolicy
+from ..policies.base import update_with_weights
 from .images import BadFileError
 
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
+
+_VERSION = 1  # raise it when files are read or encoded in another way
 
 SIDES = ("chosen", "rejected")
 LATENT_COLUMNS = ("chosen_latents", "rejected_latents")
@@ -77,11 +81,15 @@ class LatentReader:
 def latents_fingerprint(pairs: "PreferencePairs", policy: FlowPolicy) -> str:
     """
     Hash of all that the latents of `pairs` and what is stored with them depend on: the rows, the files behind them, the
-    labels, the reader and the VAE.
+    labels, the reader, the policy's way to encode, and the VAE with its tiles.
     """
-    vae = [policy.vae_fingerprint(), str(policy.vae.dtype), policy.vae.use_tiling]
+    tiles = {name: value for name, value in vars(policy.vae).items() if name.startswith("tile_")}
+    weights = hashlib.sha256()
+    update_with_weights(weights, policy.vae)
+    vae = [policy.vae_fingerprint(), weights.hexdigest(), str(policy.vae.dtype), policy.vae.use_tiling and tiles]
     preferences = [pairs.swapped.tolist(), pairs.labels.tolist()]
-    return Hasher.hash([pairs.dataset._fingerprint, file_states(pairs.dataset), preferences, repr(pairs.reader), vae])
+    reader = [_VERSION, type(policy).__name__, repr(pairs.reader)]
+    return Hasher.hash([pairs.dataset._fingerprint, file_states(pairs.dataset), preferences, reader, vae])
 
 
 def file_states(dataset: Dataset) -> list[tuple[str, int | None, int | None]]:

@@ -15,6 +15,7 @@
 """Prompts and their embeddings, kept on disk so that the text encoders run once per prompt, ever."""
 
 import hashlib
+import json
 import os
 from importlib import resources
 from pathlib import Path
@@ -32,6 +33,11 @@ from .columns import refuse_transform, stored_table
 
 
 ROW_COLUMN = "tapo_row"
+
+_VERSION = 1  # raise it when other embeddings come out of the same encoders
+_PROBE = "A red fox, two cats & 3 dogs: naïve CAFÉ, 猫!"  # how a tokenizer splits, beside its vocabulary
+_SIZES_OF_EMBEDDINGS = ("joint_attention_dim", "pooled_projection_dim", "text_dim")
+_NO_MATTER = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")  # of a text encoder
 
 
 def default_prompts() -> Dataset:
@@ -66,6 +72,33 @@ def prepare_prompts(dataset: Dataset, name: str) -> Dataset:
     return concatenate_datasets([table, Dataset.from_dict({ROW_COLUMN: numbers})], axis=1).select(rows)
 
 
+def encoder_fingerprint(policy: FlowPolicy, max_sequence_length: int | None, dtype: torch.dtype | None) -> str:
+    """
+    Short hash of all that embeddings of prompts depend on beside the prompts: tokenizers and text encoders, their number of
+    tokens and their precisions, and the sizes that the transformer wants.
+
+    Args:
+        policy ([`FlowPolicy`]): policy that encodes.
+        max_sequence_length (`int`, *optional*): number of tokens of the T5 or UMT5 encoder.
+        dtype (`torch.dtype`, *optional*): see [`PromptCache`].
+    """
+    sizes = [policy.transformer.config.get(name) for name in _SIZES_OF_EMBEDDINGS]
+    key = [_VERSION, type(policy).__name__, max_sequence_length, str(dtype), sizes]
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for name in policy.text_encoder_names:
+        encoder = policy.pipeline.components[name]
+        digest.update(name.encode())
+        if encoder is not None:
+            tokenizer = policy.pipeline.components[name.replace("text_encoder", "tokenizer")]
+            vocabulary = sorted(tokenizer.get_vocab().items())
+            key = [tokenizer.model_max_length, tokenizer(_PROBE).input_ids, vocabulary, str(encoder.dtype)]
+            digest.update(json.dumps(key).encode())
+            config = {key: value for key, value in encoder.config.to_dict().items() if key not in _NO_MATTER}
+            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+            update_with_weights(digest, encoder)
+    return digest.hexdigest()[:16]
+
+
 class PromptCache:
     """
     Prompt embeddings on disk, one safetensors file per prompt, in a folder per text encoder. The zeros with which a
@@ -94,24 +127,18 @@ class PromptCache:
         self.max_sequence_length = max_sequence_length
         self.dtype = dtype
         root = Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl" / "prompts"
-        self.folder = root / self._encoder_fingerprint()
-
-    def _encoder_fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{type(self.policy).__name__} {self.max_sequence_length} {self.dtype}".encode())
-        for name in self.policy.text_encoder_names:
-            encoder = self.policy.pipeline.components[name]
-            digest.update(name.encode())
-            if encoder is not None:
-                digest.update(f"{encoder.dtype} {sum(1 for _ in encoder.parameters())}".encode())
-                update_with_weights(digest, encoder)
-        return digest.hexdigest()[:16]
+        self.folder = root / encoder_fingerprint(policy, max_sequence_length, dtype)
 
     def _file(self, prompt: str) -> Path:
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
 
+    def missing(self, prompts: list[str]) -> list[str]:
+        """The prompts that are not on disk yet, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()]
+
     def encode(self, prompts: list[str], batch_size: int = 32) -> None:
         """Encode the prompts that are not on disk yet. Safe to interrupt, and to run in several processes at once."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()]
+        missing = self.missing(prompts)
         self.folder.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]

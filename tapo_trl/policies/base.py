@@ -33,10 +33,19 @@ from peft.utils import get_peft_model_state_dict
 from ..schedulers import FlowMatchSDEScheduler
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
 def update_with_weights(digest: "hashlib._Hash", model: torch.nn.Module) -> None:
-    """Feed a hash with the start of every parameter, which tells fine-tuned models apart at the cost of a few bytes each."""
+    """
+    Feed a hash with the shape of every parameter, its start and the sum of its bits as an integer, which is exact in any order
+    and moves with any of its values, such as the embedding of a single token.
+    """
     for parameter in model.parameters():
-        digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+        parameter = parameter.detach()
+        bits = parameter.view(_INTEGERS[parameter.element_size()]).sum(dtype=torch.int64).item()
+        digest.update(f"{tuple(parameter.shape)} {bits}".encode())
+        digest.update(parameter.flatten()[:16].float().cpu().numpy().tobytes())
 
 
 @dataclass
@@ -103,6 +112,8 @@ class FlowPolicy(ABC):
     modality: Literal["image", "video"]
     max_sequence_length: int  # tokens of a prompt, unless told otherwise
     lora_target_modules: list[str]
+    revision: str | None = None  # of the repository, and variant of its files, that were asked for
+    variant: str | None = None
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
@@ -298,13 +309,18 @@ class FlowPolicy(ABC):
             if self.pipeline.components[name] is not None:
                 self.pipeline.components[name].to(device)
 
+    @property
+    def has_text_encoders(self) -> bool:
+        """Whether prompts can be encoded."""
+        return any(self.pipeline.components[name] is not None for name in self.text_encoder_names)
+
     def unload_text_encoders(self) -> None:
         """Drop the text encoders, so that their memory is free for training."""
         for name in self.text_encoder_names:
             self.pipeline.register_modules(**{name: None})
 
     def transformer_fingerprint(self) -> str:
-        """Short hash of the transformer: its configuration, its precision and the start of each of its weights."""
+        """Short hash of the transformer: its configuration, its precision and its weights."""
         config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         digest = hashlib.sha256(f"{json.dumps(config, sort_keys=True, default=str)} {self.transformer.dtype}".encode())
         update_with_weights(digest, self.transformer)

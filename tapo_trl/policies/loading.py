@@ -12,8 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import os
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, WanPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import safe_open
 
 from .base import FlowPolicy
 from .sd3 import SD3Policy
@@ -22,9 +29,76 @@ from .wan import WanPolicy
 
 RUNS_CODE = ("custom_pipeline", "trust_remote_code")
 
+# What says where and how files are found, for every request alike
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision")
+
+AUTO = "auto"  # the precision in which the transformer was saved
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+}
+
+
+def parse_dtype(dtype: str | torch.dtype | None, option: str = "torch_dtype") -> torch.dtype | str | None:
+    """
+    A precision as people write it.
+
+    Args:
+        dtype (`str` or `torch.dtype`, *optional*):
+            `"bfloat16"`, `"bf16"`, `"torch.bfloat16"` and so on; `"auto"`, that of the saved transformer; or the type itself.
+        option (`str`, *optional*, defaults to `"torch_dtype"`): its name, for the error.
+
+    Returns:
+        `torch.dtype`, `"auto"` or `None`.
+
+    Raises:
+        ValueError: if there is no such precision.
+    """
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    name = dtype.lower().removeprefix("torch.") if isinstance(dtype, str) else None
+    if name not in DTYPES and name != AUTO:
+        raise ValueError(
+            f"`{option}` must be one of {[*DTYPES, AUTO]}, or a floating-point `torch.dtype`, got {dtype!r}."
+        )
+    return DTYPES.get(name, AUTO)
+
+
+def pop_dtype(kwargs: dict[str, Any]) -> torch.dtype | dict[str, torch.dtype] | str | None:
+    """
+    Take the precision out of loading arguments, where it is called `torch_dtype` or `dtype`.
+
+    Raises:
+        ValueError: if there is no such precision, or if both names are there and differ.
+    """
+    found = {}
+    for name in ("torch_dtype", "dtype"):
+        value = kwargs.pop(name, None)
+        if isinstance(value, dict):
+            found[name] = {part: parse_dtype(dtype, f"{name}[{part}]") for part, dtype in value.items()}
+        elif value is not None:
+            found[name] = parse_dtype(value, name)
+    if len(found) == 2 and found["torch_dtype"] != found["dtype"]:
+        raise ValueError(
+            f"`torch_dtype={found['torch_dtype']}` and `dtype={found['dtype']}` are two names of one option: leave one out."
+        )
+    return next(iter(found.values()), None)
+
+
+def only_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of loading arguments that hold for every request."""
+    return {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
+
 
 def load_policy(
-    model: str | DiffusionPipeline | FlowPolicy, torch_dtype: torch.dtype | None = None, **model_init_kwargs
+    model: str | DiffusionPipeline | FlowPolicy,
+    torch_dtype: torch.dtype | str | dict[str, torch.dtype | str] | None = None,
+    **model_init_kwargs,
 ) -> FlowPolicy:
     """
     The policy for a diffusers pipeline. Weights are read from safetensors only, and no code of a repository is run.
@@ -32,35 +106,54 @@ def load_policy(
     Args:
         model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
             Hub id or folder of a pipeline, a pipeline, or a policy, which is returned as it is.
-        torch_dtype (`torch.dtype`, *optional*):
-            Precision of the weights when they are loaded. Defaults to float32, in which Wan's VAE always stays.
+        torch_dtype (`torch.dtype`, `str` or `dict` of those, *optional*):
+            Precision of the weights when they are loaded, see [`parse_dtype`], or one for each component. `dtype` is another
+            name for it. Defaults to float32, in which Wan's VAE always stays unless a `dict` names it.
         model_init_kwargs:
-            Further arguments of [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision` or
-            `text_encoder_3=None`.
+            Further arguments of [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision`, `variant`, `token` or
+            `text_encoder_3=None`; and `subfolder`, for a pipeline in a folder of a folder.
 
     Returns:
         [`FlowPolicy`]
 
     Raises:
-        ValueError: if no policy is written for the pipeline's class, or if an argument would run code from a repository.
+        ValueError: if no policy is written for the pipeline's class, if an argument would run code from a repository, or if
+            there is no such precision.
     """
     refused = [name for name in RUNS_CODE if model_init_kwargs.get(name)]
     if refused or not model_init_kwargs.get("use_safetensors", True):
         name = refused[0] if refused else "use_safetensors=False"
         raise ValueError(f"`{name}` would run code that comes with the model: load the pipeline yourself and pass it.")
+    dtype = pop_dtype(model_init_kwargs := {"torch_dtype": torch_dtype, **model_init_kwargs})
     if isinstance(model, FlowPolicy):
         return model
     pipeline = model
     if isinstance(model, str):
+        model = _folder(model, model_init_kwargs.pop("subfolder", None))
+        hub_arguments = only_hub_arguments(model_init_kwargs)
+        if not os.path.isdir(
+            model
+        ):  # whose errors say more than those of diffusers, of a gated repository for example
+            try:
+                hf_hub_download(model, DiffusionPipeline.config_name, **hub_arguments)
+            except HFValidationError as error:
+                raise ValueError(f"There is no folder {model}, and it cannot be the name of a repository.") from error
         # A component that was saved as absent has to be passed as `None` to diffusers.
-        revision = model_init_kwargs.get("revision")
-        components = DiffusionPipeline.load_config(model, revision=revision)
+        components = DiffusionPipeline.load_config(model, **hub_arguments)
         absent = {name: None for name, value in components.items() if value == [None, None]}
-        dtype = torch_dtype or torch.float32
-        if components["_class_name"] == WanPipeline.__name__:
-            dtype = {"default": dtype, "vae": torch.float32}  # it loses detail in half precision
+        if dtype == AUTO:
+            dtype = _saved_dtype(model, absent | model_init_kwargs)
+        dtype = dtype or torch.float32
+        if components["_class_name"] == WanPipeline.__name__:  # its VAE loses detail in half precision
+            dtype = {"vae": torch.float32, **(dtype if isinstance(dtype, dict) else {"default": dtype})}
         options = {"dtype": dtype, "use_safetensors": True}
         pipeline = DiffusionPipeline.from_pretrained(model, **absent | options | model_init_kwargs)
+    policy = _policy_of(pipeline)
+    policy.revision, policy.variant = model_init_kwargs.get("revision"), model_init_kwargs.get("variant")
+    return policy
+
+
+def _policy_of(pipeline: DiffusionPipeline) -> FlowPolicy:
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return SD3Policy(pipeline)
     if isinstance(pipeline, WanPipeline):
@@ -69,3 +162,28 @@ def load_policy(
         f"`model` is a `{type(pipeline).__name__}`, which no policy supports. Supported: `StableDiffusion3Pipeline` and "
         "`WanPipeline`. To add a family, subclass `FlowPolicy` and pass an instance of it as `model`."
     )
+
+
+def _folder(name: str, subfolder: str | None) -> str:
+    """Name of a pipeline with the home directory and the subfolder in it."""
+    folder = os.path.expanduser(name)
+    if subfolder is None:
+        return folder if os.path.isdir(folder) else name
+    if not os.path.isdir(os.path.join(folder, subfolder)):
+        raise ValueError(
+            f"There is no folder `{subfolder}` (`subfolder`) in the folder {name}. Of a repository on the Hub, a pipeline can "
+            "only be loaded from the root: download it first."
+        )
+    return os.path.join(folder, subfolder)
+
+
+def _saved_dtype(model: str, kwargs: dict[str, Any]) -> torch.dtype:
+    """Precision of the first weight in a saved pipeline's transformer."""
+    folder = model if os.path.isdir(model) else DiffusionPipeline.download(model, use_safetensors=True, **kwargs)
+    variant = kwargs.get("variant")
+    files = sorted(Path(folder, "transformer").glob("*.safetensors"))
+    for file in [file for file in files if variant is None or variant in file.name] or files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                return tensors.get_tensor(name).dtype
+    raise ValueError(f"`torch_dtype={AUTO!r}`: there are no weights of a transformer in {folder}.")

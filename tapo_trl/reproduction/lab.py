@@ -204,7 +204,7 @@ class Lab:
 
 
 def _rollout_target(reward: str) -> str | None:
-    """M15's target that costs nothing, for the rewards that compare velocities, else what fits them."""
+    """The target that costs nothing, for the rewards that compare velocities, else what fits them."""
     recipe, options = REWARDS[reward]
     return "parent" if recipe == "slrm" and options.get("velocity_target", "ground_truth") == "ground_truth" else None
 

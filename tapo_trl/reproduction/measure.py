@@ -133,4 +133,4 @@ def hard_prompts(world: World, recipe: dict[str, Any], samples_per_prompt: int) 
 
 
 def _lines(file: str) -> list[str]:
-    return Path(file).read_text(encoding="utf-8").splitlines()
+    return Path(file).read_text(encoding="utf-8-sig").splitlines()

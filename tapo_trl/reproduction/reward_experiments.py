@@ -58,7 +58,7 @@ def table2(lab: Lab) -> Report:
     ]
     leak = difference(cells["SLRM", "ground_truth"]["501-1000"].values, cells["SLRM", "reference"]["501-1000"].values)
     claims.append(
-        f"What the leak of the clean latent is worth (M14), SLRM at t in [501, 1000]: the paper's rule is {leak} above the "
+        f"What the leak of the clean latent is worth, SLRM at t in [501, 1000]: the paper's rule is {leak} above the "
         "deployable one."
     )
     return Report(

@@ -73,7 +73,7 @@ class Run:
 
     def _merged(self, place: Callable[["Run"], str]) -> dict[str, Any]:
         """The recipe with the options, where a run becomes what it makes at its place."""
-        recipe = _parse(Path(self.recipe).read_text(encoding="utf-8")) | dict(self.options)
+        recipe = _parse(Path(self.recipe).read_text(encoding="utf-8-sig")) | dict(self.options)
         return {
             name: value._made_at(place(value)) if isinstance(value, Run) else value
             for name, value in recipe.items()
@@ -197,7 +197,7 @@ class RunQueue:
 
 def read_results(file: Path) -> dict[str, dict[str, Any]]:
     """What [`write_results`] wrote, by the folder of the run."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
     return {entry["folder"]: entry["result"] for entry in map(json.loads, lines)}
 
 

@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ..policies import FlowPolicy, PromptEmbeddings
 from .backbone import RewardBackboneMixin
+from .sharing import base_fingerprint
 from .step_reward import StepRewardModel
 
 
@@ -63,7 +64,9 @@ class LatentRewardModel(StepRewardModel):
                 transformer_class=transformer_class,
                 transformer_config=backbone_class.base_config(policy.transformer),
                 base_model_name_or_path=policy.name_or_path,
-                **config,
+                base_revision=policy.revision,
+                base_variant=policy.variant,
+                **{"trained": False, **config},
             )
 
     @classmethod
@@ -81,7 +84,11 @@ class LatentRewardModel(StepRewardModel):
         Raises:
             ValueError: if this kind of reward model cannot be made of the policy's transformer.
         """
-        model = cls.without_weights(policy, vae_fingerprint=policy.vae_fingerprint(), **config)
+        fingerprints = {
+            "vae_fingerprint": policy.vae_fingerprint(),
+            "base_fingerprint": base_fingerprint(policy.transformer),
+        }
+        model = cls.without_weights(policy, **fingerprints, **config)
         model._take_base(policy.transformer)
         return model.eval()
 
@@ -182,8 +189,11 @@ class LatentRewardModel(StepRewardModel):
     def _cast_backbone(self, dtype: torch.dtype) -> None:
         self.transformer.cast_weights(dtype)
 
-    def _load_base(self, base_model: str | DiffusionPipeline | FlowPolicy | None, dtype: torch.dtype) -> ModelMixin:
-        base_model = base_model if base_model is not None else self.config.base_model_name_or_path
+    def _load_base(
+        self, base_model: str | DiffusionPipeline | FlowPolicy | None, dtype: torch.dtype, **kwargs
+    ) -> ModelMixin:
+        if base_model is None:
+            base_model, kwargs = self.config.base_model_name_or_path, self.base_files() | kwargs
         if base_model == "":
             raise ValueError(
                 f"This {self.label} was trained with LoRA on a model in memory, whose name was not known: pass "
@@ -192,7 +202,7 @@ class LatentRewardModel(StepRewardModel):
         base_class = type(self.transformer).base_class
         if isinstance(base_model, str):
             transformer = base_class.from_pretrained(
-                base_model, subfolder="transformer", dtype=dtype, use_safetensors=True
+                base_model, subfolder="transformer", dtype=dtype, use_safetensors=True, **kwargs
             )
         else:
             transformer = base_model.transformer

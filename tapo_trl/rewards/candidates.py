@@ -47,7 +47,7 @@ class Candidates:
         predict_velocity (`Callable`):
             Returns v(x') of the current policy, with its guidance. Called at most once.
         predict_reference_velocity (`Callable`):
-            Returns v(x') of the reference policy. Called at most once.
+            Returns v(x') of the reference policy, without guidance. Called at most once.
     """
 
     latents: torch.Tensor

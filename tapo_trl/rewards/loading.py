@@ -44,6 +44,7 @@ def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> StepRewardMo
     Raises:
         ValueError: if there is something else than a reward model.
     """
+    name_or_path = os.path.expanduser(name_or_path)
     hub_arguments = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
     return saved_class(name_or_path, **hub_arguments).from_pretrained(name_or_path, **kwargs)
 

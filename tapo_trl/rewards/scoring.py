@@ -14,7 +14,12 @@
 
 """Rewards as callables `candidates -> scores`: latent ones, those of one-step estimates, and their weighted sum."""
 
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
+from typing import Any
 
 import torch
 
@@ -27,9 +32,101 @@ from .velocity_targets import VelocityTarget, velocity_target
 
 RewardFunction = Callable[..., torch.Tensor | Sequence[float]]
 """
-`f(images, prompts, **columns) -> scores`: images are a float tensor `(N, 3, H, W)` in [0, 1]. A policy of videos calls
-`f(videos, prompts, **columns)` with `(N, 3, F, H, W)`.
+`f(images, prompts, **columns) -> scores`: images are a float32 tensor `(N, 3, H, W)` in [0, 1]. A policy of videos calls
+`f(videos, prompts, **columns)` with `(N, 3, F, H, W)`. It is called without gradients and outside of any autocast.
 """
+
+
+def reward_name(function: RewardFunction) -> str:
+    """What a reward function is called in logs and messages."""
+    return function.__name__ if isinstance(function, FunctionType) else type(function).__name__
+
+
+def check_reward_function(function: RewardFunction, columns: Iterable[str] = (), media: str = "images") -> None:
+    """
+    Check that a reward function takes what it is going to be called with, without calling it.
+
+    Args:
+        function (`Callable`): see [`RewardFunction`].
+        columns (`Iterable[str]`, *optional*): columns of the dataset beside `prompt`.
+        media (`str`, *optional*, defaults to `"images"`): what it scores, for the message.
+
+    Raises:
+        ValueError: if it is a class, if it needs other arguments, if it does not take one of the columns, or if a column
+            has the name of one of its first two arguments.
+    """
+    columns = list(columns)
+    if inspect.isclass(function):
+        raise ValueError(f"The reward function `{function.__name__}` is a class: pass an instance of it.")
+    name = reward_name(function)
+    takes = f"It is called as `{name}({', '.join([media, 'prompts', *(f'{column}=...' for column in columns)])})`"
+    is_method = not isinstance(function, (FunctionType, functools.partial))
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
+    except (TypeError, ValueError):  # some callables written in C have none
+        return
+    taken = [parameter.name for parameter in signature.parameters.values() if parameter.kind in _POSITIONAL][:2]
+    clashes = [column for column in columns if column in taken or (column == "self" and is_method)]
+    if clashes:
+        raise ValueError(
+            f"The dataset has columns that are called as arguments of the reward function `{name}`: {clashes}. {takes}. Rename "
+            "them (`dataset.rename_column`), or leave them out (`dataset.remove_columns`)."
+        )
+    try:
+        signature.bind(None, None, **dict.fromkeys(columns))
+    except TypeError as error:
+        raise ValueError(
+            f"The reward function `{name}{signature}` cannot be called: {error}. {takes}: let it take `{media}`, `prompts` and "
+            "`**columns`."
+        ) from error
+
+
+@torch.no_grad()
+def call_reward_function(
+    function: RewardFunction,
+    pixels: torch.Tensor,
+    prompts: list[str],
+    columns: dict[str, list[Any]] | None = None,
+    noun: str = "candidate",
+) -> torch.Tensor:
+    """
+    Scores of a reward function, which computes in its own precision: outside of the trainer's autocast.
+
+    Args:
+        function (`Callable`): see [`RewardFunction`].
+        pixels (`torch.Tensor` of shape `(N, 3, H, W)` or `(N, 3, F, H, W)`): images or videos in [0, 1].
+        prompts (`list[str]`): one per image.
+        columns (`dict[str, list]`, *optional*): further columns of the dataset, one value per image.
+        noun (`str`, *optional*, defaults to `"candidate"`): what is scored, for the message.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: float32, on the device of `pixels`.
+
+    Raises:
+        ValueError: if it returns anything else than one score per image.
+    """
+    with torch.autocast(pixels.device.type, enabled=False):
+        returned = function(pixels.float(), prompts, **(columns or {}))
+    problem = (
+        f"The reward function `{reward_name(function)}` must return one score per {noun}, {len(prompts)}, but returned"
+    )
+    try:
+        scores = torch.as_tensor(returned, dtype=torch.float32, device=pixels.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{problem} {_describe(returned)}, which are no numbers.") from error
+    if scores.shape != (len(prompts),):
+        raise ValueError(f"{problem} shape {tuple(scores.shape)}.")
+    return scores
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _describe(returned: Any) -> str:
+    if not isinstance(returned, (list, tuple)):
+        return f"`{type(returned).__name__}`"
+    kinds = dict.fromkeys(type(part).__name__ for part in returned)
+    return f"a `{type(returned).__name__}` of {', '.join(f'`{kind}`' for kind in kinds)}"
 
 
 class LatentReward:
@@ -83,20 +180,13 @@ class PixelReward:
         self.function = function
         self.policy = policy
         self.batch_size = batch_size
-        self.__name__ = function.__name__ if isinstance(function, type(lambda: 0)) else type(function).__name__
+        self.__name__ = reward_name(function)
 
     @torch.no_grad()
     def __call__(self, candidates: Candidates) -> torch.Tensor:
         chunks = candidates.denoised.split(self.batch_size or len(candidates))
         pixels = torch.cat([self.policy.decode(chunk) for chunk in chunks])
-        scores = self.function(pixels, candidates.prompts, **candidates.columns)
-        scores = torch.as_tensor(scores, dtype=torch.float32, device=candidates.latents.device)
-        if scores.shape != (len(candidates),):
-            raise ValueError(
-                f"The reward function `{self.__name__}` must return one score per candidate, {len(candidates)}, but "
-                f"returned shape {tuple(scores.shape)}."
-            )
-        return scores
+        return call_reward_function(self.function, pixels, candidates.prompts, candidates.columns)
 
 
 class EstimateReward:
@@ -157,13 +247,22 @@ class WeightedReward:
             raise ValueError(f"`reward_weights` has {len(weights)} entries for {len(rewards)} reward models.")
         self.rewards = list(rewards)
         self.weights = weights
-        names = [reward.__name__ for reward in rewards]
-        self.names = [
-            name if names.count(name) == 1 else f"{name}_{names[:index].count(name)}"
-            for index, name in enumerate(names)
-        ]
+        self.names = _unique([reward.__name__ for reward in rewards])
         self.last_scores: dict[str, torch.Tensor] = {}
 
     def __call__(self, candidates: Candidates) -> torch.Tensor:
         self.last_scores = {name: reward(candidates) for name, reward in zip(self.names, self.rewards, strict=True)}
         return sum(weight * self.last_scores[name] for name, weight in zip(self.names, self.weights, strict=True))
+
+
+def _unique(names: list[str]) -> list[str]:
+    """`names`, with numbers behind those that come more than once."""
+    taken = {name for name in names if names.count(name) == 1}
+    unique = []
+    for name in names:
+        if name not in taken:
+            name = next(
+                new for new in (f"{name}_{index}" for index in itertools.count()) if new not in {*taken, *unique}
+            )
+        unique.append(name)
+    return unique

@@ -14,12 +14,15 @@
 
 """One set of frozen weights for a policy and for the reward models that were trained with LoRA from the same base."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from diffusers import ModelMixin
+from diffusers.utils import _add_variant
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftConfig
@@ -46,6 +49,20 @@ def base_tensors(transformer: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers that are no adapter's, by their names without adapters."""
     tensors = dict(all_tensors(transformer))
     return {name: tensors[own_name] for name, own_name in base_names(transformer).items()}
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """
+    Short hash of the parameters of a network that are no adapter's: their shapes and the signs of all their values, which no
+    change of precision moves. A fine-tuning, also a merged LoRA, turns those of small values.
+    """
+    parameters, digest = dict(model.named_parameters()), hashlib.sha256()
+    for name, own_name in sorted(base_names(model).items()):
+        if own_name in parameters:
+            tensor = parameters[own_name].detach()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(np.packbits(tensor.signbit().cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_base_stays(lora_config: PeftConfig, what: str) -> None:
@@ -88,30 +105,35 @@ def check_same(tensors: Iterator[tuple[str, torch.Tensor]], base: dict[str, torc
         )
 
 
-def saved_tensors(name_or_path: str, base: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def saved_tensors(
+    name_or_path: str, base: dict[str, torch.Tensor], variant: str | None = None, **kwargs
+) -> Iterator[tuple[str, torch.Tensor]]:
     """
     Tensors of the transformer of a saved pipeline, one at a time, cast as they would be if they were loaded.
 
     Args:
         name_or_path (`str`): Hub id or folder of the pipeline.
         base (`dict[str, torch.Tensor]`): tensors that give names and precisions.
+        variant (`str`, *optional*): variant of its files, such as `"fp16"`.
+        kwargs: arguments of [`~huggingface_hub.hf_hub_download`], such as `revision` or `token`.
     """
+    index_name, weights_name = _add_variant(f"{WEIGHTS}.index.json", variant), _add_variant(WEIGHTS, variant)
     try:
-        with open(_transformer_file(name_or_path, f"{WEIGHTS}.index.json"), encoding="utf-8") as index:
+        with open(_transformer_file(name_or_path, index_name, **kwargs), encoding="utf-8") as index:
             files = sorted(set(json.load(index)["weight_map"].values()))
     except (EntryNotFoundError, FileNotFoundError):
-        files = [WEIGHTS]
+        files = [weights_name]
     for file in files:
-        with safe_open(_transformer_file(name_or_path, file), framework="pt") as tensors:
+        with safe_open(_transformer_file(name_or_path, file, **kwargs), framework="pt") as tensors:
             for name in tensors.keys():
                 if name in base:
                     yield name, tensors.get_tensor(name).to(base[name].dtype)
 
 
-def _transformer_file(name_or_path: str, file: str) -> str:
+def _transformer_file(name_or_path: str, file: str, **kwargs) -> str:
     if os.path.isdir(name_or_path):
         return os.path.join(name_or_path, "transformer", file)
-    return hf_hub_download(name_or_path, file, subfolder="transformer")
+    return hf_hub_download(name_or_path, file, subfolder="transformer", **kwargs)
 
 
 def tie(backbone: nn.Module, transformer: ModelMixin) -> int:

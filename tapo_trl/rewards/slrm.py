@@ -131,6 +131,9 @@ class SLRMModel(LatentRewardModel):
         resolution (`int`, *optional*, defaults to `512`): size of the images in training, in pixels.
         height, width, num_frames (`int`, *optional*): size of the videos in training, kept as a record.
         lora (`bool`, *optional*, defaults to `False`): whether the backbone was trained with LoRA.
+        base_revision, base_variant (`str`, *optional*): revision and variant of the base that were asked for.
+        base_fingerprint (`str`, *optional*): hash of the backbone's weights before the training, `""` if it is not known.
+        trained (`bool`, *optional*, defaults to `True`): whether the values above are those of a training.
     """
 
     kind = "slrm"
@@ -156,6 +159,10 @@ class SLRMModel(LatentRewardModel):
         width: int | None = None,
         num_frames: int | None = None,
         lora: bool = False,
+        base_revision: str | None = None,
+        base_variant: str | None = None,
+        base_fingerprint: str = "",
+        trained: bool = True,
     ):
         super().__init__()
         score_class = score_transformer_class(transformer_class)

@@ -28,6 +28,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..policies import FlowPolicy, PromptEmbeddings
 from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION
 from .clip_modulation import NoiseModulation, clip_pixel_values, modulated_image_features
+from .sharing import base_fingerprint
 from .step_reward import HUB_ARGUMENTS, RewardOutput, StepRewardModel
 
 
@@ -54,6 +55,9 @@ class SPMModel(StepRewardModel):
         resolution (`int`, *optional*, defaults to `512`): size of the images in training, in pixels.
         height, width, num_frames (`int`, *optional*): size of the images in training, kept as a record.
         lora (`bool`, *optional*, defaults to `False`): whether the CLIP was trained with LoRA.
+        base_revision, base_variant (`str`, *optional*): revision and variant of the base that were asked for.
+        base_fingerprint (`str`, *optional*): hash of the backbone's weights before the training, `""` if it is not known.
+        trained (`bool`, *optional*, defaults to `True`): whether the values above are those of a training.
     """
 
     kind = "spm"
@@ -77,6 +81,10 @@ class SPMModel(StepRewardModel):
         width: int | None = None,
         num_frames: int | None = None,
         lora: bool = False,
+        base_revision: str | None = None,
+        base_variant: str | None = None,
+        base_fingerprint: str = "",
+        trained: bool = True,
     ):
         super().__init__()
         self.clip = CLIPModel(CLIPConfig(**clip_config))
@@ -112,7 +120,9 @@ class SPMModel(StepRewardModel):
                 clip_model_name_or_path=str(clip_model_name_or_path),
                 transformer_class=type(policy.transformer).__name__,
                 base_model_name_or_path=policy.name_or_path,
-                **config,
+                base_revision=policy.revision,
+                base_variant=policy.variant,
+                **{"trained": False, **config},
             )
 
     @classmethod
@@ -141,7 +151,9 @@ class SPMModel(StepRewardModel):
         processor, _ = ImageProcessingMixin.get_image_processor_dict(clip_model_name_or_path)
         model.register_to_config(image_mean=list(processor["image_mean"]), image_std=list(processor["image_std"]))
         model.tokenizer = CLIPTokenizer.from_pretrained(clip_model_name_or_path)
-        model._take_base(model._load_base(None, policy.transformer.dtype))
+        base = model._load_base(None, policy.transformer.dtype)
+        model.register_to_config(base_fingerprint=base_fingerprint(base))
+        model._take_base(base)
         return model.to(policy.transformer.device).eval()
 
     def _take_base(self, base: CLIPModel, share: bool = False) -> None:
@@ -154,7 +166,7 @@ class SPMModel(StepRewardModel):
         with torch.device(clip.device):
             self.modulation = NoiseModulation(vision.hidden_size, vision.num_hidden_layers)
 
-    def _load_base(self, base_model: str | CLIPModel | None, dtype: torch.dtype) -> CLIPModel:
+    def _load_base(self, base_model: str | CLIPModel | None, dtype: torch.dtype, **kwargs) -> CLIPModel:
         if isinstance(base_model, CLIPModel):
             clip = copy.deepcopy(base_model)
         else:
@@ -164,7 +176,7 @@ class SPMModel(StepRewardModel):
                     f"This {self.label} was trained with LoRA on a CLIP whose name was not published: pass `base_model`, the "
                     "Hub id or folder of the CLIP, or a `CLIPModel`."
                 )
-            clip = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+            clip = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **kwargs)
         expected, found = _plain_config(CLIPConfig(**self.config.clip_config)), _plain_config(clip.config)
         if expected != found:
             different = sorted(
@@ -301,6 +313,7 @@ class SPMModel(StepRewardModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> "SPMModel":
+        pretrained_model_name_or_path = os.path.expanduser(pretrained_model_name_or_path)
         model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         subfolder = "/".join(filter(None, (hub_arguments.pop("subfolder", None), TOKENIZER_FOLDER)))

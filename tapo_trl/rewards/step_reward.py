@@ -32,11 +32,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from ..policies import FlowPolicy, PromptEmbeddings
+from ..policies.loading import AUTO, pop_dtype
+from ..policies.loading import HUB_ARGUMENTS as EVERY_REQUEST
 from .backbone import all_tensors
-from .sharing import check_base_stays
+from .sharing import base_fingerprint, check_base_stays
 
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+HUB_ARGUMENTS = (*EVERY_REQUEST, "subfolder")
+BASE_ARGUMENTS = tuple(name for name in EVERY_REQUEST if name != "revision")  # the base is in another repository
 
 
 @dataclass
@@ -58,8 +61,8 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
     themselves; an [`SPMModel`] reads the image that they would become.
 
     A subclass has a pretrained network, its backbone, and further modules and buffers beside it. Its configuration holds
-    `base_model_name_or_path`, `vae_fingerprint`, `max_sequence_length`, `resolution`, `height`, `width`, `num_frames` and
-    `lora`, see [`SLRMModel`].
+    `base_model_name_or_path`, `base_revision`, `base_variant`, `base_fingerprint`, `vae_fingerprint`, `max_sequence_length`,
+    `resolution`, `height`, `width`, `num_frames`, `lora` and `trained`, see [`SLRMModel`].
 
     Attributes:
         kind (`str`): the word for it, as in `reward_model_type` of [`SLRMConfig`].
@@ -152,8 +155,33 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         """
 
     @abstractmethod
-    def _load_base(self, base_model: Any, dtype: torch.dtype) -> torch.nn.Module:
-        """The base that a LoRA was trained on: `base_model` or, if `None`, the one that the configuration names."""
+    def _load_base(self, base_model: Any, dtype: torch.dtype, **kwargs) -> torch.nn.Module:
+        """
+        The base that a LoRA was trained on: `base_model` or, if `None`, the one that the configuration names. `kwargs` are
+        arguments of its `from_pretrained`.
+        """
+
+    def base_files(self) -> dict[str, str]:
+        """Which files of the base's repository the model was made of: arguments of `from_pretrained`."""
+        files = {"revision": self.config.base_revision, "variant": self.config.base_variant}
+        return {name: value for name, value in files.items() if value is not None}
+
+    def check_base(self, base: torch.nn.Module) -> None:
+        """
+        Check that a LoRA comes back on the weights that it was trained on, in whatever precision they are. Folders that were
+        saved before there was a fingerprint are not checked.
+
+        Raises:
+            ValueError: if they are others.
+        """
+        expected = self.config.base_fingerprint
+        if expected and base_fingerprint(base) != expected:
+            files = "".join(f", {name} `{value}`" for name, value in self.base_files().items())
+            raise ValueError(
+                f"The base's weights are not those that this {self.label} was trained on, those of "
+                f"`{self.config.base_model_name_or_path}`{files}: another revision, a merged LoRA or another fine-tuning? Pass "
+                "the right one as `base_model`."
+            )
 
     @abstractmethod
     def trained_in_full(self) -> dict[str, torch.Tensor]:
@@ -293,7 +321,7 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         base_model: Any = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         share_base: bool = False,
         **kwargs,
     ) -> "StepRewardModel":
@@ -305,8 +333,9 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
             base_model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`], *optional*):
                 for one that was trained with LoRA, the model it was trained from; of an [`SPMModel`], the CLIP. Defaults to
                 the one it names.
-            torch_dtype (`torch.dtype`, *optional*):
-                precision of the backbone's weights. Defaults to float32, or to that of a `base_model` in memory.
+            torch_dtype (`torch.dtype` or `str`, *optional*):
+                precision of the backbone's weights, such as `"bfloat16"`; `dtype` is another name for it. Defaults to float32,
+                or to that of a `base_model` in memory.
             share_base (`bool`, *optional*, defaults to `False`):
                 for a [`LatentRewardModel`] that was trained with LoRA, take the frozen weights of `base_model`, which must be
                 in memory, themselves in place of copies. They must not be trained.
@@ -316,6 +345,10 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
             ValueError: if there is a model of another class, or if the base model is needed and unknown, or is another
                 than the one of the training, or if there is nothing to share.
         """
+        torch_dtype = pop_dtype(kwargs := {"torch_dtype": torch_dtype, **kwargs})
+        if torch_dtype == AUTO or isinstance(torch_dtype, dict):
+            raise ValueError(f"`torch_dtype={torch_dtype!r}` is for pipelines: name the precision of a reward model.")
+        pretrained_model_name_or_path = os.path.expanduser(pretrained_model_name_or_path)
         config = cls.load_config(pretrained_model_name_or_path, **_only(kwargs, HUB_ARGUMENTS))
         if config["_class_name"] != cls.__name__:
             raise ValueError(
@@ -337,7 +370,8 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         else:
             with torch.device("meta"):
                 model = cls.from_config({**config, "lora": False})
-            base = model._load_base(base_model, torch_dtype or torch.float32)
+            base = model._load_base(base_model, torch_dtype or torch.float32, **_only(kwargs, BASE_ARGUMENTS))
+            model.check_base(base)
             model._take_base(base, share_base)
             shared = {id(tensor) for _, tensor in all_tensors(base)} if share_base else set()
             local = functools.partial(_local_file, str(pretrained_model_name_or_path), **_only(kwargs, HUB_ARGUMENTS))

@@ -40,8 +40,10 @@ def velocity_target(candidates: Candidates, kind: VelocityTarget) -> torch.Tenso
             Candidates of one step.
         kind (`str`):
             - `"parent"`: \( (x' - \hat{x}_0) / \sigma' \) with the parent's estimate of the clean latent. Free.
-            - `"policy"`: the current policy's velocity at x'. One more forward, which the next step reuses.
-            - `"reference"`: the reference policy's velocity at x'. One more forward.
+            - `"policy"`: the current policy's velocity at x', with its guidance. One more forward, which the next step
+              reuses.
+            - `"reference"`: the reference policy's velocity at x', without guidance, as in the SLRM's training. One more
+              forward.
             - `"initial_noise"`: \( (x_T - x') / (1 - \sigma') \), the trajectory's first noise as x_1. Free.
             - `"none"`: no enhancement, the score is the logit alone.
 

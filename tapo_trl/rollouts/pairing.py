@@ -54,10 +54,13 @@ class Pairing:
             all with their best. `"random"`: with any.
         threshold (`tuple[float, float]`, *optional*):
             A pair counts if its scores, read as logits, differ in probability by more than this, at the step with the
-            least and with the most noise of all stochastic steps; in between it is interpolated. All pairs by default.
+            least and with the most noise of all stochastic steps; in between it is interpolated. By default all pairs but ties
+            count.
         consistent (`bool`, *optional*, defaults to `False`):
             Whether a pair counts only if its ranking does not flip until the end: its chosen side scores higher at its own
             step, and so does the final sample of the first trajectory. For two trajectories that make one pair.
+        beta (`float`, *optional*, defaults to `1000.0`):
+            Strength of the regularisation towards the reference that the method's authors use.
     """
 
     num_branches: int
@@ -65,6 +68,7 @@ class Pairing:
     continue_with: Literal["extremes", "best", "random"]
     threshold: tuple[float, float] | None = None
     consistent: bool = False
+    beta: float = 1000.0
 
     def select(self, scores: torch.Tensor, generators: list[torch.Generator]) -> Selection:
         """
@@ -117,16 +121,11 @@ class Pairing:
         """Pairs that a prompt gives at each stochastic step."""
         return self.num_branches if self.shared_parent else 1
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether all pairs count."""
-        return self.threshold is None and not self.consistent
-
     def weights(
         self, rewards: torch.Tensor, stds: torch.Tensor, final_rewards: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        1 for the pairs that count, 0 for those below the threshold and for those whose ranking flips.
+        1 for the pairs that count, 0 for ties, for those below the threshold and for those whose ranking flips.
 
         Args:
             rewards (`torch.Tensor` of shape `(n, 2, num_pairs)`): scores of the chosen and the rejected candidates.
@@ -137,7 +136,7 @@ class Pairing:
             `torch.Tensor` of shape `(n, num_pairs)`
         """
         gaps = rewards[:, WIN] - rewards[:, LOSE]
-        counts = torch.ones_like(gaps, dtype=torch.bool)
+        counts = gaps != 0  # between equals nobody wins
         if self.threshold is not None:
             low, high = self.threshold
             noise = (stds - stds.min()) / (stds.max() - stds.min()).clamp(min=1e-12)
@@ -151,8 +150,8 @@ class Pairing:
 PAIRINGS = {
     "tapo": Pairing(num_branches=2, shared_parent=False, continue_with="extremes"),
     "tapo_within": Pairing(num_branches=2, shared_parent=True, continue_with="extremes"),
-    "spo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.3, 0.3)),
-    "lpo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.35, 0.5)),
+    "spo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.3, 0.3), beta=10.0),
+    "lpo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.35, 0.5), beta=500.0),
 }
 
 

@@ -39,7 +39,7 @@ class SamplePairs(Rollout):
         noise (`torch.Tensor` of shape `(n, B, *latent_shape)`):
             x_1, which both sides share.
         weights (`torch.Tensor` of shape `(n, B)`):
-            Weight of each pair in the loss.
+            Weight of each pair in the loss, 0 for a tie.
         rewards (`torch.Tensor` of shape `(B, num_generations)`):
             Rewards of all samples.
 
@@ -152,7 +152,8 @@ class OnlineDPOSampler(RolloutSampler):
         sigmas = torch.stack(sigmas, dim=1)
         return SamplePairs(
             prompt_embeds=prompt_embeds,
-            weights=torch.ones_like(sigmas),
+            # 0 where all samples are rewarded alike
+            weights=torch.ones_like(sigmas) * (rewards.amax(1) != rewards.amin(1)).to(sigmas.device),
             rewards=rewards,
             reward_parts=parts,
             samples=pairs.to(storage),

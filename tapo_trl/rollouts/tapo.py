@@ -161,21 +161,18 @@ class TAPOSampler(RolloutSampler):
         sigma = self.scheduler.sigma(index + 1)
         embeds = embeds.repeat(branches).repeat_interleave(self.num_candidates)
 
-        def predict(network: torch.nn.Module) -> torch.Tensor:
+        def predict(network: torch.nn.Module, *guidance) -> torch.Tensor:
             size = self.score_batch_size or len(latents)
             chunks = [slice(start, start + size) for start in range(0, len(latents), size)]
             with self.timer.stage("policy", latents=len(latents)):
                 velocities = [
-                    self.policy.velocity(
-                        network, latents[chunk], sigma, embeds[chunk], negative_embeds, self.guidance_scale
-                    )
-                    for chunk in chunks
+                    self.policy.velocity(network, latents[chunk], sigma, embeds[chunk], *guidance) for chunk in chunks
                 ]
             return torch.cat(velocities)
 
         def predict_reference() -> torch.Tensor:
             with self.reference(model) as network:
-                return predict(network)
+                return predict(network)  # without guidance, as the target of an SLRM's training
 
         def per_candidate(values: list) -> list:
             return [value for value in values * branches for _ in range(self.num_candidates)]
@@ -188,7 +185,7 @@ class TAPOSampler(RolloutSampler):
             prompts=per_candidate(prompts),
             prompt_embeds=embeds,
             columns={name: per_candidate(values) for name, values in columns.items()},
-            predict_velocity=lambda: predict(model),
+            predict_velocity=lambda: predict(model, negative_embeds, self.guidance_scale),
             predict_reference_velocity=predict_reference,
         )
 

@@ -37,7 +37,7 @@ def sde_step_indices(num_inference_steps: int, num_sde_steps: int, t_init: int =
             Number of stochastic steps n.
         t_init (`int`, *optional*, defaults to `1`):
             Index of the first stochastic step, counted from the noise. The default leaves out the first step, whose
-            noise law is singular, and, as long as `n < T`, the last one.
+            noise law is singular, and, if `n < T / 2`, the last one.
 
     Returns:
         `list[int]`: n increasing step indices in `[0, num_inference_steps - 1]`.

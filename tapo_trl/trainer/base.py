@@ -24,16 +24,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.prompts import PromptCache
+from ..field_types import check_folder_name
 from ..policies import FlowPolicy
 from .checkpoints import SealCallback, SealedCheckpointsMixin
 from .hub import HubPushMixin
 from .interruption import GracefulStopCallback, start_data_worker
 from .model_card import current_command, write_model_card
 from .nonfinite import NonFiniteGuard
+from .option_checks import check_optimizer, check_without_effect
 
 
 class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
@@ -57,8 +62,10 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         ),
     }
     dataset_name: str | None = None  # for every card of the run
+    _was_trained = False  # by an earlier call of `train`, which starts to count steps anew
     _card_metrics: tuple[str, ...]
     policy: FlowPolicy
+    prompt_cache: PromptCache
 
     @property
     @abstractmethod
@@ -68,6 +75,11 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
     @abstractmethod
     def _method_table(self) -> dict[str, Any]:
         """Options of the training, for the card's table."""
+
+    @property
+    def _card_method(self) -> tuple[str, list[str], dict[str, str]]:
+        """Name of the method, its tags and its paper, for the card."""
+        return self._name, self._tag_names, self._paper
 
     def create_model_card(
         self,
@@ -86,12 +98,13 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         if not self.is_world_process_zero():
             return
         folder, hub_model_id = Path(self.args.output_dir), self.hub_model_id or self.args.hub_model_id
+        name, method_tags, paper = self._card_method
         metrics = {}
         for logs in self.state.log_history:
             metrics |= {name: value for name, value in logs.items() if name.startswith(self._card_metrics)}
         write_model_card(
             folder / "README.md",
-            trainer_name=self._name,
+            trainer_name=name,
             base_model=self._base_model_name,
             model_name=model_name or (hub_model_id or folder.resolve().name).split("/")[-1],
             dataset_name=dataset_name or self.dataset_name,
@@ -100,25 +113,53 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
             modality=self.policy.modality,
             fps=self.args.fps if self.policy.modality == "video" else None,
             is_lora=is_peft_model(self.accelerator.unwrap_model(self.model)),
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            tags=[*method_tags, *([tags] if isinstance(tags, str) else tags or [])],
             license=None,
             method_table=self._method_table(),
             metrics=metrics,
             images=sorted(folder.glob("samples/*.png"))[-4:],
             hub_model_id=hub_model_id,
-            paper=self._paper,
+            paper=paper,
             command=current_command(),
         )
 
+    def _encode_prompts(self, prompts: list[str]) -> None:
+        """Encode prompts that are new since the start, if the text encoders are still there."""
+        with self.args.main_process_first(desc="encoding prompts"):
+            missing = self.prompt_cache.missing(prompts)
+            if not missing:
+                return
+            if not self.policy.has_text_encoders:
+                raise ValueError(
+                    f"The prompt {missing[0]!r} (one of {len(missing)}) was not encoded at the start, and the text encoders have "
+                    "left the memory since. Give its dataset to the trainer as `eval_dataset`, of which a `dict` may hold "
+                    "several; or pass a loaded pipeline as `model`, whose text encoders stay."
+                )
+            self.policy.move_text_encoders(self.args.device)
+            self.prompt_cache.encode(missing)
+            self.policy.move_text_encoders("cpu")
+
+    @property
+    def _is_untrained(self) -> bool:
+        """Whether the model is as it was before the first update of the first run."""
+        return self.model.training and self.state.global_step == 0 and not self._was_trained
+
     def _add_run_callbacks(self, stop_every_n_steps: int = 1) -> None:
-        """The last callbacks of the list: a checkpoint is sealed when all others have written into it."""
+        """
+        The last callbacks of the list: a checkpoint is sealed when all others have written into it. Called at the end of
+        `__init__`.
+        """
+        check_optimizer(self.optimizer, self.model)
         self.nonfinite_guard = NonFiniteGuard(self, stop_every_n_steps)
         self.add_callback(self.nonfinite_guard)
-        self.add_callback(GracefulStopCallback(stop_every_n_steps))
+        self.add_callback(GracefulStopCallback())
         self.add_callback(SealCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
-        output = super().train(resume_from_checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, **kwargs)
+        finally:  # also of a run that was interrupted, after which one may go on
+            self._was_trained = self._was_trained or self.state.global_step > 0
         self.nonfinite_guard.raise_if_over()
         return output
 
@@ -127,6 +168,18 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         start = partial(start_data_worker, dataloader.worker_init_fn)
         dataloader.worker_init_fn = dataloader.base_dataloader.worker_init_fn = start
         return dataloader
+
+    @abstractmethod
+    def _pop_metrics(self, mode: str) -> dict[str, float]:
+        """Means of what was recorded since the last call, of `"train"` or `"eval"`."""
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._metrics["eval"].clear()  # of an evaluation that was interrupted
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Before they are logged: each of several `eval_dataset`s has a prefix of its own
+        recorded = self._pop_metrics("eval").items()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in recorded})
+        return output
 
     def _num_real_rows(self, num_rows: int) -> int:
         """
@@ -147,7 +200,7 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         return self.nonfinite_guard.grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "learning_rate" in logs:
             logs["skipped_updates"] = self.nonfinite_guard.pop_skipped()
         super().log(logs, start_time)
 
@@ -160,23 +213,71 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
+def check_precision(args: TrainingArguments, policy: FlowPolicy | None = None) -> None:
+    """
+    Check that no network is in another half precision than that of `args`: autocast cannot mix them.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): the configuration, with `model_init_kwargs`.
+        policy ([`FlowPolicy`], *optional*): what was loaded. Without it, only what `args` asks for is looked at.
+
+    Raises:
+        ValueError: if one is. The VAE may be, for it computes outside of autocast.
+    """
+    if not (args.bf16 or args.fp16):
+        return
+    own, other = ("bf16", "float16") if args.bf16 else ("fp16", "bfloat16")
+    found = {}
+    if policy is None:
+        kwargs = args.model_init_kwargs or {}
+        found = {f"`{name}` in `model_init_kwargs`": kwargs.get(name) for name in ("torch_dtype", "dtype")}
+    else:
+        names = [name for name in policy.text_encoder_names if policy.pipeline.components[name] is not None]
+        components = {name: policy.pipeline.components[name] for name in ("transformer", *names)}
+        found = {f"the `{name}` of `model`": component.dtype for name, component in components.items()}
+    for name, dtype in found.items():
+        if str(dtype).removeprefix("torch.") == other:
+            raise ValueError(
+                f"`{own}=True` computes in {autocast_dtype(args)}, but {name} is {other}, which cannot be mixed with it: load "
+                f"`model` in {str(autocast_dtype(args)).removeprefix('torch.')} or float32, or set "
+                + ("`fp16=True` and `bf16=False`." if args.bf16 else "`bf16=True` and `fp16=False`.")
+            )
+
+
+def release_text_encoders(model: Any, policy: FlowPolicy) -> None:
+    """Drop the text encoders of a `model` that was loaded by name; those of a user's object wait on the CPU."""
+    if isinstance(model, str):
+        policy.unload_text_encoders()
+    else:
+        policy.move_text_encoders("cpu")
+
+
 def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...]:
     """Put what `args` leaves to `resolution` and to the policy's family into it, and return the shape of one latent."""
+    if policy.modality == "image":
+        check_without_effect(args, ["fps"], "because `model` makes images")
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
     if args.max_sequence_length is None:
         args.max_sequence_length = policy.max_sequence_length
     return policy.latent_shape(args.height, args.width, args.num_frames)
 
 
-def check_writable(folder: str) -> None:
-    """Make the output folder, or say why it can't be written to."""
+def check_folders(args: TrainingArguments) -> None:
+    """[`check_writable`] of the folders that a run writes to."""
+    check_writable(args.output_dir)
+    check_writable(args.cache_dir or Path(HF_HOME) / "tapo_trl", "cache_dir")
+
+
+def check_writable(folder: str | Path, option: str = "output_dir") -> None:
+    """Make the folder that an option names, or say why it can't be written to."""
+    check_folder_name(folder, option)
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"`output_dir={folder}` cannot be created: {error}.") from error
+        raise ValueError(f"`{option}={folder}` cannot be created: {error}.") from error
     if not os.access(path, os.W_OK):
-        raise ValueError(f"`output_dir={folder}` is not writable.")
+        raise ValueError(f"`{option}={folder}` is not writable.")
 
 
 @contextmanager

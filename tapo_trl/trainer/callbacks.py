@@ -32,6 +32,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from ..profiling import StageTimer
+from ..rewards.scoring import call_reward_function, check_reward_function
 from .image_grid import save_overview
 from .policy_trainer import save_policy
 from .reward_curve import HELD_OUT_REWARD, reward_curve
@@ -63,7 +64,7 @@ class PolicyCallback(TrainerCallback):
     """
 
     def __init__(self, prompts: list[str] | None = None):
-        self.prompts = list(prompts) if prompts is not None else []
+        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts or [])
         self._trainer = None
 
     @property
@@ -381,6 +382,7 @@ class RewardHackingGuardCallback(PolicyCallback):
             raise ValueError(f"`min_drop` must not be negative, but it is {min_drop}.")
         if action not in ("warn", "stop"):
             raise ValueError(f'`action` must be "warn" or "stop", but it is {action!r}.')
+        check_reward_function(reward_fn)
         self.reward_fn = reward_fn
         self.every_n_steps = every_n_steps
         self.patience = patience
@@ -413,12 +415,7 @@ class RewardHackingGuardCallback(PolicyCallback):
 
     def _held_out_reward(self) -> torch.Tensor:
         images = self.trainer.generate(self.prompts, seed=self.seed)
-        scores = torch.as_tensor(self.reward_fn(images, self.prompts), dtype=torch.float32)
-        if scores.shape != (len(self.prompts),):
-            raise ValueError(
-                f"`reward_fn` must return one score per image: expected the shape [{len(self.prompts)}], got "
-                f"{list(scores.shape)}."
-            )
+        scores = call_reward_function(self.reward_fn, images, self.prompts, noun="image")
         # Every process must come to the same verdict, also when `reward_fn` is not deterministic.
         mean = broadcast(scores.mean().to(self.trainer.accelerator.device))
         if not mean.isfinite():

@@ -22,11 +22,11 @@ import os
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
 
@@ -90,13 +90,100 @@ def last_good_checkpoint(output_dir: str | Path) -> Path | None:
     Args:
         output_dir (`str` or `Path`): folder of the run.
     """
-    checkpoints = {_step(path): path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path)}
-    for _, path in sorted(checkpoints.items(), reverse=True):
+    for path in reversed(_checkpoints(output_dir)):
         damage = checkpoint_damage(path)
         if damage is None:
             return path
         logger.warning(f"The checkpoint {path} is not used: {damage}.")
     return None
+
+
+def checkpoint_to_resume(resume_from_checkpoint: str | bool | Path | None, output_dir: str | Path) -> Path | None:
+    """
+    The checkpoint that a run goes on from, or `None` if it starts from the beginning.
+
+    Args:
+        resume_from_checkpoint (`str`, `bool` or `Path`, *optional*):
+            Folder of a checkpoint; `True`, or the word `true`, for the last one of `output_dir` that is whole; `False`, the
+            word `false` or `None` for none. The words may be written in any case.
+        output_dir (`str` or `Path`): folder of the run.
+
+    Raises:
+        ValueError: if the folder that is named is not a whole checkpoint.
+    """
+    folder = _folder_to_resume(resume_from_checkpoint)
+    if folder is True:
+        last = last_good_checkpoint(output_dir)
+        if last is None:
+            logger.warning(f"There is no checkpoint to resume from in {output_dir}: starting anew.")
+        return last
+    damage = None if folder is None else checkpoint_damage(folder)
+    if damage is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint`: the checkpoint {folder} cannot be used: {damage}. Pass another one, or `True` for "
+            "the last one that is whole."
+        )
+    return folder
+
+
+def _folder_to_resume(resume_from_checkpoint: str | bool | Path | None) -> Path | Literal[True] | None:
+    """What [`checkpoint_to_resume`] is asked for: a folder, which exists, or the last one, or nothing."""
+    if isinstance(resume_from_checkpoint, str):
+        word = resume_from_checkpoint.lower()
+        resume_from_checkpoint = {"true": True, "false": False, "": None}.get(word, resume_from_checkpoint)
+    if resume_from_checkpoint is True:
+        return True
+    if resume_from_checkpoint is None or resume_from_checkpoint is False:
+        return None
+    folder = Path(resume_from_checkpoint).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint`: the checkpoint {folder} cannot be used: there is no such folder. Pass another one, or "
+            "`True` for the last one that is whole."
+        )
+    return folder
+
+
+def check_start(args: TrainingArguments) -> None:
+    """
+    What can be said of `args.resume_from_checkpoint` before anything is loaded or read.
+
+    Raises:
+        ValueError: if it names no folder, or see [`check_keeps_checkpoints`].
+    """
+    if _folder_to_resume(args.resume_from_checkpoint) is None:
+        check_keeps_checkpoints(args, None)
+
+
+def check_keeps_checkpoints(args: TrainingArguments, checkpoint: Path | None) -> None:
+    """
+    Refuse a start from the beginning that would overwrite the checkpoints of an earlier run, or rotate them away.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): the configuration.
+        checkpoint (`Path`, *optional*): what the run goes on from, see [`checkpoint_to_resume`].
+
+    Raises:
+        ValueError: if `args.output_dir` holds finished checkpoints and the run is to save its own there.
+    """
+    finished = [path for path in _checkpoints(args.output_dir) if (path / SEAL_NAME).is_file()]
+    if checkpoint is not None:
+        replaced = [path.name for path in finished if _step(path) > (_step(checkpoint) or 0)]
+        if replaced:
+            logger.warning(
+                f"{args.output_dir} has later checkpoints than {checkpoint}, which are replaced: {replaced}."
+            )
+    elif finished and args.save_strategy != SaveStrategy.NO:
+        raise ValueError(
+            f"`output_dir={args.output_dir}` holds checkpoints of an earlier run, {[path.name for path in finished]}, which "
+            "a start from the beginning would overwrite. Set `resume_from_checkpoint=True` to go on from the last one, "
+            "choose another `output_dir`, or remove them."
+        )
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    """Folders of checkpoints, by step."""
+    return sorted((path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path)), key=_step)
 
 
 def _step(path: Path) -> int | None:
@@ -134,6 +221,7 @@ class SealedCheckpointsMixin:
     """Put before a `Trainer`, it seals every checkpoint and resumes from whole ones only."""
 
     _resumed_from: str | None = None
+    _has_trained = False
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -168,23 +256,20 @@ class SealedCheckpointsMixin:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Folder of a checkpoint, or `True` for the last one of `args.output_dir` that is whole; without any, the
                 run starts from the beginning, so that a job that is restarted by a scheduler needs no other command.
+                Defaults to `args.resume_from_checkpoint`; `False` starts from the beginning in any case.
             kwargs: further arguments of [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: if the folder that is named is not a whole checkpoint.
+            ValueError: if the folder that is named is not a whole checkpoint, or if a start from the beginning would
+                overwrite checkpoints of an earlier run.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_good_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning(f"There is no checkpoint to resume from in {self.args.output_dir}: starting anew.")
-        elif resume_from_checkpoint:
-            damage = checkpoint_damage(resume_from_checkpoint)
-            if damage is not None:
-                raise ValueError(
-                    f"The checkpoint {resume_from_checkpoint} cannot be used: {damage}. Pass another one, or `True` for "
-                    "the last one that is whole."
-                )
-        self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if not self._has_trained:  # a second call goes on with the weights of the first
+            check_keeps_checkpoints(self.args, checkpoint)
+        self._has_trained = True
+        self._resumed_from = None if checkpoint is None else str(checkpoint)
         if self._resumed_from is not None:
-            self._load_training_state(Path(self._resumed_from))
+            self._load_training_state(checkpoint)
         return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)

@@ -17,7 +17,9 @@ from typing import Any
 
 from trl.trainer.base_config import _BaseConfig
 
+from ..field_types import convert_fields
 from .noise_levels import TIMESTEP_SAMPLINGS
+from .option_checks import check_without_effect
 from .preference_config import PreferenceDataConfig
 
 
@@ -168,6 +170,7 @@ class DiffusionDPOConfig(PreferenceDataConfig, _BaseConfig):
     negative_prompt: str = field(default="", metadata={"help": "Prompt of the unconditional half of the guidance."})
 
     def __post_init__(self):
+        convert_fields(self)
         if self.gradient_checkpointing is not None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
@@ -184,6 +187,9 @@ class DiffusionDPOConfig(PreferenceDataConfig, _BaseConfig):
             raise ValueError(f"`gamma` must be in (0, 1], got {self.gamma}.")
         if self.num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {self.num_inference_steps}.")
+        for name, variant in {"gamma": "dense_reward", "timestep_sampling": "diffusion_dpo"}.items():
+            if self.variant != variant:
+                check_without_effect(self, [name], f"with `variant={self.variant!r}`, since it is for {variant!r}")
         if self.cache_inversions and self.variant != "inversion_dpo":
             raise ValueError(
                 f'`cache_inversions` is for `variant="inversion_dpo"`, but `variant` is {self.variant!r}.'

@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -36,17 +34,21 @@ from ..seeding import seeded_generator
 from .base import (
     DiffusionTrainerMixin,
     autocast_dtype,
+    check_folders,
     check_no_data_parallel,
-    check_writable,
+    check_precision,
     fill_in_sizes,
+    release_text_encoders,
     whole_weights,
 )
 from .callbacks import PolicyCallback, RewardHackingGuardCallback
 from .diffusion_dpo_config import DiffusionDPOConfig
 from .hub import check_hub_strategy
 from .launch_checks import check_launch
-from .model_card import DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
+from .lora_checks import check_no_adapter, check_peft_config
+from .model_card import DIFFUSION_DPO_NAMES, DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
 from .noise_levels import draw_uniform_or_logit_normal, training_sigmas
+from .option_checks import check_arguments_of_trainer
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
 from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
 
@@ -92,7 +94,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
             Optimizer and learning rate scheduler.
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
-            fine-tuned and a frozen copy of it is the reference.
+            fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
     """
 
     loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
@@ -113,12 +115,16 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
     ):
         if args is None:
             args = DiffusionDPOConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-Diffusion-DPO")
+        self._name = DIFFUSION_DPO_NAMES[args.variant]
         self._paper = DIFFUSION_DPO_PAPERS[args.variant]
 
         # Everything that can be wrong and is cheap to find out
-        check_writable(args.output_dir)
+        check_folders(args)
         check_no_data_parallel(args, "DiffusionDPOTrainer")
         check_hub_strategy(args)
+        check_arguments_of_trainer(args, model)
+        check_precision(args)
+        check_peft_config(peft_config)
         check_preference_splits(train_dataset, eval_dataset, args)
         check_launch(args, len(train_dataset))
         callbacks = list(callbacks or [])
@@ -131,19 +137,28 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         # Policy
         with whole_weights(args):
             self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
+        check_precision(args, self.policy)
+        check_no_adapter(self.policy)
         self.latent_shape = fill_in_sizes(args, self.policy)
         self.inversion_cache = None
         if args.cache_inversions:
             precision = autocast_dtype(args)
-            self.inversion_cache = InversionCache(self.policy, args.cache_dir, args.num_inference_steps, (precision,))
+            self.inversion_cache = InversionCache(
+                self.policy,
+                args.cache_dir,
+                args.num_inference_steps,
+                (precision,),
+                max_sequence_length=args.max_sequence_length,
+                embeds_dtype=precision,
+            )
         transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
 
-        # Data: prompts and pixels are encoded once, then the text encoders leave the memory
+        # Data: prompts and pixels are encoded once, then the text encoders leave the accelerator
         train_dataset, eval_dataset = self._prepare_splits(train_dataset, eval_dataset, args)
         prompts = [prompt for cb in callbacks if isinstance(cb, PolicyCallback) for prompt in cb.prompts]
         with args.main_process_first(desc="encoding prompts"):
             self.prompt_cache.encode([args.negative_prompt, *prompts])
-        self.policy.unload_text_encoders()
+        release_text_encoders(model, self.policy)
 
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(
@@ -276,7 +291,7 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
             label_smoothing=torch.where(labels == TIE, TIE, self.args.label_smoothing),
             margin=inputs.get("margin"),
         )
-        self._check_start(F.softplus(-metrics["rewards/margins"]))
+        self._check_start(metrics["rewards/margins"])
 
         error = (velocity.detach() - target).square().flatten(1).mean(1)
         metrics["error/chosen"], metrics["error/rejected"] = error.chunk(2)
@@ -306,8 +321,3 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
         """Loss and rewards of held-out pairs, with the same noise at every evaluation."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_dataset(eval_dataset, None, self.args, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)

@@ -64,7 +64,8 @@ class FlowGRPOConfig(RolloutConfig):
         logprob_reduction (`str`, *optional*, defaults to `"mean"`):
             Reduction of log-probabilities over the latent's dimensions, `"mean"` or `"sum"`.
         self_check (`bool`, *optional*, defaults to `True`):
-            Whether a run first checks, before its first update, that the ratio is 1 up to rounding.
+            Whether a run first checks, before its first update, that the ratio is 1 up to rounding and, if there is a
+            reference, that the divergence from it is 0.
 
     > [!NOTE]
     > `num_inference_steps` defaults to `10` instead of the `20` of [`RolloutConfig`].
@@ -113,10 +114,6 @@ class FlowGRPOConfig(RolloutConfig):
 
         if self.num_generations < 2:
             raise ValueError(f"`num_generations` must be at least 2 to compare, got {self.num_generations}.")
-        if self.noise_level <= 0:
-            raise ValueError(
-                f"`noise_level` must be positive: without noise nothing is learnt. Got {self.noise_level}."
-            )
         if self.beta < 0:
             raise ValueError(f"`beta` must not be negative, got {self.beta}.")
         if not 0 < self.epsilon < 1:
@@ -126,12 +123,7 @@ class FlowGRPOConfig(RolloutConfig):
         self.check_choices(
             sde_type=("flow", "constant", "cps"), logprob_reduction=("mean", "sum"), scale_rewards=SCALE_REWARDS
         )
-        steps = self.step_indices
-        if self.sde_type == "cps" and self.num_inference_steps - 1 in steps:
-            raise ValueError(
-                '`sde_type="cps"` has no noise at the last sampling step, which the stochastic steps '
-                f"{steps} include: lower `num_sde_steps` or `t_init`."
-            )
+        self.check_noise(self.step_indices)
 
     @property
     def step_indices(self) -> list[int]:

@@ -71,7 +71,7 @@ class FlowGRPOTrainer(RolloutTrainer):
             Optimizer and learning rate scheduler.
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
-            fine-tuned and a frozen copy of it is the reference.
+            fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
     """
 
     config_class = FlowGRPOConfig
@@ -143,7 +143,7 @@ class FlowGRPOTrainer(RolloutTrainer):
         return {name: metrics[key] for name, key in names.items() if key in metrics}
 
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        if not self.args.self_check or not self.model.training or self.state.global_step > 0:
+        if not self.args.self_check or not self._is_untrained:
             return
         ratios = metrics["ratio"]
         if (ratios - 1).abs().mean() > self.args.epsilon:
@@ -152,4 +152,10 @@ class FlowGRPOTrainer(RolloutTrainer):
                 f"`epsilon={self.args.epsilon}`: what is trained is not what has sampled, or rounding in half precision is "
                 "larger than the clip range. Is some layer (dropout, batch norm) random? If not, raise `epsilon`, or train "
                 "with `bf16=False`. Set `self_check=False` if the difference is meant."
+            )
+        if "kl" in metrics and metrics["kl"].max() > 1e-9:
+            raise RuntimeError(
+                f"Before the first update the divergences from the reference are {metrics['kl'].tolist()}, not 0: the policy and "
+                "the reference differ. Does the adapter start from trained weights, or is some layer (dropout, batch norm) "
+                "random? Set `self_check=False` if the difference is meant."
             )

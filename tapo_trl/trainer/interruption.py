@@ -73,14 +73,9 @@ class GracefulStopCallback(TrainerCallback):
 
     Every process asks all others at the end of each step whether one of them got a signal, so that all of them stop after
     the same one.
-
-    Args:
-        every_n_steps (`int`, *optional*, defaults to `1`):
-            Stop only after steps that are a multiple of it, where a checkpoint can be resumed from exactly.
     """
 
-    def __init__(self, every_n_steps: int = 1):
-        self.every_n_steps = every_n_steps
+    def __init__(self):
         self.signal: int | None = None
         self._handlers = {}
 
@@ -103,7 +98,7 @@ class GracefulStopCallback(TrainerCallback):
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if state.global_step % self.every_n_steps == 0 and self._anyone_signalled(args):
+        if self._anyone_signalled(args):
             control.should_save = control.should_training_stop = True
 
     def _anyone_signalled(self, args: TrainingArguments) -> bool:

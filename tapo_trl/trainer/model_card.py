@@ -44,6 +44,8 @@ BASE_LICENSES = {
 # Options of the training that the card of a policy shows.
 TAPO_OPTIONS = (
     "pairing",
+    "continue_with",
+    "pair_threshold",
     "beta",
     "loss_type",
     "num_inference_steps",
@@ -184,10 +186,30 @@ REWARD_MODEL_PAPERS = {
     },
 }
 
+# By `TAPOConfig.pairing`: name, tag and paper, `None` for TAPO's own
+PAIRING_METHODS = {
+    "tapo": ("TAPO", "tapo", None),
+    "tapo_within": ("TAPO-within", "tapo-within", None),
+    "spo": ("SPO", "spo", REWARD_MODEL_PAPERS["spm"]),
+    "lpo": ("LPO", "lpo", REWARD_MODEL_PAPERS["lrm"]),
+}
+
+# By `DiffusionDPOConfig.variant`
+DIFFUSION_DPO_NAMES = {
+    "diffusion_dpo": "Diffusion-DPO",
+    "inversion_dpo": "Inversion-DPO",
+    "dense_reward": "DenseReward",
+}
+
 # Tags and template of each trainer's card
 _KINDS = {
     "TAPO": (["tapo"], "tapo_model_card.md"),
+    "TAPO-within": (["tapo-within"], "tapo_model_card.md"),
+    "SPO": (["spo"], "tapo_model_card.md"),
+    "LPO": (["lpo"], "tapo_model_card.md"),
     "Diffusion-DPO": (["diffusion-dpo"], "tapo_model_card.md"),
+    "Inversion-DPO": (["diffusion-dpo", "inversion-dpo"], "tapo_model_card.md"),
+    "DenseReward": (["diffusion-dpo", "dense-reward"], "tapo_model_card.md"),
     "Online-Diffusion-DPO": (["online-diffusion-dpo"], "tapo_model_card.md"),
     "Flow-GRPO": (["flow-grpo"], "tapo_model_card.md"),
     "SLRM": (["slrm", "reward-model"], "slrm_model_card.md"),
@@ -264,9 +286,7 @@ def _one_line(text: str) -> str:
 def write_model_card(
     path: str | Path,
     *,
-    trainer_name: Literal[
-        "TAPO", "Diffusion-DPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM", "LRM", "DiNa-LRM", "SPM"
-    ],
+    trainer_name: str,
     base_model: str | None,
     model_name: str,
     dataset_name: str | None,
@@ -290,8 +310,7 @@ def write_model_card(
 
     Args:
         path (`str` or `Path`): Where the card goes, `<output folder>/README.md`.
-        trainer_name (`str`): Which card: that of a policy's trainer, such as `"TAPO"`, or that of a reward
-            model.
+        trainer_name (`str`): Which card: that of a method that trains a policy, such as `"TAPO"`, or that of a reward model.
         base_model (`str`, *optional*): Hub id or folder of the pipeline that was trained.
         model_name (`str`): Title of the card.
         dataset_name (`str`, *optional*): Hub id or path of the training data.
@@ -361,6 +380,7 @@ def write_model_card(
         model_argument=_in_code(hub_model_id or f"path/to/{model_name}"),
         dataset_name=dataset_name,
         dataset_link=data_link,
+        learns_from_pairs=trainer_name in DIFFUSION_DPO_NAMES.values(),
         is_lora=is_lora,
         is_video=modality == "video",
         fps=fps,

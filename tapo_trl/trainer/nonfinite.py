@@ -70,7 +70,8 @@ class NonFiniteGuard(TrainerCallback):
     Args:
         trainer ([`DiffusionTrainerMixin`]): the trainer.
         stop_every_n_steps (`int`, *optional*, defaults to `1`):
-            Stop only after steps that are a multiple of it, where a checkpoint can be resumed from exactly.
+            Stop only after steps that are a multiple of it, when rollouts that are used several times are used up: the
+            resumed run makes new ones.
     """
 
     def __init__(self, trainer: "DiffusionTrainerMixin", stop_every_n_steps: int = 1):
@@ -156,7 +157,7 @@ class NonFiniteGuard(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
-        if "loss" in logs:
+        if "learning_rate" in logs:
             # With `logging_nan_inf_filter=False` `Trainer` resets a sum that is NaN by subtracting it from itself.
             self.trainer._tr_loss.nan_to_num_(nan=0.0)
 

@@ -13,7 +13,6 @@
 # limitations under the License.
 
 import torch
-import torch.nn.functional as F
 
 from ..losses import diffusion_dpo_loss, velocity_error_change
 from ..rollouts import NoisedPairs, OnlineDPOSampler, SamplePairs
@@ -70,7 +69,7 @@ class OnlineDiffusionDPOTrainer(RolloutTrainer):
             Optimizer and learning rate scheduler.
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
-            fine-tuned and a frozen copy of it is the reference.
+            fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
     """
 
     config_class = OnlineDiffusionDPOConfig
@@ -125,4 +124,4 @@ class OnlineDiffusionDPOTrainer(RolloutTrainer):
         return losses, inputs.weights * losses, metrics
 
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        self._check_start(F.softplus(-metrics["rewards/margins"]))
+        self._check_start(metrics["rewards/margins"])

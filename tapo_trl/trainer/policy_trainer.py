@@ -19,25 +19,32 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import is_peft_model
 from diffusers import ModelMixin
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..data.prompts import PromptCache
 from ..policies import FlowPolicy
+from ..policies.loading import pop_dtype
 from .base import autocast_dtype
 from .generation import generate_samples
 from .speed import compile_blocks
 from .tracking import make_config_trackable
 
 
+logger = logging.get_logger(__name__)
+
 TRANSFORMER_FOLDER = "transformer"
+FULL_LEARNING_RATE = 1e-5  # which fits full fine-tuning
 
 
 def save_policy(
@@ -69,11 +76,9 @@ def save_policy(
 def policy_init_kwargs(args: TrainingArguments, peft_config: PeftConfig | None) -> dict[str, Any]:
     """Loading arguments. A base that LoRA keeps frozen is loaded in the precision it is used in."""
     kwargs = dict(args.model_init_kwargs or {})
-    dtype: str | torch.dtype | None = kwargs.pop("torch_dtype", None)
+    dtype = pop_dtype(kwargs)
     if dtype is None and peft_config is not None:
         dtype = autocast_dtype(args)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
     return kwargs | {"torch_dtype": dtype}
 
 
@@ -86,7 +91,7 @@ def make_trainable(
     Args:
         policy ([`FlowPolicy`]): the policy. Its transformer is changed in place.
         args ([`TAPOConfig`] or [`DiffusionDPOConfig`]): the configuration.
-        peft_config ([`~peft.PeftConfig`], *optional*): LoRA configuration. Without it all weights are trained.
+        peft_config ([`~peft.PeftConfig`], *optional*): LoRA configuration. Without it all weights are trained, in float32.
 
     Returns:
         `tuple`: the network to train, and the frozen copy that is its reference, or `None` if the reference is the
@@ -100,11 +105,18 @@ def make_trainable(
         set_seed(args.seed)  # LoRA starts at random
         transformer = get_peft_model(transformer, peft_config)
     else:
-        if args.fp16 and transformer.dtype == torch.float16:
-            raise ValueError(
-                "`fp16=True` with full fine-tuning needs float32 weights: load `model` without `torch_dtype`, or pass a "
-                "`peft_config`."
+        default = next(own.default for own in fields(args) if own.name == "learning_rate")
+        if args.learning_rate == default > FULL_LEARNING_RATE:
+            logger.warning(
+                f"Full fine-tuning with the default `learning_rate={default}`, which is for LoRA: set `learning_rate` to "
+                f"{FULL_LEARNING_RATE} or less, or pass a `peft_config`."
             )
+        if transformer.dtype != torch.float32:
+            logger.warning(
+                f"Full fine-tuning: the weights of the transformer are cast from {transformer.dtype} to float32, since most "
+                "updates are smaller than what half precision can tell apart."
+            )
+            transformer.float()
         ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
     if args.disable_dropout:
         disable_dropout_in_model(transformer)
@@ -152,13 +164,17 @@ class PolicyTrainerMixin:
             with self.accelerator.unwrap_model(model).disable_adapter():
                 yield model
 
-    def _check_start(self, losses: torch.Tensor) -> None:
-        """Policy and reference are the same at the start, so every loss is ln 2: anything else is a bug upstream."""
-        if not self.args.self_check or not self.model.training or self.state.global_step > 0:
+    def _check_start(self, margins: torch.Tensor) -> None:
+        """
+        Policy and reference are the same at the start, so the rewards of both sides of a pair are, too, and every sigmoid loss
+        is ln 2: anything else is a bug upstream.
+        """
+        if not self.args.self_check or not self._is_untrained:
             return
-        if (losses.detach() - math.log(2)).abs().max() > 1e-6:
+        losses = F.softplus(-margins.detach())
+        if (losses - math.log(2)).abs().max() > 1e-6:
             raise RuntimeError(
-                f"The loss at the start is {losses.detach().tolist()}, not ln 2 = {math.log(2):.6f}: the policy and the "
+                f"The sigmoid loss at the start is {losses.tolist()}, not ln 2 = {math.log(2):.6f}: the policy and the "
                 "reference differ before the first update. Does the adapter start from trained weights, or is some "
                 "layer (dropout, batch norm) random? Set `self_check=False` if the difference is meant."
             )
@@ -171,17 +187,20 @@ class PolicyTrainerMixin:
             self._metrics["train" if self.model.training else "eval"][name].append(values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        names = sorted(self._metrics[mode])
-        if names:
-            values = [torch.cat([v.flatten().float() for v in self._metrics[mode][name]]) for name in names]
-            totals = torch.stack([torch.stack([v.sum(), torch.full_like(v.sum(), len(v))]) for v in values])
-            sums, counts = self.accelerator.reduce(totals, reduction="sum").T.tolist()
-            prefix = "eval_" if mode == "eval" else ""
-            rows = zip(names, sums, counts, strict=True)
-            logs.update({f"{prefix}{name}": total / count for name, total, count in rows if count})
+        if self.model.training:
+            logs.update(self._pop_metrics("train"))
         super().log(logs, start_time)
-        self._metrics[mode].clear()
+
+    def _pop_metrics(self, mode: str, only: str | None = None) -> dict[str, float]:
+        names = [name for name in sorted(self._metrics[mode]) if only in (None, name)]
+        if not names:
+            return {}
+        values = [torch.cat([v.flatten().float() for v in self._metrics[mode][name]]) for name in names]
+        totals = torch.stack([torch.stack([v.sum(), torch.full_like(v.sum(), len(v))]) for v in values])
+        sums, counts = self.accelerator.reduce(totals, reduction="sum").T.tolist()
+        for name in names:
+            del self._metrics[mode][name]
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
 
     @property
     def _base_model_name(self) -> str:
@@ -216,6 +235,7 @@ class PolicyTrainerMixin:
             for a video policy: in [0, 1], float32, on the CPU.
         """
         args, device = self.args, self.accelerator.device
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         with self._eval_mode(), self.accelerator.autocast():
             return generate_samples(
                 self.policy,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ..data.buckets import BucketedPairs, BucketSampler
 from ..data.columns import column_values
@@ -116,6 +116,21 @@ class PreferenceDataMixin:
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return BucketSampler([len(part) for part in dataset.datasets], self._train_batch_size, seed)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        return super().get_eval_dataloader(self._prepare_new_pairs(eval_dataset, "eval_dataset"))
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return super().get_test_dataloader(self._prepare_new_pairs(test_dataset, "test_dataset"))
+
+    def _prepare_new_pairs(self, dataset: str | Dataset | None, name: str) -> str | Dataset | None:
+        """What was done to the datasets of the constructor; a name or `None` stands for one of those."""
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        check_preference_dataset(dataset, name, self.args.dimension_weights)
+        if isinstance(dataset, Dataset):
+            self._encode_prompts(dataset["prompt"])
+        return self._prepare_dataset(dataset, None, self.args, name)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt", ROW_COLUMN, "label", "margin", "chosen", "rejected", *LATENT_COLUMNS]

@@ -17,16 +17,19 @@
 from collections.abc import Sequence
 
 import torch
+from datasets import Dataset
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from peft import PeftConfig
 from transformers import TrainerCallback
 
+from ..data.prompts import ROW_COLUMN
 from ..policies import FlowPolicy
+from ..policies.loading import pop_dtype
 from ..rewards import LatentRewardModel, StepRewardModel, load_reward_model
 from ..rewards.loading import saved_class
-from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction
+from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, check_reward_function
 from ..rewards.sharing import base_tensors, check_base_stays, check_same, saved_tensors, tie
-from ..rewards.step_reward import HUB_ARGUMENTS
+from ..rewards.step_reward import BASE_ARGUMENTS, HUB_ARGUMENTS
 from .base import autocast_dtype
 from .launch_checks import uses_fsdp
 from .rollout_config import RolloutConfig
@@ -60,6 +63,11 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
                 f"`{option}=True` is for SLRMs and other latent reward models, but every `reward_model` is a function: leave it "
                 "unset."
             )
+    if not has_latent and args.velocity_target not in (None, "none"):
+        raise ValueError(
+            f"`velocity_target={args.velocity_target!r}` is for SLRMs, whose velocity is compared with it, but every "
+            "`reward_model` is a function: leave it unset."
+        )
     if args.reward_model_init_kwargs and not any(isinstance(reward, str) for reward in rewards):
         raise ValueError("`reward_model_init_kwargs` is for reward models that are loaded by name, but none is.")
     if args.reward_group_offload and args.device.type == "cpu":
@@ -67,6 +75,20 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
             "`reward_group_offload=True` keeps the reward model on the CPU and lends its blocks to an accelerator, but this run is "
             "on the CPU: leave it unset."
         )
+
+
+def check_reward_functions(rewards: Sequence[RewardModel], datasets: Sequence[Dataset | None]) -> None:
+    """
+    Check that reward functions take the columns of every dataset of prompts, see [`~rewards.scoring.check_reward_function`].
+
+    Raises:
+        ValueError: if one does not.
+    """
+    for reward in rewards:
+        for dataset in datasets if not isinstance(reward, (str, StepRewardModel)) else ():
+            if dataset is not None:
+                columns = [name for name in dataset.column_names if name not in ("prompt", ROW_COLUMN)]
+                check_reward_function(reward, columns)
 
 
 def check_sharing(rewards: Sequence[RewardModel], args: RolloutConfig, peft_config: PeftConfig | None) -> None:
@@ -133,8 +155,7 @@ def load_reward(
     model = reward
     if isinstance(reward, str):
         kwargs = dict(args.reward_model_init_kwargs or {})
-        if isinstance(kwargs.get("torch_dtype"), str):
-            kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
+        kwargs["torch_dtype"] = pop_dtype(kwargs)
         model = _load_sharing(reward, policy, **kwargs) if args.share_backbone else load_reward_model(reward, **kwargs)
     elif args.share_backbone:
         dtype = model.transformer.backbone_dtype if isinstance(model, LatentRewardModel) else None
@@ -181,6 +202,9 @@ def _load_sharing(
     model_class = saved_class(name, **hub_arguments)
     config = model_class.load_config(name, **hub_arguments)
     _check_shares(model_class, config["lora"], policy, torch_dtype)
+    recorded = (
+        {"revision": config.get("base_revision"), "variant": config.get("base_variant")} if base_model is None else {}
+    )
     base_model = base_model or config["base_model_name_or_path"]
     if not base_model:
         raise ValueError(
@@ -189,7 +213,8 @@ def _load_sharing(
             "base_model=policy, share_base=True)` if it was, and pass it as `reward_model`."
         )
     base = base_tensors(policy.transformer)
-    check_same(saved_tensors(base_model, base), base, model_class.label)
+    files = {key: value for key, value in kwargs.items() if key in BASE_ARGUMENTS} | recorded
+    check_same(saved_tensors(base_model, base, **files), base, model_class.label)
     return model_class.from_pretrained(name, base_model=policy, share_base=True, **kwargs)
 
 

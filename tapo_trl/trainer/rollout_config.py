@@ -17,6 +17,9 @@ from typing import Any, ClassVar
 
 from trl.trainer.base_config import _BaseConfig
 
+from ..field_types import convert_fields
+from .option_checks import check_without_effect
+
 
 @dataclass
 class RolloutConfig(_BaseConfig):
@@ -123,7 +126,7 @@ class RolloutConfig(_BaseConfig):
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `activation_checkpointing`: Defaults to `True` instead of `False`.
     > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
-    > - `learning_rate`: Defaults to `1e-4` instead of `5e-5`.
+    > - `learning_rate`: Defaults to `1e-4` instead of `5e-5`, a rate for LoRA. Without `peft_config`, set `1e-5` or less.
     > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     """
@@ -240,6 +243,7 @@ class RolloutConfig(_BaseConfig):
     )
 
     def __post_init__(self):
+        convert_fields(self)
         if self.gradient_checkpointing is not None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
@@ -256,10 +260,27 @@ class RolloutConfig(_BaseConfig):
             raise ValueError("`auto_find_batch_size` is not supported: a retried step would repeat its rollout.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be `False`: rewards get the columns of the dataset.")
-        if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
+        if not self.sync_ref_model:
+            names = ["ref_model_mixup_alpha", "ref_model_sync_steps"]
+            check_without_effect(self, names, "without `sync_ref_model=True`")
+
+    def check_noise(self, step_indices: list[int]) -> None:
+        """
+        Args:
+            step_indices (`list[int]`): the stochastic steps, which need noise.
+
+        Raises:
+            ValueError: if `sde_type` and `noise_level` leave one without.
+        """
+        if self.noise_level <= 0 or (self.sde_type == "cps" and self.noise_level > 1):
             raise ValueError(
-                f"`save_steps` ({self.save_steps}) must be a multiple of `num_iterations` ({self.num_iterations}): "
-                "a checkpoint holds no rollouts, so it has to lie between two of them."
+                "`noise_level` must be positive, since stochastic steps without noise teach nothing, and at most 1 for "
+                f'`sde_type="cps"`. Got {self.noise_level}.'
+            )
+        if self.sde_type == "cps" and self.num_inference_steps - 1 in step_indices:
+            raise ValueError(
+                '`sde_type="cps"` has no noise at the last sampling step, which the stochastic steps '
+                f"{step_indices} include: lower `num_sde_steps` or `t_init`."
             )
 
     def check_choices(self, **choices: tuple[str | None, ...]) -> None:

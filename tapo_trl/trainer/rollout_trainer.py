@@ -28,7 +28,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, load_dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 from transformers.utils import logging
 from trl.trainer.base_trainer import _BaseTrainer
@@ -44,17 +44,29 @@ from ..seeding import seeded_generator
 from .base import (
     DiffusionTrainerMixin,
     autocast_dtype,
+    check_folders,
     check_no_data_parallel,
-    check_writable,
+    check_precision,
     fill_in_sizes,
+    release_text_encoders,
     whole_weights,
 )
 from .callbacks import PolicyCallback, ProfileCallback
 from .hub import check_hub_strategy
 from .launch_checks import check_launch
+from .lora_checks import check_no_adapter, check_peft_config
 from .nonfinite import Watched
+from .option_checks import check_arguments_of_trainer
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
-from .reward_loading import RewardModel, TieCallback, check_rewards, check_sharing, load_reward, place_rewards
+from .reward_loading import (
+    RewardModel,
+    TieCallback,
+    check_reward_functions,
+    check_rewards,
+    check_sharing,
+    load_reward,
+    place_rewards,
+)
 from .rollout_config import RolloutConfig
 from .rollout_metrics import metrics_of_steps
 from .rollout_reuse import EpochRepeatSampler, load_rollouts, save_rollouts
@@ -92,7 +104,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             Optimizer and learning rate scheduler.
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
-            fine-tuned and a frozen copy of it is the reference.
+            fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
     """
 
     loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
@@ -112,12 +124,15 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     ):
         if args is None:
             args = self.config_class(f"{Path(model).name if isinstance(model, str) else 'policy'}-{self._name}")
-        check_writable(args.output_dir)
+        check_folders(args)
         check_no_data_parallel(args, type(self).__name__)
         check_hub_strategy(args)
+        check_arguments_of_trainer(args, model)
+        check_precision(args)
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
         check_rewards(reward_models, args)
         check_sharing(reward_models, args, peft_config)
+        check_peft_config(peft_config)
         check_speed_options(args, peft_config)
 
         # Data
@@ -142,9 +157,14 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         elif eval_dataset is not None:
             eval_dataset = prepare_prompts(eval_dataset, "eval_dataset")
 
+        splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        check_reward_functions(reward_models, [train_dataset, *splits.values()])
+
         # Policy
         with whole_weights(args):
             self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
+        check_precision(args, self.policy)
+        check_no_adapter(self.policy)
         self.latent_shape = fill_in_sizes(args, self.policy)
         with whole_weights(args):
             rewards = [load_reward(reward, self.policy, args) for reward in reward_models]
@@ -155,7 +175,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
         shrink_and_speed_up(self.policy, self.ref_model, rewards, args)
 
-        # Prompts are encoded once, then the text encoders leave the memory
+        # Prompts are encoded once, then the text encoders leave the accelerator
         callbacks = list(callbacks or [])
         self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, autocast_dtype(args))
         self.timer = StageTimer(args.profile, args.device)
@@ -166,11 +186,12 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             prompts += [prompt for split in splits if split is not None for prompt in split["prompt"]]
             prompts += [prompt for cb in callbacks if isinstance(cb, PolicyCallback) for prompt in cb.prompts]
             self.prompt_cache.encode(prompts)
-        self.policy.unload_text_encoders()
+        release_text_encoders(model, self.policy)
 
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._buffer: list[tuple[list[int], Rollout]] = []
         self._buffer_step, self._slot = -1, 0
+        self._batches: list[list[dict[str, Any]]] = []  # of the update
         self._chunk_prompts: list[str] = []
         self._chunk_counts: torch.Tensor | None = None  # all of its examples do
 
@@ -303,12 +324,29 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
 
         rows = [example[ROW_COLUMN] for example in batch]
         if slot == len(self._buffer):
-            rollout = self._generate_and_score_trajectories(batch, seed_step=step)
-            self._buffer.append((rows, rollout))
+            starts_update = slot == 0 and any(batch is first for first in self._batches[:1])
+            self._generate(self._batches if starts_update else [batch], seed_step=step)
         stored_rows, rollout = self._buffer[slot]
         if stored_rows != rows:
             raise RuntimeError(f"The rollout of rows {stored_rows} is up for reuse, but the batch has rows {rows}.")
         return rollout
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list[list[dict[str, Any]]], Any]:
+        self._batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        return self._batches, num_items_in_batch
+
+    def _generate(self, batches: list[list[dict[str, Any]]], seed_step: int) -> None:
+        """
+        Make the rollouts of all batches of an update, and scale the weights of their examples, which go to the CPU, so that
+        the loss is the mean over those that count, of all processes.
+        """
+        rollouts = [self._generate_and_score_trajectories(batch, seed_step) for batch in batches]
+        totals = [torch.tensor([rollout.weights.sum(), rollout.num_examples]) for rollout in rollouts]
+        totals = torch.stack(totals).sum(0).to(self.accelerator.device)
+        count, number = self.accelerator.reduce(totals, reduction="sum").tolist()
+        for batch, rollout in zip(batches, rollouts, strict=True):
+            rollout.weights = rollout.weights.cpu() * (number / count if count else 1.0)
+            self._buffer.append(([example[ROW_COLUMN] for example in batch], rollout))
 
     def _generate_and_score_trajectories(self, batch: list[dict[str, Any]], seed_step: int) -> Rollout:
         device = self.accelerator.device
@@ -334,6 +372,13 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         return rollout
 
     # Loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            means = self._pop_metrics("train", only="loss")
+            if math.isfinite(logs["loss"]):
+                logs.update(means) if means else logs.pop("loss")
+        super().log(logs, start_time)
 
     def reference_velocity(
         self,
@@ -371,11 +416,18 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        counts = inputs.weights.cpu() > 0
+        if self._chunk_counts is not None:
+            counts &= self._chunk_counts
         inputs = inputs.to(self.accelerator.device)
         losses, weighted_losses, metrics = self.transition_losses(model, inputs)
         self.check_before_first_update(losses, metrics)
-        counts = torch.ones(len(losses), dtype=torch.bool) if self._chunk_counts is None else self._chunk_counts
-        self._record(metrics_of_steps(inputs.step_indices, metrics, self.step_metrics(losses, metrics), counts))
+        # The loss that `Trainer` knows has zeros for updates none of whose examples count
+        values = metrics | {"loss": weighted_losses.detach() / inputs.weights}
+        values = metrics_of_steps(inputs.step_indices, values, self.step_metrics(losses, metrics), counts)
+        if self.model.training and self.args.logging_nan_inf_filter:
+            values["loss"] = values["loss"][values["loss"].isfinite()]
+        self._record(values)
 
         loss = weighted_losses.mean() * inputs.share
         if self.model.training:
@@ -385,6 +437,10 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
 
     # Trainer hooks
 
+    def train(self, *args, **kwargs) -> Any:
+        self._buffer, self._buffer_step = [], -1  # of an earlier run
+        return super().train(*args, **kwargs)
+
     def _save_training_state(self, folder: Path) -> None:
         if self.state.global_step % self.args.num_iterations:
             save_rollouts(folder, self.args.process_index, self._buffer)
@@ -392,7 +448,6 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             self.accelerator.unwrap_model(self.ref_model).save_pretrained(folder / REFERENCE_FOLDER)
 
     def _load_training_state(self, folder: Path) -> None:
-        self._buffer, self._buffer_step = [], -1
         if self.args.sync_ref_model:
             reference = self.accelerator.unwrap_model(self.ref_model)
             saved = type(reference).from_pretrained(folder / REFERENCE_FOLDER, torch_dtype=reference.dtype)
@@ -404,6 +459,21 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = self.train_dataset.column_names
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        return super().get_eval_dataloader(self._prepare_new_prompts(eval_dataset, "eval_dataset"))
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return super().get_test_dataloader(self._prepare_new_prompts(test_dataset, "test_dataset"))
+
+    def _prepare_new_prompts(self, dataset: str | Dataset | None, name: str) -> str | Dataset | None:
+        """What was done to the datasets of the constructor; a name or `None` stands for one of those."""
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        if not isinstance(dataset, Dataset) or ROW_COLUMN not in dataset.column_names:
+            dataset = prepare_prompts(dataset, name)
+        self._encode_prompts(dataset["prompt"])
+        return dataset
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         if self.args.num_iterations == 1:

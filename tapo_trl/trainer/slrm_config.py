@@ -12,17 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_args
 
 from trl import RewardConfig
 
+from ..field_types import convert_fields
 from ..metrics.pair_scores import ACCURACY_RULES
 from ..rewards import REWARD_MODELS
 from ..rewards.dina import DEFAULT_NUM_QUERIES
 from ..rewards.lrm import DEFAULT_GUIDANCE_SCALE
 from ..rewards.slrm import (
     DEFAULT_NUM_TASK_TOKENS,
+    DEFAULT_RESOLUTION,
     DEFAULT_RHO,
     DEFAULT_SCORE_LINK,
     DEFAULT_VELOCITY_TARGET,
@@ -31,11 +34,20 @@ from ..rewards.slrm import (
 )
 from ..rewards.spm import DEFAULT_CLIP_MODEL
 from .noise_levels import TIMESTEP_SAMPLINGS
+from .option_checks import check_without_effect
 from .preference_config import PreferenceDataConfig
 
 
 # Fields of `RewardConfig` that mean something to a language model only.
-_TEXT_FIELDS = ("chat_template_path", "eos_token", "max_length", "pad_token", "pad_to_multiple_of")
+_TEXT_FIELDS = (
+    "chat_template_path",
+    "dataset_num_proc",
+    "eos_token",
+    "max_length",
+    "pad_token",
+    "pad_to_multiple_of",
+    "trust_remote_code",
+)
 
 # Fields that mean something to one kind of reward model only: those of the model itself, and others.
 MODEL_FIELDS = {
@@ -43,6 +55,16 @@ MODEL_FIELDS = {
     "lrm": {"lrm_layer": "layer", "lrm_guidance_scale": "guidance_scale"},
     "dina": {"dina_layers": "layers", "dina_num_queries": "num_queries"},
     "spm": {"spm_clip_model": "clip_model_name_or_path"},
+}
+_RECORDED = (
+    *("rho", "score_link", "velocity_target"),
+    *("max_sequence_length", "resolution", "height", "width", "num_frames"),
+)
+_DEFAULTS = {
+    "rho": DEFAULT_RHO,
+    "score_link": DEFAULT_SCORE_LINK,
+    "velocity_target": DEFAULT_VELOCITY_TARGET,
+    "resolution": DEFAULT_RESOLUTION,
 }
 SLRM_FIELDS = ("score_link", "rho", "velocity_target", "detach_score", "score_preservation_coef")
 
@@ -56,8 +78,11 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
 
     This class includes only the parameters that are specific to SLRM training. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
-    differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5),
-    where it gives them. The parameters that control the data are those of [`PreferenceDataConfig`].
+    differ from those in [`~transformers.TrainingArguments`]. They are the paper's for SD3.5-medium (Table 5), but for 3
+    epochs instead of 5 and the batch of 32 pairs; the recipe `recipes/sd35/slrm.yaml` has all of them. The parameters that control the data are those of [`PreferenceDataConfig`].
+
+    When the training of a reward model goes on, `rho`, `score_link`, `velocity_target`, the size (`resolution`, `height`,
+    `width` and `num_frames`) and `max_sequence_length` are those of its training. They may be left out, and must not differ.
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
@@ -85,8 +110,9 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         task_projection_rank (`int`, *optional*):
             If set, the score tokens' projections P^S are updates of this rank of the text stream's, instead of full
             matrices. Ignored if `model` is an SLRM already.
-        score_link (`str`, *optional*, defaults to `"exp"`):
-            How the logit becomes a positive score S: `"exp"` or `"softplus"`.
+        score_link (`str`, *optional*):
+            How the logit becomes a positive score S: `"exp"` or `"softplus"`. Defaults to that of `model`, if it is a reward
+            model already, else to `"exp"`.
 
         > Parameters that control the model, if `reward_model_type="lrm"`
 
@@ -116,15 +142,16 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         loss_type (`str`, *optional*):
             Loss of a pair: `"bradley_terry"` (Eq. 9) or `"thurstone"`, DiNa-LRM's, which asks for less certainty the noisier
             the latents are. Defaults to `"thurstone"` for DiNa-LRM and to `"bradley_terry"` for the others.
-        rho (`float`, *optional*, defaults to `ln 4`):
+        rho (`float`, *optional*):
             Weight of the distance between the model's velocity and its target in the score (Eq. 7). SLRM only, as are
-            `velocity_target`, `detach_score` and `score_preservation_coef`.
+            `velocity_target`, `detach_score` and `score_preservation_coef`. Defaults to that of `model`, if it is a reward model
+            already, else to the paper's `ln 4`.
         eta (`float`, *optional*, defaults to `1.0`):
             Exponent of the scores in the Bradley-Terry loss (Eq. 9).
-        velocity_target (`str`, *optional*, defaults to `"reference"`):
+        velocity_target (`str`, *optional*):
             What the model's velocity is compared to in training: `"ground_truth"`, x1 - x0, as in the paper;
             `"reference"`, the velocity of the frozen base model at x_t, which holds nothing of the clean latent; or
-            `"none"`, the logit alone.
+            `"none"`, the logit alone. Defaults to that of `model`, if it is a reward model already, else to `"reference"`.
         detach_score (`bool`, *optional*, defaults to `False`):
             Whether to stop the gradient of the preference loss through the distance.
         score_preservation_coef (`float`, *optional*, defaults to `1.0`):
@@ -161,8 +188,8 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
     > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
     >
-    > `chat_template_path`, `eos_token`, `max_length`, `pad_token` and `pad_to_multiple_of`, which come from
-    > [`~trl.RewardConfig`], mean nothing here and must not be set.
+    > `chat_template_path`, `dataset_num_proc`, `eos_token`, `max_length`, `pad_token`, `pad_to_multiple_of` and
+    > `trust_remote_code`, which come from [`~trl.RewardConfig`], mean nothing here and must not be set.
     """
 
     _VALID_DICT_FIELDS = RewardConfig._VALID_DICT_FIELDS + ["dimension_weights"]
@@ -196,9 +223,12 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     task_projection_rank: int | None = field(
         default=None, metadata={"help": "Rank of the score tokens' projections P^S. Full matrices by default."}
     )
-    score_link: str = field(
-        default=DEFAULT_SCORE_LINK,
-        metadata={"help": "How the logit becomes a positive score.", "choices": list(get_args(ScoreLink))},
+    score_link: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the logit becomes a positive score. By default as in the training that goes on, else `exp`.",
+            "choices": list(get_args(ScoreLink)),
+        },
     )
     lrm_layer: int | None = field(
         default=None,
@@ -229,12 +259,18 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
             "choices": list(LOSS_TYPES),
         },
     )
-    rho: float = field(default=DEFAULT_RHO, metadata={"help": "Weight of the distance in the score (Eq. 7)."})
-    eta: float = field(default=1.0, metadata={"help": "Exponent of the scores in the Bradley-Terry loss (Eq. 9)."})
-    velocity_target: str = field(
-        default=DEFAULT_VELOCITY_TARGET,
+    rho: float | None = field(
+        default=None,
         metadata={
-            "help": "What the model's velocity is compared to in training.",
+            "help": "Weight of the distance in the score (Eq. 7). By default as in the training that goes on, else ln 4."
+        },
+    )
+    eta: float = field(default=1.0, metadata={"help": "Exponent of the scores in the Bradley-Terry loss (Eq. 9)."})
+    velocity_target: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the model's velocity is compared to in training. By default as in the training that goes on, else "
+            "`reference`.",
             "choices": list(get_args(TrainingVelocityTarget)),
         },
     )
@@ -258,6 +294,15 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         },
     )
 
+    # Parameters that control the data
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Height and width in pixels to which images and videos are cropped and resized. By default as in the "
+            "training that goes on, else 512."
+        },
+    )
+
     # Parameters that control the evaluation
     eval_sigmas: list[float] = field(
         default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9],
@@ -272,6 +317,7 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     )
 
     def __post_init__(self):
+        convert_fields(self)
         for inherited in fields(RewardConfig):
             if inherited.name in _TEXT_FIELDS and inherited.default is not MISSING:
                 if getattr(self, inherited.name) not in (inherited.default, None):
@@ -288,8 +334,8 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         choices = {
             "reward_model_type": tuple(REWARD_MODELS),
             "loss_type": LOSS_TYPES,
-            "score_link": get_args(ScoreLink),
-            "velocity_target": get_args(TrainingVelocityTarget),
+            "score_link": (None, *get_args(ScoreLink)),
+            "velocity_target": (None, *get_args(TrainingVelocityTarget)),
             "timestep_sampling": TIMESTEP_SAMPLINGS,
         }
         for name, values in choices.items():
@@ -306,8 +352,12 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
             raise ValueError(f"`dina_layers` must be numbers of blocks in ascending order, got {self.dina_layers}.")
         self.check_preference_data()
         for name in ("rho", "score_preservation_coef", "max_skipped_updates"):
-            if getattr(self, name) < 0:
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.velocity_target == "none":
+            check_without_effect(self, ["rho", "detach_score"], 'with `velocity_target="none"`')
+        if self.rho == 0:
+            check_without_effect(self, ["detach_score"], "with `rho=0`")
         if self.eta <= 0:
             raise ValueError(f"`eta` must be positive, got {self.eta}.")
         if self.eta != 1 and self.loss_type == "thurstone":
@@ -316,10 +366,9 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
             raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
         if not self.eval_sigmas or not all(0 <= sigma <= 1 for sigma in self.eval_sigmas):
             raise ValueError(f"`eval_sigmas` must be noise levels in [0, 1], at least one, got {self.eval_sigmas}.")
-        if self.eval_rules is None:
-            self.eval_rules = ["ground_truth", "none" if self.velocity_target == "none" else "reference"]
-            if self.reward_model_type != "slrm":
-                self.eval_rules = ["none"]
+        self._chooses_eval_rules = self.eval_rules is None
+        if self._chooses_eval_rules:
+            self.eval_rules = self._default_eval_rules()
         unknown = [rule for rule in self.eval_rules if rule not in ACCURACY_RULES]
         if unknown:
             raise ValueError(f"`eval_rules` must be among {ACCURACY_RULES}, got {unknown}.")
@@ -335,11 +384,46 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         )
         defaults = {own.name: own.default for own in fields(self)}
         for name, kind in only.items():
-            if kind != self.reward_model_type and getattr(self, name) != defaults[name]:
+            allowed = (defaults[name], _DEFAULTS.get(name, defaults[name]))
+            if kind != self.reward_model_type and getattr(self, name) not in allowed:
                 raise ValueError(
                     f"`{name}` is for `reward_model_type={kind!r}`, but `reward_model_type={self.reward_model_type!r}`: leave "
                     "it unset, or change the type."
                 )
+
+    def _default_eval_rules(self) -> list[str]:
+        if self.reward_model_type != "slrm":
+            return ["none"]
+        return ["ground_truth", "none" if self.velocity_target == "none" else "reference"]
+
+    def fill_in(self, recorded: Mapping[str, Any] | None = None) -> None:
+        """
+        Put into the fields that are left open what a reward model was trained with, else the defaults.
+
+        Args:
+            recorded (`Mapping[str, Any]`, *optional*): configuration of the reward model, if there is one already.
+
+        Raises:
+            ValueError: if a field says something else than the training that goes on.
+        """
+        recorded = {name: recorded[name] for name in (*_RECORDED, "trained") if name in (recorded or {})}
+        sizes = {name: recorded.get(name) or recorded.get("resolution") for name in ("height", "width")}
+        if recorded.get("trained"):
+            asked = {name: getattr(self, name) for name in recorded if name not in ("trained", "resolution")}
+            asked |= {name: asked[name] or self.resolution for name in sizes}
+            for name, value in (recorded | sizes).items():
+                if asked.get(name) not in (None, value):
+                    field_name = "resolution" if name in sizes and getattr(self, name) is None else name
+                    raise ValueError(
+                        f"`{field_name}={asked[name]!r}` is not what the reward model in `model` was trained with, "
+                        f"`{name}={value!r}`: leave it unset to go on with that training, or start from a pipeline."
+                    )
+                setattr(self, name, value)
+        for name, default in _DEFAULTS.items():
+            if getattr(self, name) is None and (self.reward_model_type == "slrm" or name not in SLRM_FIELDS):
+                setattr(self, name, recorded.get(name, default))
+        if self._chooses_eval_rules:
+            self.eval_rules = self._default_eval_rules()
 
     def model_config(self) -> dict[str, Any]:
         """Fields of the reward model's own configuration, by the names that they have there."""

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import LoraConfig
 from transformers import EvalPrediction, TrainerCallback, set_seed
 from trl import RewardTrainer
@@ -35,14 +37,24 @@ from ..losses import slrm_loss, thurstone_loss
 from ..metrics.pair_scores import evaluation_noise, rule_targets
 from ..metrics.preference_accuracy import pair_accuracies
 from ..policies import FlowPolicy, load_policy
-from ..rewards import REWARD_MODELS, StepRewardModel, load_reward_model
+from ..policies.loading import only_hub_arguments, pop_dtype
+from ..rewards import REWARD_MODELS, LatentRewardModel, StepRewardModel, load_reward_model
 from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
 from ..seeding import seeded_generator
-from .base import DiffusionTrainerMixin, check_no_data_parallel, check_writable, fill_in_sizes
+from .base import (
+    DiffusionTrainerMixin,
+    autocast_dtype,
+    check_folders,
+    check_no_data_parallel,
+    check_precision,
+    fill_in_sizes,
+)
 from .hub import check_hub_strategy
 from .launch_checks import check_launch, uses_fsdp
+from .lora_checks import check_no_adapter, check_peft_config
 from .model_card import REWARD_MODEL_PAPERS
 from .noise_levels import draw_uniform_or_logit_normal
+from .option_checks import check_arguments_of_trainer
 from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
 from .slrm_config import MODEL_FIELDS, SLRM_FIELDS, SLRMConfig
 from .tracking import make_config_trackable
@@ -76,7 +88,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             - [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]: its transformer is copied; it is not trained itself.
             - [`StepRewardModel`]: its base model is loaded by the name in its configuration.
         args ([`SLRMConfig`], *optional*):
-            Configuration. Defaults to the paper's, with a folder named after the model.
+            Configuration. Defaults to one with a folder named after the model.
         train_dataset ([`~datasets.Dataset`]):
             Preference pairs with columns `prompt`, `chosen`, `rejected`, and optionally `margin`, `label` and
             `label_<dimension>`, see [`~data.preferences.prepare_preference_dataset`].
@@ -113,9 +125,12 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             args = SLRMConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-SLRM")
 
         # Everything that can be wrong and is cheap to find out
-        check_writable(args.output_dir)
+        check_folders(args)
         check_no_data_parallel(args, "SLRMTrainer")
         check_hub_strategy(args)
+        check_arguments_of_trainer(args, model)
+        check_precision(args)
+        check_peft_config(peft_config, has_reference=False)
         _check_sharding(args)
         if args.freeze_backbone and peft_config is not None:
             raise ValueError("`freeze_backbone=True` and `peft_config` exclude each other: set one of them.")
@@ -125,10 +140,12 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         # Model
         set_seed(args.seed)  # what is beside the backbone starts at random
         self.policy, model = _load_model(model, args, peft_config)
+        check_precision(args, self.policy)
         self.latent_shape = fill_in_sizes(args, self.policy)
         recorded = ("rho", "score_link", "velocity_target") if model.compares_velocities else ()
         for name in (*recorded, "max_sequence_length", "resolution", "height", "width", "num_frames"):
             model.register_to_config(**{name: getattr(args, name)})
+        model.register_to_config(trained=True)
         self._name, self._tag_names = model.label, ["trl", model.kind]
         self._paper = REWARD_MODEL_PAPERS.get(model.kind, self._paper)
         if peft_config is not None:
@@ -310,6 +327,11 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             if len(values) > 0:
                 recorded[name].extend(values.tolist())
 
+    def _pop_metrics(self, mode: str) -> dict[str, float]:
+        metrics = {name: sum(values) / len(values) for name, values in self._metrics[mode].items()}
+        self._metrics[mode].clear()
+        return metrics
+
     # Saving and loading
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -368,43 +390,71 @@ def _load_model(
 ) -> tuple[FlowPolicy, StepRewardModel]:
     """The base policy and the reward model to train."""
     init_kwargs = dict(args.model_init_kwargs or {})
-    dtype = init_kwargs.pop("torch_dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+    dtype = pop_dtype(init_kwargs)
     if dtype is None and peft_config is not None:
-        # A base that LoRA keeps frozen is loaded in the precision it is used in
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        dtype = autocast_dtype(args)  # a base that LoRA keeps frozen is loaded in the precision it is used in
 
-    if isinstance(model, str) and _is_reward_model(model):
-        model = load_reward_model(model, torch_dtype=dtype)
+    if isinstance(model, str):
+        hub_arguments = only_hub_arguments(init_kwargs)
+        model = os.path.expanduser(model)
+        if _is_reward_model(model, init_kwargs.get("subfolder"), **hub_arguments):
+            if not os.path.isdir(model):
+                init_kwargs.pop("revision", None)  # that of the reward model: the base has its own
+            if "subfolder" in init_kwargs:
+                hub_arguments["subfolder"] = init_kwargs.pop("subfolder")
+            model = load_reward_model(model, torch_dtype=dtype, **hub_arguments)
     if isinstance(model, StepRewardModel):
         if model.kind != args.reward_model_type:
             raise ValueError(
                 f"`model` is a {model.label}, but `reward_model_type={args.reward_model_type!r}`: set "
                 f"`reward_model_type={model.kind!r}`."
             )
+        args.fill_in(model.config)
         if not model.config.base_model_name_or_path:
             raise ValueError(
                 f"The {model.label} was made from a pipeline in memory, so its base model cannot be loaded: pass the pipeline "
                 f"or the policy as `model`, with {', '.join(f'`{name}`' for name in MODEL_FIELDS[model.kind])} in `args`."
             )
-        policy = load_policy(model.config.base_model_name_or_path, torch_dtype=dtype, **init_kwargs)
+        policy = load_policy(
+            model.config.base_model_name_or_path, torch_dtype=dtype, **model.base_files() | init_kwargs
+        )
         model.check_compatible(policy)
+        if isinstance(model, LatentRewardModel):
+            model.check_base(policy.transformer)
         return policy, model
 
+    args.fill_in()
     policy = load_policy(model, torch_dtype=dtype, **init_kwargs)
+    check_no_adapter(policy)
     reward_model = REWARD_MODELS[args.reward_model_type].from_policy(
         policy, max_sequence_length=args.max_sequence_length or policy.max_sequence_length, **args.model_config()
     )
     return policy, reward_model
 
 
-def _is_reward_model(name_or_path: str) -> bool:
-    """Whether a folder or a repository on the Hub holds a reward model rather than a pipeline."""
-    if os.path.isdir(name_or_path):
-        return not os.path.exists(os.path.join(name_or_path, DiffusionPipeline.config_name))
-    try:
-        DiffusionPipeline.load_config(name_or_path)
-    except OSError:
-        return True
-    return False
+def _is_reward_model(name_or_path: str, subfolder: str | None = None, **hub_arguments) -> bool:
+    """
+    Whether a folder or a repository on the Hub holds a reward model rather than a pipeline.
+
+    Raises:
+        ValueError: if there is neither, or no such folder or repository.
+    """
+    for filename, answer in ((DiffusionPipeline.config_name, False), (StepRewardModel.config_name, True)):
+        if os.path.isdir(name_or_path):
+            if os.path.isfile(os.path.join(name_or_path, subfolder or "", filename)):
+                return answer
+            continue
+        try:
+            hf_hub_download(name_or_path, filename, subfolder=subfolder, **hub_arguments)
+            return answer
+        except EntryNotFoundError:  # also if it is not in the cache, without a network
+            continue
+        except HFValidationError as error:
+            raise ValueError(
+                f"There is no folder {name_or_path}, and it cannot be the name of a repository."
+            ) from error
+    raise ValueError(
+        f"`model`: neither a pipeline (`{DiffusionPipeline.config_name}`) nor a reward model (`{StepRewardModel.config_name}`) "
+        f"was found in {name_or_path}, a folder or a repository on the Hub. Without a network it must be in the cache "
+        "(`cache_dir` in `model_init_kwargs`)."
+    )

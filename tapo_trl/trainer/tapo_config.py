@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from ..rewards.velocity_targets import VELOCITY_TARGETS
 from ..rollouts import PAIRINGS, get_pairing
 from ..schedulers import sde_step_indices
+from .option_checks import check_without_effect
 from .rollout_config import RolloutConfig
 
 
@@ -27,8 +28,9 @@ class TAPOConfig(RolloutConfig):
 
     This class includes only the parameters that are specific to TAPO training. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
-    differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5). The
-    parameters of all trainers with rollouts are those of [`RolloutConfig`].
+    differ from those in [`~transformers.TrainingArguments`]. They are the paper's for SD3.5-medium (Table 5), but for 3
+    epochs instead of 5 and bf16 instead of fp16; the paper's LoRA, of rank 64, is the trainer's `peft_config`. The recipe
+    `recipes/sd35/tapo.yaml` has all of them. The parameters of all trainers with rollouts are those of [`RolloutConfig`].
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
@@ -72,9 +74,10 @@ class TAPOConfig(RolloutConfig):
 
         > Parameters that control the training
 
-        beta (`float`, *optional*, defaults to `1000.0`):
+        beta (`float`, *optional*):
             Strength of the regularisation towards the reference, Eq. 13. It fits log-probabilities that are averaged
-            over the latent's dimensions (`logprob_reduction="mean"`).
+            over the latent's dimensions (`logprob_reduction="mean"`). Defaults to what the authors of `pairing` use: 1000
+            for `"tapo"` and `"tapo_within"`, 10 for `"spo"` and 500 for `"lpo"`.
         kl_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the KL divergence of each step from the reference, which is added to the loss. Eq. 13 contrasts the
             two sides of a pair and is blind to what changes both alike; this is not. Costs no forward.
@@ -143,7 +146,13 @@ class TAPOConfig(RolloutConfig):
     )
 
     # Parameters that control the training
-    beta: float = field(default=1000.0, metadata={"help": "Strength of the regularisation to the reference."})
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Strength of the regularisation to the reference. By default that of `pairing`: 1000 for `tapo` and "
+            "`tapo_within`, 10 for `spo`, 500 for `lpo`."
+        },
+    )
     kl_coef: float = field(
         default=0.0, metadata={"help": "Weight of the KL divergence from the reference, added to the loss."}
     )
@@ -175,18 +184,20 @@ class TAPOConfig(RolloutConfig):
     def __post_init__(self):
         super().__post_init__()
 
-        sde_step_indices(self.num_inference_steps, self.num_sde_steps, self.t_init)
-        get_pairing(self.pairing, self.continue_with, self.pair_threshold, self.consistent_pairs)
+        step_indices = sde_step_indices(self.num_inference_steps, self.num_sde_steps, self.t_init)
+        pairing = get_pairing(self.pairing, self.continue_with, self.pair_threshold, self.consistent_pairs)
+        if self.beta is None:
+            self.beta = pairing.beta
         if self.num_candidates < 2:
             raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
-        if self.noise_level <= 0:
-            raise ValueError(f"`noise_level` must be positive: candidates must differ. Got {self.noise_level}.")
         if self.beta <= 0:
             raise ValueError(f"`beta` must be positive, got {self.beta}.")
         if self.kl_coef < 0:
             raise ValueError(f"`kl_coef` must not be negative, got {self.kl_coef}.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
+        if self.loss_type != "sigmoid":
+            check_without_effect(self, ["label_smoothing"], f"with `loss_type={self.loss_type!r}`")
         if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:
             raise ValueError(f"`ratio_clip` must be in (0, 1), got {self.ratio_clip}.")
         self.check_choices(
@@ -196,3 +207,4 @@ class TAPOConfig(RolloutConfig):
             step_weighting=("none", "velocity"),
             velocity_target=(None, *VELOCITY_TARGETS),
         )
+        self.check_noise(step_indices)

@@ -17,7 +17,7 @@ import torch
 from ..losses import tapo_loss
 from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
 from ..schedulers import gaussian_kl, sde_step_indices
-from .model_card import TAPO_OPTIONS
+from .model_card import PAIRING_METHODS, TAPO_OPTIONS
 from .rollout_trainer import RolloutTrainer
 from .tapo_config import TAPOConfig
 from .tapo_metrics import rollout_metrics
@@ -54,7 +54,7 @@ class TAPOTrainer(RolloutTrainer):
               one-step estimate of the clean sample.
             - `list`: a weighted sum of them, see `args.reward_weights`.
         args ([`TAPOConfig`], *optional*):
-            Configuration. Defaults to the paper's, with a folder named after the model.
+            Configuration. Defaults to one with a folder named after the model.
         train_dataset ([`~datasets.Dataset`], *optional*):
             Prompts, in the column `prompt`. Other columns are passed to reward callables. Defaults to
             `args.dataset_name`, else to the prompts that ship with the package.
@@ -66,7 +66,7 @@ class TAPOTrainer(RolloutTrainer):
             Optimizer and learning rate scheduler.
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
-            fine-tuned and a frozen copy of it is the reference.
+            fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
     """
 
     config_class = TAPOConfig
@@ -75,6 +75,11 @@ class TAPOTrainer(RolloutTrainer):
     _name = "TAPO"
     _card_metrics = ("reward", "eval_", "kl")
     _card_options = TAPO_OPTIONS
+
+    @property
+    def _card_method(self) -> tuple[str, list[str], dict[str, str]]:
+        name, tag, paper = PAIRING_METHODS[self.args.pairing]
+        return name, ["trl", tag], paper or self._paper
 
     # Rollout: Algorithm 1, lines 2-13
 
@@ -114,7 +119,7 @@ class TAPOTrainer(RolloutTrainer):
         return weights
 
     def rollout_metrics(self, rollout: TrajectoryPairs) -> dict[str, torch.Tensor]:
-        return rollout_metrics(rollout, self.sampler.pairing)
+        return rollout_metrics(rollout)
 
     # Loss: Eq. 13
 
@@ -170,5 +175,4 @@ class TAPOTrainer(RolloutTrainer):
         }
 
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        if self.args.loss_type == "sigmoid":
-            self._check_start(losses)
+        self._check_start(metrics["rewards/margins"])

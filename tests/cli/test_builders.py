@@ -14,6 +14,7 @@
 
 import io
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,6 +63,18 @@ class TestLoadSplit:
         loaded = load_split(f"prompts.{suffix}")
         assert loaded["prompt"][:] == ROWS["prompt"]
         assert load_split(f"prompts.{suffix}", split="train[1:]")["style"][:] == ["oil", "ink"]
+
+    @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "txt"])
+    def test_files_with_a_byte_order_mark(self, suffix):
+        column = "text" if suffix == "txt" else "prompt"
+        text = {
+            "csv": "prompt,style\r\na cat,oil\r\n",
+            "json": '[{"prompt": "a cat"}]',
+            "jsonl": '{"prompt": "a cat"}\r\n',
+            "txt": "a cat\r\n",
+        }[suffix]
+        Path(f"marked.{suffix}").write_text(text, encoding="utf-8-sig", newline="")
+        assert load_split(f"marked.{suffix}")[column][:] == ["a cat"]
 
     def test_saved_dataset(self):
         Dataset.from_dict(ROWS).save_to_disk("saved")
@@ -303,7 +316,7 @@ class TestLoadRewardModels:
 
 class TestReadPrompts:
     def test_file(self, tmp_path):
-        (tmp_path / "p.txt").write_text("a\n\n b \n")
+        (tmp_path / "p.txt").write_text("a\n\n b \n", encoding="utf-8-sig")  # with a byte order mark
         assert read_prompts(["p.txt"], "prompts") == ["a", "b"]
 
     def test_prompts(self):
@@ -348,7 +361,9 @@ class TestBuildCallbacks:
         assert grid.ema is ema
         assert grid.prompts == ["a"]
 
-    @pytest.mark.parametrize(("resume", "expected"), [(None, None), ("True", None), ("checkpoint-3", "checkpoint-3")])
+    @pytest.mark.parametrize(
+        ("resume", "expected"), [(None, None), ("True", None), (True, None), ("checkpoint-3", "checkpoint-3")]
+    )
     def test_average_resumes_from_the_checkpoint(self, tmp_path, resume, expected):
         (tmp_path / "checkpoint-3").mkdir()
         (ema,) = self.build(resume=resume, ema_decay=0.9)

@@ -58,6 +58,10 @@ class TestGetLoraConfig:
         assert config.target_modules == {"to_q"}
         assert config.init_lora_weights is True
 
+    def test_all_linear_is_a_word_and_no_name(self, tiny_sd3_policy):
+        args = DiffusionModelConfig(use_peft=True, lora_target_modules=["all-linear"])
+        assert get_lora_config(args, tiny_sd3_policy).target_modules == "all-linear"
+
     def test_adapts_every_attention_layer_and_starts_at_zero(self, tiny_sd3_policy):
         config = get_lora_config(DiffusionModelConfig(use_peft=True, lora_r=2), tiny_sd3_policy)
         transformer = tiny_sd3_policy.transformer

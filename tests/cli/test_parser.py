@@ -78,6 +78,69 @@ class TestPrecedence:
         assert os.environ.pop("TAPO_TEST_VARIABLE") == "yes-it-is"
 
 
+@dataclass
+class FolderArguments:
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache."})
+    output_dir: str = field(default="out", metadata={"help": "Folder."})
+    eval_strategy: str = field(default="no", metadata={"help": "When."})
+    sigmas: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "Levels."})
+    prompts: list[str] | None = field(default=None, metadata={"help": "Prompts."})
+
+
+class TestTypes:
+    """Values as people write them in YAML."""
+
+    @pytest.fixture
+    def parse(self, recipe):
+        parser = RecipeParser((FirstArguments, FolderArguments), prog="tapo-trl test")
+        return lambda text, *flags: parser.parse_args_and_config(["--config", recipe(text), *flags])
+
+    def test_what_can_be_read_in_one_way(self, parse, monkeypatch):
+        monkeypatch.setenv("HOME", "/my/home")
+        text = "num_sde_steps: 4.0\nuse_peft: 'true'\nlearning_rate: 1\n"
+        text += "eval_strategy: no\nsigmas: 0.5\nprompts: p.txt\noutput_dir: 2024\ncache_dir: ~/x\n"
+        first, folders = parse(text)
+        assert first == FirstArguments(1.0, 4, True)
+        assert folders == FolderArguments("/my/home/x", "2024", "no", [0.5], ["p.txt"])
+
+    def test_null_is_the_default_of_what_may_be_left_out(self, parse):
+        _, folders = parse("cache_dir: ~\nprompts:\n")
+        assert (folders.cache_dir, folders.prompts) == (None, None)
+
+    def test_flags_with_the_home_directory(self, parse, monkeypatch):
+        monkeypatch.setenv("HOME", "/my/home")
+        _, folders = parse("prompts: a", "--cache_dir=~/x", "--prompts", "no", "5")
+        assert (folders.cache_dir, folders.prompts) == ("/my/home/x", ["no", "5"])
+
+    def test_a_file_with_a_byte_order_mark(self, tmp_path):
+        parser = RecipeParser(FirstArguments, prog="tapo-trl test")
+        (tmp_path / "r.yaml").write_text("num_sde_steps: 3\r\n", encoding="utf-8-sig")
+        assert parser.parse_args_and_config(["--config", str(tmp_path / "r.yaml")])[0].num_sde_steps == 3
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("learning_rate: null", "`learning_rate` is null, but must be a number"),
+            ("num_sde_steps: 1.5", "`num_sde_steps` must be an integer, such as 4, but is 1.5"),
+            ("num_sde_steps: [4]", "`num_sde_steps` must be an integer, such as 4, but is [4], a list"),
+            ("learning_rate: {a: 1}", "`learning_rate` must be a number"),
+            ("num_sde_steps: 2024-01-01", "`num_sde_steps` must be an integer"),
+            ("sigmas: [a]", "`sigmas[0]` must be a number"),
+            ("output_dir: ''", "`output_dir` is empty"),
+            ("cache_dir: recipe.yaml/x", "is a file"),
+            ("env: [A]", "`env` in"),
+            ("\tnum_sde_steps: 3", "is not valid YAML"),
+        ],
+    )
+    def test_others_are_one_line(self, parse, capsys, monkeypatch, tmp_path, text, expected):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit):
+            parse(text)
+        message = capsys.readouterr().err
+        assert expected in message
+        assert message.count("\n") == 1
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("text", "flags", "expected"),
@@ -117,6 +180,19 @@ class TestErrors:
     def test_missing_file(self, parser, capsys, flags, expected):
         with pytest.raises(SystemExit):
             parser.parse_args_and_config(flags)
+        assert expected in capsys.readouterr().err
+
+
+def test_checkpoints_are_looked_at_before_anything_is_loaded(tmp_path, capsys):
+    command = ["tapo", "--model_name_or_path", "m", "--reward_model", "r", "--use_cpu", "--bf16", "false"]
+    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-2" / "checkpoint_seal.json").touch()
+    for flags, expected in (
+        (["--output_dir", str(tmp_path / "out")], "checkpoint-2"),
+        (["--output_dir", str(tmp_path), "--resume_from_checkpoint", "no/such"], "there is no such folder"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, *flags])
         assert expected in capsys.readouterr().err
 
 

@@ -140,6 +140,22 @@ class TestPrepare:
         assert number_of_encodings(color_pairs(3), tiling=True) == 2
         assert number_of_encodings(color_pairs(3)) == 0
 
+    def test_cache_follows_all_that_the_vae_does(self, encodings, tmp_path):
+        policy = SD3Policy(tiny_sd3_pipeline())
+
+        def encodes_again():
+            encodings.clear()
+            prepare_preference_dataset(color_pairs(2), policy, 32, 32, cache_dir=tmp_path)
+            return len(encodings) > 0
+
+        assert encodes_again() and not encodes_again()
+        policy.vae.encoder.conv_in.weight.data *= 1.01  # which turns no sign
+        assert encodes_again() and not encodes_again()
+        policy.vae.enable_tiling()
+        assert encodes_again() and not encodes_again()
+        policy.vae.tile_overlap_factor = 0.5
+        assert encodes_again()
+
     def test_cache_that_was_not_finished_is_not_used(self, tiny_sd3_policy, encodings, tmp_path):
         prepare(color_pairs(3), tiny_sd3_policy, tmp_path)
         (record,) = tmp_path.rglob("*.json")

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from tapo_trl.data import PromptCache, default_prompts
 from tapo_trl.data.prompts import ROW_COLUMN, prepare_prompts
-from tapo_trl.policies import SD3Policy
+from tapo_trl.policies import SD3Policy, load_policy
 
 from ..testing_utils import tiny_sd3_pipeline as make_pipeline
 
@@ -85,6 +85,45 @@ class TestPromptCache:
         }
         assert len(folders) == 5
         assert PromptCache(SD3Policy(make_pipeline()), tmp_path, 3).folder in folders
+
+    def test_all_that_embeddings_depend_on_has_folders_of_its_own(self, tmp_path):
+        def swap_two_tokens(pipeline):
+            vocabulary = pipeline.tokenizer.get_vocab()
+            vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+            pipeline.tokenizer = type(pipeline.tokenizer)(vocab=vocabulary, merges=[], model_max_length=8)
+
+        def shorten(pipeline):
+            pipeline.tokenizer_2.model_max_length = 7
+
+        def change_one_token(pipeline):
+            pipeline.text_encoder.get_input_embeddings().weight.data[40, 7] += 1e-3
+
+        def change_activation(pipeline):
+            pipeline.text_encoder_2.config.hidden_act = "gelu"
+
+        def leave_one_out(pipeline):
+            pipeline.text_encoder_2 = None
+
+        def change_nothing(pipeline):
+            pipeline.transformer.proj_out.weight.data += 1
+
+        changes = (swap_two_tokens, shorten, change_one_token, change_activation, leave_one_out, change_nothing)
+        folders = []
+        for change in changes:
+            pipeline = make_pipeline()
+            change(pipeline)
+            folders.append(PromptCache(SD3Policy(pipeline), tmp_path, 3).folder)
+        assert len(set(folders)) == len(changes)
+        assert folders[-1] == PromptCache(SD3Policy(make_pipeline()), tmp_path, 3).folder
+        wider = make_pipeline(joint_attention_dim=40)
+        assert PromptCache(SD3Policy(wider), tmp_path, 3).folder not in folders
+
+    def test_a_pipeline_from_a_folder_finds_what_one_in_memory_left(self, tmp_path):
+        make_pipeline().save_pretrained(tmp_path / "pipeline")
+        loaded = PromptCache(load_policy(str(tmp_path / "pipeline")), tmp_path, 3)
+        assert loaded.folder == PromptCache(SD3Policy(make_pipeline()), tmp_path, 3).folder
+        loaded.encode(["a red fox"])  # truncation and padding, which a tokenizer remembers, do not matter
+        assert PromptCache(loaded.policy, tmp_path, 3).folder == loaded.folder
 
 
 class TestPrompts:

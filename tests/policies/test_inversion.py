@@ -97,3 +97,17 @@ class TestInversionCache:
         ]
         assert len({*folders, folder(tiny_sd3_pipeline(), 3, (torch.bfloat16,))}) == 5
         assert folder(tiny_sd3_pipeline(), 3) == folders[0]
+
+    def test_is_of_one_way_to_embed_prompts(self, tmp_path):
+        def folder(pipeline, **kwargs):
+            return InversionCache(SD3Policy(pipeline), tmp_path, 3, **kwargs).folder
+
+        tuned = tiny_sd3_pipeline()
+        tuned.text_encoder_2.get_input_embeddings().weight.data[40, 7] += 1e-3
+        folders = {
+            folder(tiny_sd3_pipeline()),
+            folder(tuned),
+            folder(tiny_sd3_pipeline(), max_sequence_length=4),
+            folder(tiny_sd3_pipeline(), embeds_dtype=torch.bfloat16),
+        }
+        assert len(folders) == 4

@@ -244,7 +244,7 @@ class TestClaims:
 
     def test_the_deployable_rule_is_named_beside_the_leaking_one(self, world):
         report = EXPERIMENTS["table2"](lab_of(world))
-        assert any("M14" in claim for claim in report.claims)
+        assert any("leak of the clean latent" in claim for claim in report.claims)
         labels = [row[0] for row in report.rows]
         assert any("sees the clean latent" in label for label in labels)
         assert any("deployable" in label for label in labels)

@@ -210,6 +210,44 @@ class TestSaveAndLoad:
         with pytest.raises(ValueError, match=r"differs in \['num_layers'\]"):
             load_reward_model(tmp_path, base_model=SD3Policy(tiny_sd3_pipeline(num_layers=5)))
 
+    @pytest.mark.parametrize("kind", ["slrm", "dina"])
+    def test_lora_comes_back_on_its_own_base_alone(self, kind, pipeline_folder, tmp_path):
+        """A merged LoRA leaves the configuration as it was."""
+        torch.manual_seed(0)
+        model = make(kind, load_policy(str(pipeline_folder)), lora=True)
+        model.save_pretrained(tmp_path)
+        other = load_policy(str(pipeline_folder))
+        with torch.no_grad():
+            weight = other.transformer.transformer_blocks[2].attn.to_q.weight
+            weight += 0.01 * weight.std() * torch.randn_like(weight)
+        with pytest.raises(ValueError, match="weights are not those that this .* merged LoRA .* `base_model`"):
+            load_reward_model(tmp_path, base_model=other)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            load_reward_model(tmp_path, base_model=load_policy(str(pipeline_folder), torch_dtype=dtype))
+        load_reward_model(tmp_path, torch_dtype="bf16")
+
+        config = json.loads((tmp_path / "config.json").read_text())
+        for name in ("base_fingerprint", "base_revision", "base_variant", "trained"):
+            del config[name]  # as in a folder from before
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        load_reward_model(tmp_path, base_model=other)
+
+    def test_lora_finds_the_files_of_its_base(self, pipeline_folder, tmp_path):
+        base = load_policy(str(pipeline_folder), torch_dtype="fp16").pipeline
+        base.save_pretrained(tmp_path / "base", variant="fp16")
+        model = make("dina", load_policy(str(tmp_path / "base"), variant="fp16", revision="main"), lora=True)
+        model.save_pretrained(tmp_path / "lora")
+        loaded = load_reward_model(tmp_path / "lora")
+        assert (loaded.config.base_variant, loaded.config.base_revision) == ("fp16", "main")
+
+    def test_precision_has_two_names(self, policy, tmp_path):
+        make("dina", policy).save_pretrained(tmp_path)
+        assert load_reward_model(tmp_path, dtype="bf16").transformer.dtype == torch.bfloat16
+        with pytest.raises(ValueError, match="two names of one option"):
+            load_reward_model(tmp_path, dtype="bf16", torch_dtype="fp32")
+        with pytest.raises(ValueError, match="'auto'` is for pipelines"):
+            load_reward_model(tmp_path, torch_dtype="auto")
+
     def test_slrm_is_recognised(self, policy, tmp_path):
         SLRMModel.from_policy(policy).save_pretrained(tmp_path)
         assert type(load_reward_model(tmp_path)) is SLRMModel

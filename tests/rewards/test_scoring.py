@@ -12,12 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import functools
+
 import pytest
 import torch
 
 from tapo_trl.policies import PromptEmbeddings
 from tapo_trl.rewards import Candidates, LatentReward, SLRMModel, WeightedReward, velocity_target
 from tapo_trl.rewards.candidates import CleanSamples
+from tapo_trl.rewards.scoring import PixelReward, call_reward_function, check_reward_function
 
 
 def make_candidates(sigma=0.4, count=4):
@@ -105,6 +108,19 @@ class TestRewards:
         assert reward(make_candidates()).tolist() == [3.0, 3.5, 4.0, 4.5]
         assert reward.last_scores["row"].tolist() == [0.0, 1.0, 2.0, 3.0]
 
+    def test_names_are_unique(self):
+        def rewards(*names):
+            functions = []
+            for index, name in enumerate(names):
+                functions.append(lambda candidates, value=float(index): torch.full((len(candidates),), value))
+                functions[-1].__name__ = name
+            return functions
+
+        reward = WeightedReward(rewards("r", "r", "r_0"))
+        assert reward(make_candidates()).tolist() == [3.0] * 4, "each counts once"
+        assert reward.names == ["r_1", "r_2", "r_0"]
+        assert WeightedReward(rewards("r_1", "r", "r", "r")).names == ["r_1", "r_0", "r_2", "r_3"]
+
     def test_wrong_number_of_weights(self):
         with pytest.raises(ValueError, match="reward_weights"):
             WeightedReward([lambda candidates: None], weights=[1.0, 2.0])
@@ -132,3 +148,110 @@ class TestCleanSamples:
         with torch.no_grad():
             expected = slrm.score(samples.latents, 0.0, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
         assert torch.equal(LatentReward(slrm, kind)(samples), expected)
+
+
+def plain(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def with_columns(images, prompts, **columns):
+    return images.mean((1, 2, 3))
+
+
+class Scorer:
+    def __call__(self, images, prompts, **columns):
+        return images.mean((1, 2, 3))
+
+    def score(self, images, prompts, **columns):
+        return images.mean((1, 2, 3))
+
+
+class Network(torch.nn.Module):
+    def forward(self, images, prompts, **columns):
+        return images.mean((1, 2, 3))
+
+
+class TestCheckRewardFunction:
+    @pytest.mark.parametrize(
+        ("function", "columns"),
+        [
+            (plain, []),
+            (with_columns, ["style", "label", "self"]),
+            (lambda i, p, **c: 0, ["images", "prompts"]),
+            (lambda images, prompts, style: 0, ["style"]),
+            (lambda images, prompts, style=None: 0, []),
+            (functools.partial(with_columns, scale=2), ["style"]),
+            (Scorer(), ["style"]),
+            (Scorer().score, ["style"]),
+            (Network(), ["style"]),
+            (max, ["style"]),
+        ],
+    )
+    def test_what_can_be_called(self, function, columns):
+        check_reward_function(function, columns)
+
+    @pytest.mark.parametrize(
+        ("function", "columns", "expected"),
+        [
+            (plain, ["style"], r"`plain\(images, prompts\)` cannot be called: .*'style'.*`\*\*columns`"),
+            (lambda images, prompts, metadata: 0, [], "metadata"),
+            (lambda prompts: 0, [], "too many positional arguments"),
+            (with_columns, ["images", "style"], r"columns .* `with_columns`: \['images'\].*rename_column"),
+            (with_columns, ["prompts"], r"\['prompts'\]"),
+            (lambda texts, style, **c: 0, ["style"], r"\['style'\]"),
+            (Scorer(), ["self"], r"`Scorer`: \['self'\]"),
+            (Network(), ["images"], r"`Network`: \['images'\]"),
+            (Scorer, [], "`Scorer` is a class"),
+        ],
+    )
+    def test_what_cannot(self, function, columns, expected):
+        with pytest.raises(ValueError, match=expected):
+            check_reward_function(function, columns)
+
+
+class TestCallRewardFunction:
+    images = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+    def call(self, function):
+        return call_reward_function(function, self.images, ["fox"] * 4)
+
+    def test_outside_of_autocast(self, tiny_sd3_policy):
+        """Under bfloat16 a linear scorer tells 16 candidates hardly apart, and `.numpy()` fails on what it returns."""
+        scorer, seen = torch.nn.Linear(3 * 32 * 32, 1), []
+
+        def linear(images, prompts):
+            seen.append((images.dtype, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+            return scorer(images.flatten(1))[:, 0].numpy()
+
+        candidates = make_candidates(count=16)
+        expected = scorer(tiny_sd3_policy.decode(candidates.denoised).flatten(1))[:, 0]
+        reward = PixelReward(linear, tiny_sd3_policy)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(reward(candidates), expected.detach())
+        assert seen == [(torch.float32, False, False)]
+
+    @pytest.mark.parametrize(
+        "convert", [list, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.bfloat16, lambda scores: scores > 0.5]
+    )
+    def test_scores_of_every_kind(self, convert):
+        scores = self.call(lambda images, prompts: convert(images.mean((1, 2, 3))))
+        assert scores.dtype == torch.float32 and scores.shape == (4,)
+
+    @pytest.mark.parametrize(
+        ("returned", "expected"),
+        [
+            (None, "returned `NoneType`"),
+            ((torch.zeros(4), {}), "returned a `tuple` of `Tensor`, `dict`"),
+            ({"red": torch.zeros(4)}, "returned `dict`"),
+            ([0.1, None, 0.2, None], "returned a `list` of `float`, `NoneType`"),
+            (torch.zeros(3), r"returned shape \(3,\)"),
+            (torch.zeros(4, 1), r"returned shape \(4, 1\)"),
+            (0.5, r"returned shape \(\)"),
+        ],
+    )
+    def test_others_are_refused_by_the_function_s_name(self, returned, expected):
+        def judge(images, prompts):
+            return returned
+
+        with pytest.raises(ValueError, match=f"`judge` must return one score per candidate, 4, but {expected}"):
+            self.call(judge)

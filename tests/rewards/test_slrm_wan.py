@@ -62,7 +62,7 @@ class TestScoreTokens:
         assert torch.equal(masked_after[0], masked_before[0])
 
     def test_the_base_with_appended_tokens_and_identity_rotary_is_the_same_function(self):
-        """M20 by hand: while P^S is the video's own projection, score tokens are video tokens at the rotary origin."""
+        """By hand: while P^S is the video's own projection, score tokens are video tokens at the rotary origin."""
         base, model = score_transformer()
         x = inputs()
         cos, sin = base.rope(x["hidden_states"])

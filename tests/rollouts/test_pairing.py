@@ -81,7 +81,8 @@ class TestThreshold:
 
     @pytest.mark.parametrize("name", ["tapo", "tapo_within"])
     def test_tapo_has_none(self, name):
-        assert self.weights(PAIRINGS[name], [[0.0, -1.0]], [0.5]) == [[1.0, 1.0]]
+        assert self.weights(PAIRINGS[name], [[1e-6, -1.0]], [0.5]) == [[1.0, 1.0]]
+        assert self.weights(PAIRINGS[name], [[0.0, -1.0]], [0.5]) == [[0.0, 1.0]]  # a tie has no winner
         assert self.weights(get_pairing(name, threshold=[0.1]), [[0.0, 1.0]], [0.5]) == [[0.0, 1.0]]
 
 

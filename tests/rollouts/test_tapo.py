@@ -13,11 +13,14 @@
 # limitations under the License.
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from tapo_trl.metrics.pair_scores import rule_targets
 from tapo_trl.rewards import LatentReward, PixelReward, SLRMModel, WeightedReward
+from tapo_trl.rewards.velocity_targets import velocity_target
 from tapo_trl.rollouts import TAPOSampler, TrajectoryPairs
 from tapo_trl.schedulers import draw_candidates, sde_step_indices
 
@@ -41,7 +44,7 @@ def first_value(candidates):
     return candidates.latents.flatten(1)[:, 0].clone()
 
 
-def make_sampler(policy, reward, num_candidates=4, guidance_scale=3.0, **scheduler_kwargs):
+def make_sampler(policy, reward, num_candidates=4, guidance_scale=3.0, reference=None, **scheduler_kwargs):
     latent_shape = policy.latent_shape(32, 32)
     return TAPOSampler(
         policy=policy,
@@ -51,6 +54,7 @@ def make_sampler(policy, reward, num_candidates=4, guidance_scale=3.0, **schedul
         reward=WeightedReward([reward]),
         latent_shape=latent_shape,
         guidance_scale=guidance_scale,
+        reference=reference,
     )
 
 
@@ -178,6 +182,25 @@ class TestCandidates:
         hook.remove()
         assert len(calls) == 7  # of 7 steps 3 are spared, and 3 rewards need one
         torch.testing.assert_close(reused.final_latents, plain.final_latents, rtol=1e-4, atol=1e-4)
+
+    def test_the_reference_is_compared_to_as_in_the_training_of_a_reward_model(self, tiny_sd3_policy):
+        """Without guidance; the policy's velocity, which the next step uses again, has it."""
+        policy, network, targets = tiny_sd3_policy, tiny_sd3_policy.transformer, []
+
+        def score(candidates):
+            targets.append((candidates, *(velocity_target(candidates, kind) for kind in ("reference", "policy"))))
+            return first_value(candidates)
+
+        # `with nullcontext(model) as reference`
+        run(make_sampler(policy, RecordingReward(score), guidance_scale=4.5, reference=nullcontext), policy)
+        negative = policy.encode_prompts([""], 3)
+        for candidates, of_reference, of_policy in targets[:-1]:  # the last candidates are too clean for a target
+            inputs = (candidates.latents, candidates.sigma, candidates.prompt_embeds)
+            noise, sigma = torch.zeros_like(candidates.latents), candidates.sigma.expand(len(candidates))
+            trained = rule_targets(["reference"], policy, network, inputs[0], noise, sigma, inputs[2])["reference"]
+            torch.testing.assert_close(of_reference, trained)
+            torch.testing.assert_close(of_policy, policy.velocity(network, *inputs, negative, 4.5))
+            assert (of_reference - of_policy).abs().max() > 0.01
 
 
 class TestPixelReward:

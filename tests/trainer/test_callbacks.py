@@ -146,6 +146,9 @@ def video_trainer(monkeypatch):
 
 
 class TestSampleGridCallback:
+    def test_a_single_prompt_is_not_split_into_letters(self):
+        assert SampleGridCallback("a cat", 1).prompts == ["a cat"]
+
     def test_grids_at_start_every_k_steps_and_end(self, tmp_path):
         run(tmp_path, [SampleGridCallback(PROMPTS, every_n_steps=4)], max_steps=6)
         names = sorted(path.name for path in (tmp_path / "samples").glob("*.png"))

@@ -13,10 +13,18 @@
 # limitations under the License.
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from tapo_trl.trainer.checkpoints import SEAL_NAME, checkpoint_damage, last_good_checkpoint, seal_checkpoint
+from tapo_trl.trainer.checkpoints import (
+    SEAL_NAME,
+    check_keeps_checkpoints,
+    checkpoint_damage,
+    checkpoint_to_resume,
+    last_good_checkpoint,
+    seal_checkpoint,
+)
 
 
 def make_checkpoint(output_dir, step, sealed=True):
@@ -82,3 +90,52 @@ class TestLastGoodCheckpoint:
         assert last_good_checkpoint(tmp_path / "missing") is None
         (tmp_path / "checkpoint-best").mkdir()
         assert last_good_checkpoint(tmp_path) is None
+
+
+class TestCheckpointToResume:
+    @pytest.mark.parametrize("word", [True, "true", "True", "TRUE"])
+    def test_the_last_whole_one(self, tmp_path, word):
+        assert checkpoint_to_resume(word, tmp_path) is None, "starts anew without any"
+        for step in (1, 2):
+            make_checkpoint(tmp_path, step)
+        make_checkpoint(tmp_path, 3, sealed=False)
+        assert checkpoint_to_resume(word, tmp_path) == tmp_path / "checkpoint-2"
+
+    @pytest.mark.parametrize("word", [None, False, "false", "False", ""])
+    def test_none(self, tmp_path, word):
+        make_checkpoint(tmp_path, 1)
+        assert checkpoint_to_resume(word, tmp_path) is None
+
+    def test_a_folder(self, tmp_path, monkeypatch):
+        folder = make_checkpoint(tmp_path, 1)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        for name in (folder, str(folder), "~/checkpoint-1"):
+            assert checkpoint_to_resume(name, "elsewhere") == folder
+
+    def test_a_folder_that_cannot_be_used(self, tmp_path):
+        make_checkpoint(tmp_path, 1, sealed=False)
+        for name, reason in (("checkpoint-1", "never finished"), ("ture", "no such folder")):
+            with pytest.raises(ValueError, match=f"`resume_from_checkpoint`.*{name} cannot be used: .*{reason}"):
+                checkpoint_to_resume(str(tmp_path / name), tmp_path)
+
+
+class TestCheckKeepsCheckpoints:
+    def args(self, output_dir, save_strategy="steps"):
+        return SimpleNamespace(output_dir=str(output_dir), save_strategy=save_strategy)
+
+    def test_a_start_from_the_beginning(self, tmp_path):
+        make_checkpoint(tmp_path, 1, sealed=False)
+        check_keeps_checkpoints(self.args(tmp_path), None)  # nothing that could be used is lost
+        make_checkpoint(tmp_path, 2)
+        check_keeps_checkpoints(self.args(tmp_path, "no"), None)
+        with pytest.raises(ValueError, match=r"checkpoint-2.*would overwrite.*`resume_from_checkpoint=True`"):
+            check_keeps_checkpoints(self.args(tmp_path), None)
+
+    def test_a_step_back_is_said(self, tmp_path, monkeypatch):
+        folders = [make_checkpoint(tmp_path, step) for step in (1, 2, 3)]
+        said = []
+        monkeypatch.setattr("tapo_trl.trainer.checkpoints.logger.warning", said.append)
+        check_keeps_checkpoints(self.args(tmp_path), folders[-1])
+        assert said == []
+        check_keeps_checkpoints(self.args(tmp_path), folders[0])
+        assert "['checkpoint-2', 'checkpoint-3']" in said[0]

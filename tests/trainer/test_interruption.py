@@ -83,11 +83,12 @@ class TestSignals:
         assert resumed.state.global_step == STEPS
         assert_same(resumed, unbroken)
 
-    def test_waits_for_a_step_that_can_be_resumed_from(self, tmp_path):
+    def test_does_not_wait_between_two_updates_from_a_rollout(self, tmp_path):
         stop = AtStep(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         trainer = make_trainer(tmp_path, callbacks=[stop], max_steps=6, num_iterations=2)
         trainer.train()
-        assert trainer.state.global_step == 4
+        assert trainer.state.global_step == 3
+        assert last_good_checkpoint(trainer.args.output_dir).name == "checkpoint-3"
 
     def test_a_second_interrupt_does_not_wait(self, tmp_path):
         def press_twice():
@@ -133,6 +134,18 @@ class TestDamage:
         trainer = make_trainer(tmp_path, **SAVING)
         trainer.train(resume_from_checkpoint=True)
         assert_same(trainer, unbroken)
+
+    def test_the_configuration_says_it(self, tmp_path):
+        make_trainer(tmp_path, **SAVING | {"max_steps": 2}).train()
+        weights = sorted((tmp_path / "out").glob("checkpoint-*/adapter_model.safetensors"))
+        before = [path.stat().st_mtime_ns for path in weights]
+
+        resumed = make_trainer(tmp_path, resume_from_checkpoint="true", **SAVING | {"max_steps": 3})
+        resumed.train()
+        assert [logs["step"] for logs in resumed.state.log_history if "loss" in logs][-1] == 3
+        assert [path.stat().st_mtime_ns for path in weights] == before, "the first steps are not trained again"
+        with pytest.raises(ValueError, match="checkpoints of an earlier run"):
+            make_trainer(tmp_path, resume_from_checkpoint="true", **SAVING).train(resume_from_checkpoint=False)
 
     def test_lets_go_of_old_checkpoints_after_the_new_one_is_whole(self, tmp_path):
         trainer = make_trainer(tmp_path, save_total_limit=1, **SAVING)

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from tapo_trl.trainer.model_card import current_command, is_hub_id, public_command, write_model_card
+from tapo_trl.trainer.model_card import PAIRING_METHODS, current_command, is_hub_id, public_command, write_model_card
 
 
 BASE = "stabilityai/stable-diffusion-3.5-medium"
@@ -77,6 +77,30 @@ class TestMetadata:
         assert data.metrics == ["reward"]
         assert {"trl", "tapo", "lora", "diffusers", "text-to-image", "extra"} <= set(data.tags)
         assert len(data.tags) == len(set(data.tags))
+
+    @pytest.mark.parametrize(
+        ("pairing", "name", "tag", "citation"),
+        [
+            ("tapo", "**TAPO** (", "tapo", None),
+            ("tapo_within", "**TAPO** (", "tapo-within", None),
+            ("spo", "**SPO** (Step-by-step", "spo", "liang2024step"),
+            ("lpo", "**LPO** (Latent", "lpo", "zhang2025diffusion"),
+        ],
+    )
+    def test_pairings(self, tmp_path, pairing, name, tag, citation):
+        trainer_name, trainer_tag, paper = PAIRING_METHODS[pairing]
+        card = write(tmp_path, trainer_name=trainer_name, **({} if paper is None else {"paper": paper}))
+        assert trainer_tag == tag and tag in card.data.tags and name in " ".join(card.text.split())
+        assert ("TAPO" in card.text.replace("TAPO-", "")) == pairing.startswith("tapo")
+        assert (paper is None) if citation is None else citation in card.text
+        assert "trajector" in card.text and "Both sides of a preference pair" not in card.text
+
+    @pytest.mark.parametrize("name", ["Inversion-DPO", "DenseReward"])
+    def test_variants_of_diffusion_dpo(self, tmp_path, name):
+        card = write(tmp_path, trainer_name=name)
+        assert f"**{name}** on the preference pairs of" in " ".join(card.text.split())
+        assert {"diffusion-dpo", name.lower().replace("reward", "-reward")} <= set(card.data.tags)
+        assert "A policy that is trained on a learned reward" not in card.text
 
     def test_slrm(self, tmp_path):
         data = write(tmp_path, trainer_name="SLRM").data

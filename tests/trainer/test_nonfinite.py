@@ -180,7 +180,7 @@ class TestGiveUp:
         assert trainer.state.global_step == 6
         assert [entry.get("skipped_updates") for entry in trainer.state.log_history][:6] == [0, 1, 0, 1, 1, 0]
 
-    def test_waits_for_a_step_that_can_be_resumed_from(self, tmp_path):
+    def test_waits_until_a_rollout_is_used_up(self, tmp_path):
         trainer, _, _ = self.fail(tmp_path, first_bad=3, max_steps=8, max_skipped_updates=0, num_iterations=2)
         assert trainer.state.global_step == 4
 

@@ -14,12 +14,19 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from tapo_trl import SLRMModel, TAPOConfig
 from tapo_trl.policies import SD3Policy, WanPolicy
 from tapo_trl.rewards.scoring import LatentReward, PixelReward
-from tapo_trl.trainer.reward_loading import check_rewards, load_reward, place_reward, store_in_float8
+from tapo_trl.trainer.reward_loading import (
+    check_reward_functions,
+    check_rewards,
+    load_reward,
+    place_reward,
+    store_in_float8,
+)
 
 from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 
@@ -107,3 +114,10 @@ class TestLoading:
     def test_what_cannot_work_is_refused_before_anything_is_loaded(self, tmp_path, rewards, options, message):
         with pytest.raises(ValueError, match=message):
             check_rewards(rewards, make_args(tmp_path, **options))
+
+
+def test_columns_of_every_dataset_are_checked_before_loading():
+    train, held_out = Dataset.from_dict({"prompt": ["fox"]}), Dataset.from_dict({"prompt": ["owl"], "style": ["oil"]})
+    check_reward_functions(["outputs/slrm", brightness], [train, None])
+    with pytest.raises(ValueError, match="`brightness.*'style'"):
+        check_reward_functions([brightness], [train, held_out])

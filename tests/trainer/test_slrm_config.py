@@ -28,7 +28,8 @@ def test_defaults_are_the_papers(tmp_path):
     args = config(tmp_path)
     assert isinstance(args, RewardConfig)
     assert (args.learning_rate, args.weight_decay, args.adam_beta1, args.adam_beta2) == (1e-5, 0.01, 0.9, 0.999)
-    assert args.rho == math.log(4) and args.resolution == 512
+    args.fill_in()
+    assert args.rho == math.log(4) and args.resolution == 512 and args.score_link == "exp"
     assert args.velocity_target == "reference" and args.timestep_sampling == "uniform" and args.shared_noise
     assert args.activation_checkpointing
 
@@ -73,6 +74,8 @@ def test_every_field_has_help_and_is_documented():
         ("pad_token", "<pad>"),
         ("pad_to_multiple_of", 8),
         ("max_length", 77),
+        ("dataset_num_proc", 2),
+        ("trust_remote_code", True),
     ],
 )
 def test_bad_values_name_their_field(field, value, tmp_path):
@@ -85,6 +88,61 @@ def test_bad_values_name_their_field(field, value, tmp_path):
 )
 def test_accuracy_is_measured_under_the_papers_rule_and_a_deployable_one(target, rule, tmp_path):
     assert config(tmp_path, velocity_target=target).eval_rules == ["ground_truth", rule]
+
+
+RECORDED = {
+    **{"rho": 0.5, "score_link": "softplus", "velocity_target": "none", "max_sequence_length": 64},
+    **{"resolution": 256, "height": 256, "width": 256, "num_frames": None, "trained": True},
+}
+
+
+class TestFillIn:
+    """What a training that goes on was like."""
+
+    def test_fields_that_are_left_open_are_those_of_the_folder(self, tmp_path):
+        args = config(tmp_path)
+        args.fill_in(RECORDED)
+        assert {name: getattr(args, name) for name in RECORDED.keys() - {"trained"}}.items() <= RECORDED.items()
+        assert args.eval_rules == ["ground_truth", "none"], "by the target that is used"
+        explicit = config(tmp_path, eval_rules=["reference"], rho=0.5, resolution=256, num_frames=None, width=256)
+        explicit.fill_in(RECORDED)
+        assert (explicit.eval_rules, explicit.rho, explicit.height) == (["reference"], 0.5, 256)
+
+    def test_folders_of_another_aspect(self, tmp_path):
+        recorded = RECORDED | {"resolution": 512, "height": 480, "width": 832, "num_frames": 33}
+        for kwargs in ({}, {"height": 480, "width": 832}, {"num_frames": 33}):
+            args = config(tmp_path, **kwargs)
+            args.fill_in(recorded)
+            assert (args.height, args.width, args.num_frames) == (480, 832, 33)
+        old = config(tmp_path)
+        old.fill_in(RECORDED | {"height": None, "width": None})
+        assert (old.height, old.width) == (256, 256)
+
+    @pytest.mark.parametrize(
+        ("field", "value", "recorded"),
+        [
+            ("rho", 1.0, "`rho=0.5`"),
+            ("score_link", "exp", "`score_link='softplus'`"),
+            ("velocity_target", "reference", "`velocity_target='none'`"),
+            ("max_sequence_length", 256, "`max_sequence_length=64`"),
+            ("resolution", 512, "`height=256`"),
+            ("height", 512, "`height=256`"),
+            ("num_frames", 9, "`num_frames=None`"),
+        ],
+    )
+    def test_what_contradicts_is_refused(self, tmp_path, field, value, recorded):
+        with pytest.raises(ValueError, match=f"^`{field}={value!r}` is not what .*{recorded}: leave it unset"):
+            config(tmp_path, **{field: value}).fill_in(RECORDED)
+
+    def test_a_model_that_was_never_trained_contradicts_nothing(self, tmp_path):
+        args = config(tmp_path, rho=1.0, resolution=64)
+        args.fill_in(RECORDED | {"trained": False})
+        assert (args.rho, args.score_link, args.resolution, args.max_sequence_length) == (1.0, "softplus", 64, None)
+
+    def test_other_kinds_have_no_velocity(self, tmp_path):
+        args = config(tmp_path, reward_model_type="lrm")
+        args.fill_in({"resolution": 64, "height": None, "width": None, "max_sequence_length": 8, "trained": True})
+        assert (args.rho, args.velocity_target, args.eval_rules, args.resolution) == (None, None, ["none"], 64)
 
 
 @pytest.mark.parametrize(

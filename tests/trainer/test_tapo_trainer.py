@@ -295,7 +295,8 @@ class TestGradient:
     )
     def test_equals_an_independent_float64_reference_and_finite_differences(self, tmp_path, options):
         trainer, (pairs,), gradients = self.run(tmp_path, beta=30.0, **options)
-        assert 0 < pairs.weights.mean() < 1 or "pair_threshold" not in options
+        assert pairs.weights.mean() == 1  # the mean over the pairs that count
+        assert (pairs.weights == 0).any() == ("pair_threshold" in options)
         loss, model = reference_loss(trainer, pairs)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -479,6 +480,58 @@ class TestSaving:
         assert all(name.startswith("transformer.") for name in metadata)
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 4
 
+    def test_the_card_names_the_method_of_the_pairing(self, tmp_path):
+        trainer = make_trainer(tmp_path, pairing="lpo", pair_threshold=[0.2, 0.4])
+        trainer.create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "**LPO**" in card and "zhang2025diffusion" in card and "- lpo\n" in card and "[0.2, 0.4]" in card
+        assert "xian2026consistent" not in card and "- tapo\n" not in card
+
+
+class TestPairsThatDoNotCount:
+    """Those below the threshold of SPO, and ties."""
+
+    def test_the_loss_is_the_mean_over_the_others_however_the_batch_is_split(self, tmp_path):
+        results = []
+        for rows, splits in ((4, 1), (2, 2), (1, 4)):
+            recorder = GradientRecorder()
+            batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": splits, "max_steps": 1}
+            options = {"pairing": "spo", "pair_threshold": [0.0015], "transition_batch_size": 2}
+            trainer = make_trainer(tmp_path / f"{rows}", callbacks=[recorder], **batch | options)
+            trainer.train()
+            logs = trainer.state.log_history[0]
+            assert 0.2 < logs["pairs_kept"] < 0.8
+            assert logs["loss"] == pytest.approx(math.log(2), abs=1e-6)
+            results.append(recorder.gradients)
+        for name, gradient in results[0].items():
+            for other in results[1:]:
+                torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("loss", ["tapo", "spo"])
+    def test_updates_without_a_pair_that_counts_log_no_loss(self, tmp_path, loss):
+        def equal(images, prompts):
+            return [1.0] * len(prompts)
+
+        trainer = make_trainer(tmp_path, equal, pairing=loss, weight_decay=0.0, eval_prompts=["cat"], kl_coef=1.0)
+        before = trainable(trainer)
+        trainer.train()
+        assert all(torch.equal(value, before[name]) for name, value in trainable(trainer).items())
+        for logs in trainer.state.log_history[:2]:
+            assert logs["pairs_kept"] == 0 and logs["skipped_updates"] == 0
+            assert not {"loss", "rewards/margins", "kl"} & logs.keys()
+
+    def test_a_loss_that_is_logged_over_several_updates_leaves_out_those_without(self, tmp_path):
+        calls = []
+
+        def sometimes_equal(images, prompts):
+            calls.append(len(prompts))
+            return [0.0] * len(prompts) if len(calls) <= 3 else redness(images, prompts)
+
+        trainer = make_trainer(tmp_path, sometimes_equal, logging_steps=2, learning_rate=0.0)
+        trainer.train()
+        logs = trainer.state.log_history[0]
+        assert logs["pairs_kept"] == 0.5 and logs["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
 
 class TestCallbacks:
     def test_prompts_of_callbacks_are_encoded_and_the_trainer_attached(self, tmp_path):
@@ -488,7 +541,6 @@ class TestCallbacks:
 
         callback = Look(["newt"])
         trainer = make_trainer(tmp_path, callbacks=[callback], max_steps=1)
-        assert trainer.policy.pipeline.text_encoder is None
         trainer.train()
         assert callback.images.shape == (1, 3, 32, 32)
 
@@ -509,6 +561,8 @@ class TestBadInput:
             ({"num_sde_steps": 6}, "t_init"),
             ({"num_candidates": 1}, "num_candidates"),
             ({"noise_level": 0.0}, "noise_level"),
+            ({"sde_type": "cps", "noise_level": 1.5}, 'at most 1 for `sde_type="cps"`'),
+            ({"sde_type": "cps"}, "has no noise at the last sampling step"),  # the steps are 1, 3 and 5 of 0 to 5
             ({"beta": 0.0}, "beta"),
             ({"kl_coef": -1.0}, "kl_coef"),
             ({"pairing": "dpo"}, "pairing"),
@@ -524,7 +578,16 @@ class TestBadInput:
             ({"loss_type": "dpo"}, "loss_type"),
             ({"remove_unused_columns": True}, "remove_unused_columns"),
             ({"auto_find_batch_size": True}, "auto_find_batch_size"),
-            ({"num_iterations": 3, "save_strategy": "steps", "save_steps": 4}, "save_steps"),
+            (
+                {"loss_type": "hinge", "label_smoothing": 0.1},
+                "`label_smoothing=0.1` has no effect with `loss_type='hinge'`",
+            ),
+            (
+                {"loss_type": "ipo", "label_smoothing": 0.1},
+                "`label_smoothing=0.1` has no effect with `loss_type='ipo'`",
+            ),
+            ({"ref_model_sync_steps": 8}, "`ref_model_sync_steps=8` has no effect without `sync_ref_model=True`"),
+            ({"ref_model_mixup_alpha": 0.5}, "`ref_model_mixup_alpha=0.5` has no effect"),
             ({"transition_batch_size": 0}, "transition_batch_size"),
         ],
     )

@@ -1,0 +1,375 @@
+# Copyright 2026 The tapo_trl authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What must hold for every trainer of a policy, whatever its algorithm."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+
+from tapo_trl import (
+    DiffusionDPOTrainer,
+    FlowGRPOTrainer,
+    OnlineDiffusionDPOTrainer,
+    SLRMConfig,
+    SLRMTrainer,
+    TAPOTrainer,
+)
+
+from ..data.preference_pairs import latent_pairs
+from ..testing_utils import tiny_sd3_pipeline
+from . import test_diffusion_dpo_trainer, test_flow_grpo_trainer, test_online_dpo_trainer, test_tapo_trainer
+from .policy_checks import check_lora_loads_into_diffusers_exactly, trainable
+from .test_tapo_trainer import PROMPTS, make_lora, randomize_adapter, redness
+
+
+METHODS = {
+    "tapo": (TAPOTrainer, test_tapo_trainer.make_args),
+    "online_dpo": (OnlineDiffusionDPOTrainer, test_online_dpo_trainer.make_args),
+    "grpo": (FlowGRPOTrainer, test_flow_grpo_trainer.make_args),
+    "dpo": (DiffusionDPOTrainer, test_diffusion_dpo_trainer.make_args),
+}
+SMALL = {"num_inference_steps": 2, "max_steps": 1, "per_device_train_batch_size": 1, "guidance_scale": 1.0}
+
+
+def make_trainer(
+    method, tmp_path, pipeline=None, peft_config=None, eval_dataset=None, optimizers=(None, None), **kwargs
+):
+    """The trainer of `method`; `eval_dataset` has prompts or pairs, as it needs."""
+    torch.manual_seed(0)
+    trainer_class, make_args = METHODS[method]
+    counts = {"tapo": {"num_sde_steps": 1}, "online_dpo": {"num_noise_levels": 1}, "grpo": {}, "dpo": {}}
+    arguments = [tiny_sd3_pipeline() if pipeline is None else pipeline]
+    arguments += [] if method == "dpo" else [redness]
+    return trainer_class(
+        *arguments,
+        make_args(tmp_path, **SMALL | counts[method] | kwargs),
+        train_dataset=latent_pairs(4) if method == "dpo" else Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=eval_dataset,
+        optimizers=optimizers,
+        peft_config=peft_config,
+    )
+
+
+def make_slrm_trainer(tmp_path, pipeline=None, peft_config=None, eval_dataset=None, optimizers=(None, None), **kwargs):
+    defaults = {
+        "output_dir": str(tmp_path / "out"),
+        "cache_dir": str(tmp_path / "cache"),
+        "resolution": 32,
+        "max_sequence_length": 3,
+        "num_task_tokens": 2,
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "eval_sigmas": [0.5],
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return SLRMTrainer(
+        tiny_sd3_pipeline() if pipeline is None else pipeline,
+        SLRMConfig(**defaults | kwargs),
+        train_dataset=latent_pairs(4),
+        eval_dataset=eval_dataset,
+        optimizers=optimizers,
+        peft_config=peft_config,
+    )
+
+
+def make(method, tmp_path, *args, **kwargs):
+    if method == "slrm":
+        return make_slrm_trainer(tmp_path, *args, **kwargs)
+    return make_trainer(method, tmp_path, *args, **kwargs)
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_full_fine_tuning_moves_weights_that_come_in_half_precision(self, tmp_path, method, dtype):
+        """In half precision, most updates of 1e-5 are rounded away."""
+        trainer = make(method, tmp_path, tiny_sd3_pipeline().to(dtype), learning_rate=1e-5)
+        before = trainable(trainer)
+        trainer.train()
+        after = trainable(trainer)
+        assert {value.dtype for value in after.values()} == {torch.float32}
+        moved = sum((after[name] != value).sum().item() for name, value in before.items())
+        assert moved > 0.8 * sum(value.numel() for value in before.values())
+
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    @pytest.mark.parametrize("peft", [True, False])
+    def test_two_half_precisions_are_refused(self, tmp_path, method, peft):
+        peft_config = make_lora() if peft else None
+        with pytest.raises(
+            ValueError, match="`bf16=True` computes in torch.bfloat16, but the `transformer` of `model`"
+        ):
+            make(method, tmp_path, tiny_sd3_pipeline().to(torch.float16), peft_config, bf16=True)
+
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    @pytest.mark.parametrize("name", ["torch_dtype", "dtype"])
+    def test_two_half_precisions_are_refused_before_loading(self, tmp_path, method, name):
+        with pytest.raises(ValueError, match=f"`{name}` in `model_init_kwargs` is float16"):
+            make(method, tmp_path, "no-such/model", bf16=True, model_init_kwargs={name: "float16"})
+
+    def test_half_precision_of_text_encoders_alone(self, tmp_path):
+        pipeline = tiny_sd3_pipeline()
+        pipeline.text_encoder.to(torch.float16)
+        with pytest.raises(ValueError, match="the `text_encoder` of `model` is float16"):
+            make("tapo", tmp_path, pipeline, bf16=True)
+
+
+def lora(**kwargs):
+    return LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], **kwargs)
+
+
+def with_adapter(way, tmp_path):
+    """A pipeline to which a LoRA came in one of the ways that there are."""
+    pipeline = tiny_sd3_pipeline()
+    if way == "get_peft_model":
+        pipeline.transformer = get_peft_model(pipeline.transformer, lora())
+    elif way == "inject":
+        get_peft_model(pipeline.transformer, lora())
+    elif way in ("add_adapter", "disabled"):
+        pipeline.transformer.add_adapter(lora())
+        if way == "disabled":
+            pipeline.transformer.disable_adapters()
+    else:
+        pipeline.transformer.add_adapter(lora(init_lora_weights=False))
+        layers = get_peft_model_state_dict(pipeline.transformer, adapter_name="default")
+        pipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+        pipeline = tiny_sd3_pipeline()
+        pipeline.load_lora_weights(tmp_path / "lora")
+        if way != "loaded":
+            pipeline.fuse_lora()
+        if way == "merged":
+            pipeline.unload_lora_weights()
+    return pipeline
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    @pytest.mark.parametrize("way", ["get_peft_model", "inject", "add_adapter", "disabled", "loaded", "fused"])
+    def test_a_transformer_that_has_one_is_refused(self, tmp_path, method, way):
+        pipeline = with_adapter(way, tmp_path)
+        for peft_config in (None, lora()):
+            with pytest.raises(ValueError, match="has an adapter already"):
+                make(method, tmp_path, pipeline, peft_config)
+
+    @pytest.mark.parametrize("peft_config", [None, lora()])
+    def test_one_that_was_merged_is_the_base(self, tmp_path, peft_config):
+        pipeline = with_adapter("merged", tmp_path)
+        name = "transformer_blocks.0.attn.to_q.weight"
+        start = pipeline.transformer.get_parameter(name).detach().clone()
+        assert not torch.equal(start, tiny_sd3_pipeline().transformer.get_parameter(name))
+        trainer = make("tapo", tmp_path, pipeline, peft_config)
+        own = trainer.policy.transformer.state_dict()
+        assert torch.equal(own[name if peft_config is None else name.replace("weight", "base_layer.weight")], start)
+
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    @pytest.mark.parametrize(
+        ("peft_config", "message"),
+        [
+            (
+                lora(init_lora_weights="pissa"),
+                "`init_lora_weights='pissa'` of `peft_config` starts from other weights",
+            ),
+            (lora(init_lora_weights="olora"), "`init_lora_weights='olora'`"),
+            (
+                lora(modules_to_save=["proj_out"]),
+                r"`modules_to_save=\['proj_out'\]` of `peft_config` trains or changes more",
+            ),
+            (lora(bias="lora_only"), "`bias='lora_only'`"),
+            (LoHaConfig(r=2, target_modules=["to_q"]), "is a `LoHaConfig`"),
+            (LoKrConfig(r=2, target_modules=["to_q"]), "is a `LoKrConfig`"),
+            (AdaLoraConfig(target_modules=["to_q"], total_step=10), "is a `AdaLoraConfig`"),
+        ],
+    )
+    def test_one_that_does_not_load_is_refused_before_the_model_is_loaded(
+        self, tmp_path, method, peft_config, message
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(method, tmp_path, "no-such/model", peft_config)
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("init", [False, "orthogonal"])
+    def test_a_policy_that_does_not_start_from_its_reference_is_refused(self, tmp_path, method, init):
+        with pytest.raises(ValueError, match="which are the reference: choose one of"):
+            make(method, tmp_path, "no-such/model", lora(init_lora_weights=init))
+
+    @pytest.mark.parametrize(
+        ("method", "options"),
+        [
+            ("tapo", {"loss_type": "hinge"}),
+            ("tapo", {"loss_type": "ipo"}),
+            ("online_dpo", {}),
+            ("grpo", {}),
+            ("dpo", {}),
+        ],
+    )
+    def test_every_loss_finds_out_at_the_start(self, tmp_path, method, options):
+        trainer = make(method, tmp_path, None, make_lora(), **options)
+        randomize_adapter(trainer)
+        with pytest.raises(RuntimeError, match="the policy and the reference differ"):
+            trainer.train()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"use_dora": True},
+            {"use_rslora": True},
+            {"rank_pattern": {"to_q": 4}, "alpha_pattern": {"to_q": 3}},
+            {"target_modules": "all-linear"},
+        ],
+        ids=str,
+    )
+    def test_kinds_of_lora_that_load_into_diffusers(self, tmp_path, options):
+        peft_config = LoraConfig(**{"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"]} | options)
+        trainer = make("tapo", tmp_path, None, peft_config)
+        trainer.train()
+        check_lora_loads_into_diffusers_exactly(trainer, PROMPTS[0], tmp_path / "base")
+
+
+def eval_splits(method):
+    """Two sets of held-out prompts or pairs."""
+    if method in ("dpo", "slrm"):
+        return {"near": latent_pairs(2, seed=1), "far": latent_pairs(3, seed=2)}
+    return {
+        name: Dataset.from_dict({"prompt": prompts})
+        for name, prompts in {"near": ["cat"], "far": ["emu", "yak"]}.items()
+    }
+
+
+def evaluated(metrics, prefix):
+    """Metrics of an evaluation, without the times that it took."""
+    own = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    return {name: value for name, value in own.items() if "per_second" not in name and "time" not in name}
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    def test_each_of_several_splits_has_metrics_of_its_own(self, tmp_path, method):
+        splits = eval_splits(method)
+        trainer = make(method, tmp_path, eval_dataset=splits, per_device_eval_batch_size=2)
+        metrics = trainer.evaluate()
+        name = "accuracy" if method == "slrm" else "rewards/accuracies" if method == "dpo" else "reward"
+        found = {split: evaluated(metrics, f"eval_{split}_") for split in splits}
+        assert found["near"].keys() == found["far"].keys() and {name, "loss"} <= found["near"].keys()
+        assert found["near"] != found["far"] and f"eval_{name}" not in metrics
+        for split, values in found.items():
+            assert values == pytest.approx(evaluated(trainer.evaluate(trainer.eval_dataset[split]), "eval_"))
+        logged = [log for log in trainer.state.log_history if f"eval_near_{name}" in log]
+        assert len(logged) == 1 and f"eval_far_{name}" not in logged[0]
+        assert f"test_{name}" in trainer.predict(trainer.eval_dataset["near"]).metrics
+
+    @pytest.mark.parametrize(("method", "metric"), [("tapo", "eval_far_reward"), ("slrm", "eval_far_margin")])
+    def test_the_best_model_is_chosen_by_the_metric_of_a_split(self, tmp_path, method, metric):
+        options = {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "max_steps": 2,
+        }
+        options |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
+        trainer = make(method, tmp_path, None, make_lora(), eval_splits(method), learning_rate=1e-2, **options)
+        trainer.train()
+        values = [log[metric] for log in trainer.state.log_history if metric in log]
+        assert len(values) == 2 and trainer.state.best_metric == min(values)
+
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    def test_a_dataset_that_comes_later(self, tmp_path, method):
+        """With prompts that were not there at the start, of a pipeline whose text encoders are the user's."""
+        pipeline = tiny_sd3_pipeline()
+        trainer = make(method, tmp_path, pipeline, make_lora())
+        assert pipeline.text_encoder is not None and pipeline.text_encoder.device.type == "cpu"
+        splits = eval_splits(method)
+        metrics = trainer.evaluate(splits["far"])
+        assert "eval_loss" in metrics and {"eval_near_loss", "eval_far_loss"} <= trainer.evaluate(splits).keys()
+        assert metrics["eval_loss"] == pytest.approx(trainer.predict(splits["far"]).metrics["test_loss"])
+        expected = make(method, tmp_path, None, make_lora(), splits["far"]).evaluate()
+        assert evaluated(metrics, "eval_") == pytest.approx(evaluated(expected, "eval_"))
+        prompt = {"prompt": "a newt", "num_inference_steps": 1, "max_sequence_length": 3, "output_type": "latent"}
+        assert pipeline(height=32, width=32, **prompt).images.shape == (1, 4, 8, 8)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_prompts_that_come_when_the_text_encoders_are_gone(self, tmp_path, method):
+        tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
+        kwargs = {"text_encoder_3": None, "tokenizer_3": None}
+        trainer = make(method, tmp_path, str(tmp_path / "base"), make_lora(), model_init_kwargs=kwargs)
+        assert trainer.policy.pipeline.text_encoder is None
+        with pytest.raises(ValueError, match="was not encoded at the start, and the text encoders have left"):
+            trainer.evaluate(eval_splits(method)["far"].map(lambda row: {"prompt": "new"}))
+        known = latent_pairs(2, seed=1) if method == "dpo" else Dataset.from_dict({"prompt": PROMPTS[:1]})
+        assert "eval_loss" in trainer.evaluate(known)
+
+    def test_a_dataset_that_cannot_be_used(self, tmp_path):
+        trainer = make("tapo", tmp_path)
+        with pytest.raises(ValueError, match="`eval_dataset` needs a column `prompt`"):
+            trainer.evaluate(Dataset.from_dict({"text": ["cat"]}))
+        with pytest.raises(ValueError, match="`eval_dataset` lacks the columns"):
+            make("dpo", tmp_path).evaluate(Dataset.from_dict({"prompt": ["cat"]}))
+
+
+class TestTrainingAgain:
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    def test_a_second_run_goes_on(self, tmp_path, method):
+        options = {} if method in ("dpo", "slrm") else {"num_iterations": 2, "max_steps": 3}
+        trainer = make(method, tmp_path, None, make_lora(), learning_rate=1e-2, **options)
+        trainer.train()
+        first = trainable(trainer)
+        trainer.train()
+        assert trainer.state.global_step == trainer.args.max_steps
+        assert any(not torch.equal(value, first[name]) for name, value in trainable(trainer).items())
+        assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_first_run_that_failed_at_the_start_is_checked_again(self, tmp_path, method):
+        trainer = make(method, tmp_path, None, make_lora())
+        randomize_adapter(trainer)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the policy and the reference differ"):
+                trainer.train()
+
+
+@pytest.mark.parametrize("method", ["tapo", "online_dpo", "grpo"])
+def test_equal_rewards_teach_nothing(tmp_path, method, monkeypatch):
+    monkeypatch.setitem(globals(), "redness", lambda images, prompts: [0.5] * len(prompts))
+    trainer = make(method, tmp_path, None, make_lora(), max_steps=2, weight_decay=0.0, learning_rate=1e-2)
+    before = trainable(trainer)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainable(trainer).items())
+    logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert logged == ([pytest.approx(0.0)] * 2 if method == "grpo" else [])
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize("method", ["tapo", "grpo"])
+    @pytest.mark.parametrize(
+        ("rate", "peft", "warns"), [(1e-4, False, True), (1e-5, False, False), (1e-4, True, False)]
+    )
+    def test_that_of_lora_for_full_fine_tuning(self, tmp_path, caplog, method, rate, peft, warns):
+        assert METHODS[method][0].config_class(str(tmp_path), use_cpu=True, bf16=False).learning_rate == 1e-4
+        make(method, tmp_path, None, make_lora() if peft else None, learning_rate=rate)
+        assert ("set `learning_rate` to 1e-05 or less" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(("pairing", "beta"), [("tapo", 1000), ("tapo_within", 1000), ("spo", 10), ("lpo", 500)])
+def test_beta_is_that_of_the_pairing(tmp_path, pairing, beta):
+    assert test_tapo_trainer.make_args(tmp_path, pairing=pairing).beta == beta
+    assert test_tapo_trainer.make_args(tmp_path, pairing=pairing, beta=7.0).beta == 7.0
