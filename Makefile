@@ -1,13 +1,15 @@
 # make demo      install into .venv, then train the reward model and align the policy on the emoji world
 # make demo-video  the same for video: a tiny Wan2.1 on the moving-emoji world, into report/moving_emoji
-# make test      install into .venv, then run the test suite
+# make test      install into .venv, then run the tests that take seconds
+# make test-all  all tests: those, the slow ones (among them every command of the documentation), and make test-distributed
 # make test-distributed  install DeepSpeed, then train on two processes under every engine
 # make lint      check style and formatting;  make format  repairs them
 # make install   create .venv (only when it is missing or pyproject.toml changed)
 #
 # Variables: PYTHON (the interpreter that creates .venv), VENV, TORCH (any requirement pip understands: a version, a wheel
 # file or an address; "torch" lets pip choose), PIP_FLAGS (for example an index of CPU-only wheels), PYTEST_FLAGS, JOBS (tests
-# at once: a number, by default one per core and 8 at most), THREADS, SLRM_CONFIG and TAPO_CONFIG (the recipes of the demo).
+# at once: a number, by default one per core and 8 at most), THREADS (of each of the demo's two processes), SLRM_CONFIG and
+# TAPO_CONFIG (the recipes of the demo).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,11 +21,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 THREADS ?= 1
 JOBS ?= logical
-LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS)
+LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/multi_cpu.yaml --num_cpu_threads_per_process $(THREADS)
 SLRM_CONFIG ?= recipes/emoji/slrm.yaml
 TAPO_CONFIG ?= recipes/emoji/tapo.yaml
 
-.PHONY: install demo demo-video test test-distributed lint format clean
+# Progress of this package, and none of what the libraries below it say
+demo demo-video: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
+demo demo-video: export HF_HUB_DISABLE_PROGRESS_BARS = 1
+demo demo-video: export TRANSFORMERS_VERBOSITY = error
+demo demo-video: export DIFFUSERS_VERBOSITY = error
+demo demo-video: export PYTHONWARNINGS = ignore
+
+.PHONY: install demo demo-video test test-all test-distributed lint format clean
 
 install: $(STAMP)
 
@@ -35,19 +44,33 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/python examples/emoji/make_pairs.py
-	$(LAUNCH) examples/slrm_sd35.py --config $(SLRM_CONFIG)
-	$(LAUNCH) examples/tapo_sd35.py --config $(TAPO_CONFIG)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/emoji/report.py
+	@echo "1 of 4: preference pairs from pictures of emoji (seconds)"
+	@$(BIN)/python examples/emoji/make_pairs.py
+	@echo "2 of 4: a reward model learns the preferences (about a minute; metrics in runs/emoji/slrm.log)"
+	@mkdir -p runs/emoji
+	@$(LAUNCH) examples/slrm_sd35.py --config $(SLRM_CONFIG) > runs/emoji/slrm.log
+	@echo "3 of 4: TAPO aligns the model with the reward model (about two minutes; metrics in runs/emoji/tapo.log)"
+	@$(LAUNCH) examples/tapo_sd35.py --config $(TAPO_CONFIG) > runs/emoji/tapo.log
+	@echo "4 of 4: pictures before and after, and what the judges say (about a minute)"
+	@OMP_NUM_THREADS=2 $(BIN)/python examples/emoji/report.py
 
 demo-video: install
-	$(BIN)/python examples/moving_emoji/make_pairs.py
-	$(LAUNCH) examples/slrm_wan21.py --config recipes/moving_emoji/slrm.yaml
-	$(LAUNCH) examples/tapo_wan21.py --config recipes/moving_emoji/tapo.yaml
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/moving_emoji/report.py
+	@echo "1 of 4: preference pairs of moving emoji (seconds)"
+	@$(BIN)/python examples/moving_emoji/make_pairs.py
+	@echo "2 of 4: a reward model learns the preferences (about two minutes; metrics in runs/moving_emoji/slrm.log)"
+	@mkdir -p runs/moving_emoji
+	@$(LAUNCH) examples/slrm_wan21.py --config recipes/moving_emoji/slrm.yaml > runs/moving_emoji/slrm.log
+	@echo "3 of 4: TAPO aligns the model with the reward model (about two minutes; metrics in runs/moving_emoji/tapo.log)"
+	@$(LAUNCH) examples/tapo_wan21.py --config recipes/moving_emoji/tapo.yaml > runs/moving_emoji/tapo.log
+	@echo "4 of 4: clips before and after, and what the judges say (about two minutes)"
+	@OMP_NUM_THREADS=2 $(BIN)/python examples/moving_emoji/report.py
 
 test: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 $(PYTEST_FLAGS)
+
+test-all: test
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m slow -n $(JOBS) --maxprocesses 8 $(PYTEST_FLAGS)
+	$(MAKE) test-distributed
 
 test-distributed: install
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[deepspeed]"

@@ -65,6 +65,7 @@ class TestPlainLoop:
 
 
 class TestMeasure:
+    @pytest.mark.slow
     def test_forwards(self):
         bench = make("--size", "tiny", "--lora_r", "2")
         result = bench.measure(Setting(5, 2, 3, 2, (32, 32)), repeats=1, warm_up=False)
@@ -153,6 +154,7 @@ class TestReport:
             Setting(40, 2, 4, 1, (256, 256, 17)),
         ]
 
+    @pytest.mark.slow
     def test_command(self, tmp_path, capsys):
         pytest.importorskip("matplotlib")
         flags = ["--height", "32", "--width", "32", "--lora_r", "2", "--num_inference_steps", "5", "--repeats", "1"]

@@ -280,6 +280,7 @@ class TestHostileStrings:
         trainer.save_model()
         return trainer
 
+    @pytest.mark.slow
     def test_nothing_is_written_elsewhere(self, tmp_path, written, monkeypatch):
         trainer = self.run(tmp_path)
         trainer.create_model_card(model_name="m", dataset_name=HOSTILE[0], tags=HOSTILE)
@@ -288,6 +289,7 @@ class TestHostileStrings:
         assert [path for path in written if "escaped" in path] == []
         assert [path for path in tmp_path.rglob("*") if "escaped" in path.name] == []
 
+    @pytest.mark.slow
     def test_the_header_of_the_card_stays_whole(self, tmp_path):
         self.run(tmp_path).create_model_card(tags=HOSTILE)
         text = (tmp_path / "out" / "README.md").read_text()

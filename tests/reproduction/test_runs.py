@@ -127,6 +127,7 @@ class TestRun:
 
 @pytest.mark.slow
 class TestRunQueue:
+    @pytest.mark.slow
     def test_makes_what_is_missing_and_counts_forwards(self, folder, tapo, reward, tmp_path):
         queue = RunQueue(load_world(str(folder)), str(folder), tmp_path, jobs=2)
         (result,) = queue.make([tapo])
@@ -154,6 +155,7 @@ class TestRunQueue:
         assert again["judges"] == result["judges"]
         assert (tmp_path / reward.folder / RESULT).stat().st_mtime_ns == times[tmp_path / reward.folder / RESULT]
 
+    @pytest.mark.slow
     def test_hard_prompts_are_the_half_with_the_least_reward(self, folder, tapo, reward, tmp_path):
         queue = RunQueue(load_world(str(folder)), str(folder), tmp_path, samples_per_prompt=1)
         hard = Run("hard_prompts", "hard", str(folder / "tapo.yaml"), {"reward_model": reward})
@@ -168,6 +170,7 @@ class TestRunQueue:
         trained = yaml.safe_load(Path(result["command"].split()[-1]).read_text())
         assert trained["dataset_name"] == str(file)
 
+    @pytest.mark.slow
     def test_known_results_are_not_made_again_but_what_others_need_is(self, folder, tapo, reward, tmp_path):
         record = tmp_path / "out" / "runs.jsonl"
         known = {tapo.folder: {"judges": {"test": {"bright": 0.25}}}, reward.folder: {"pairs": {}}}
@@ -183,6 +186,7 @@ class TestRunQueue:
         assert recorded[tapo.folder] == known[tapo.folder]
         assert recorded[other.folder]["judges"]["test"] == pytest.approx(result["judges"]["test"], rel=1e-4)
 
+    @pytest.mark.slow
     def test_a_failure_names_the_log_and_keeps_the_rest(self, folder, tapo, tmp_path):
         queue = RunQueue(load_world(str(folder)), str(folder), tmp_path)
         broken = tapo.with_options(label="broken", beta=-1.0)
@@ -192,6 +196,7 @@ class TestRunQueue:
         assert "`beta` must be positive, got -1.0." in log
         assert queue.result(broken.options["reward_model"]) is not None
 
+    @pytest.mark.slow
     def test_the_base_is_judged_untrained(self, folder, tapo, tmp_path):
         queue = RunQueue(load_world(str(folder)), str(folder), tmp_path, samples_per_prompt=1)
         (result,) = queue.make([Run("base", "base", str(folder / "tapo.yaml"), {"reward_model": None})])

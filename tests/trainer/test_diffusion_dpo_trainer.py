@@ -130,6 +130,7 @@ class TestTraining:
         with pytest.raises(RuntimeError, match="not ln 2"):
             trainer.train()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_learns_a_separable_preference(self, tmp_path, variant):
         """On pairs and noise that training did not see."""
@@ -142,6 +143,7 @@ class TestTraining:
         assert metrics["eval_rewards/margins"] > 0.1
         assert metrics["eval_loss"] < math.log(2) - 0.05
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("sign", [1, -1])
     def test_samples_move_towards_the_chosen_side(self, tmp_path, sign):
         pairs = latent_pairs(32)
@@ -372,6 +374,7 @@ class TestNoisyLatents:
 
 
 class TestEvaluation:
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_is_repeatable_and_does_not_disturb_training(self, tmp_path, variant):
         held_out = latent_pairs(5, seed=1)

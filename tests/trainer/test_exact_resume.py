@@ -115,6 +115,7 @@ def unbroken(tmp_path_factory):
     return of_precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "precision"),
     [(way, "fp32") for way in WAYS] + [("signal", "bf16"), ("max_steps", "bf16")],

@@ -153,6 +153,7 @@ class TestTraining:
         assert FlowGRPOConfig(str(tmp_path), use_cpu=True, bf16=False).step_indices == list(range(9))
         assert make_args(tmp_path, num_sde_steps=2, t_init=1).step_indices == [1, 3]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("sign", [1, -1])
     def test_learns_a_preference_and_its_opposite(self, tmp_path, sign):
         """On prompts and noise that training did not see."""
@@ -218,6 +219,7 @@ class TestTraining:
 
 
 class TestRatio:
+    @pytest.mark.slow
     @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
     @pytest.mark.parametrize("transition_batch_size", [1, 4, 100])
     @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
@@ -247,6 +249,7 @@ class TestRatio:
         trainer.train()
         torch.testing.assert_close(torch.cat(ratios), torch.ones(3 * 4 * 3), rtol=0, atol=1e-6)
 
+    @pytest.mark.slow
     def test_leaves_1_when_a_rollout_is_used_again(self, tmp_path):
         trainer = make_trainer(tmp_path, num_iterations=2, max_steps=4, learning_rate=3e-2, epsilon=1e-5)
         trainer.train()
@@ -326,6 +329,7 @@ class TestGradient:
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3 * expected[name].abs().max())
 
+    @pytest.mark.slow
     def test_accumulation_equals_a_larger_batch(self, tmp_path):
         _, _, expected = self.run(tmp_path / "a", per_device_train_batch_size=4)
         _, _, gradients = self.run(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2)
@@ -342,6 +346,7 @@ class TestRollouts:
         std = {"group": groups.rewards.std(1, keepdim=True), "batch": groups.rewards.std(), "none": 1 - 1e-4}
         torch.testing.assert_close(groups.advantages, deviations / (std[scale_rewards] + 1e-4))
 
+    @pytest.mark.slow
     def test_evaluation_is_repeatable_and_does_not_disturb_training(self, tmp_path):
         plain = make_trainer(tmp_path / "a", max_steps=3)
         plain.train()
@@ -379,6 +384,7 @@ class TestSaving:
         trainer.train()
         check_full_fine_tuning_is_saved_as_a_transformer(trainer)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("peft", [True, False])
     def test_resume_is_exact(self, tmp_path, peft):
         check_resume_is_exact(make_trainer, tmp_path, peft=peft)

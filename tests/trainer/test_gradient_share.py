@@ -62,6 +62,7 @@ def equal(a, b):
 
 
 class TestTrainingIsNotDisturbed:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [
@@ -103,6 +104,7 @@ class TestTrainingIsNotDisturbed:
 
 
 class TestShares:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [

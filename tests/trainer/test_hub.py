@@ -254,6 +254,7 @@ for name in ("tapo", "slrm", "lora-slrm"):
 """
 
 
+@pytest.mark.slow
 def test_load_back(hub, tmp_path):
     """In a process of its own, which knows the double as the Hub from its start."""
     tapo = tapo_trainer(tmp_path)

@@ -161,6 +161,7 @@ class TestDamage:
         trainer.train()
         assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-4"]
 
+    @pytest.mark.slow
     def test_a_disk_that_is_full(self, tmp_path):
         limits, kwargs = resource.getrlimit(resource.RLIMIT_FSIZE), {"peft": False, **SAVING}
         fill = AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))

@@ -135,6 +135,7 @@ class TestTraining:
         with pytest.raises(RuntimeError, match="not ln 2"):
             trainer.train()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("sign", [1, -1])
     def test_learns_a_preference_and_its_opposite(self, tmp_path, sign):
         """On prompts and noise that training did not see."""
@@ -249,6 +250,7 @@ class TestRollouts:
         assert torch.equal(together.sigmas[:, 2], alone.sigmas[:, 0])
         assert not torch.equal(alone.noise, other.noise)
 
+    @pytest.mark.slow
     def test_evaluation_is_repeatable_and_does_not_disturb_training(self, tmp_path):
         plain = make_trainer(tmp_path / "a", max_steps=3)
         plain.train()
@@ -275,6 +277,7 @@ class TestSaving:
         trainer.train()
         check_full_fine_tuning_is_saved_as_a_transformer(trainer)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("peft", [True, False])
     def test_resume_is_exact(self, tmp_path, peft):
         check_resume_is_exact(make_trainer, tmp_path, peft=peft)

@@ -54,6 +54,7 @@ def forget(trainer):
     trainer._chunks = without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "options",
@@ -82,6 +83,7 @@ def test_no_memory_is_spent_on_rollouts_that_are_used_once(tmp_path, method):
     assert rollout.ref_velocities is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, method, step):

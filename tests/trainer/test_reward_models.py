@@ -92,6 +92,7 @@ def moved(trainer, before) -> set[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestTraining:
+    @pytest.mark.slow
     def test_learns_a_preference_against_its_first_opinion(self, kind, make_args):
         policy = SD3Policy(tiny_sd3_pipeline())
         args = make_args(kind, max_steps=60, learning_rate=5e-3, per_device_train_batch_size=8, logging_steps=60)
@@ -135,6 +136,7 @@ class TestTraining:
         expected = expected + 0.1 * (scores[0] + scores[1]).square()
         assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4, abs=1e-5)
 
+    @pytest.mark.slow
     def test_what_is_trained(self, kind, make_args):
         unreached = {  # what is frozen, and what does not change a difference
             "lrm": ("transformer.transformer_blocks.1.ff_context", "transformer.transformer_blocks.1.attn.to_add_out"),
@@ -205,6 +207,7 @@ def test_all_that_is_trainable_gets_a_gradient(kind, lora, make_args):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 class TestCheckpoints:
+    @pytest.mark.slow
     def test_resume_is_exact(self, kind, lora, make_args, pipeline_folder):
         kwargs = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 5}
 
@@ -220,6 +223,7 @@ class TestCheckpoints:
         assert difference(weights(resumed), weights(straight)) == 0
         assert difference(load_reward_model(checkpoint).state_dict(), weights(straight)) > 0
 
+    @pytest.mark.slow
     def test_saved_model_is_the_trained_one_and_goes_on(self, kind, lora, make_args, pipeline_folder):
         trainer = train(make_args(kind), model=pipeline_folder, peft_config=LoraConfig(r=2) if lora else None)
         trainer.save_model()

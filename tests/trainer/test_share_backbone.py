@@ -124,6 +124,7 @@ def result(trainer) -> dict[str, torch.Tensor]:
 
 
 class TestTraining:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("kind", "family"), CASES)
     def test_is_that_of_two_models(self, folders, tmp_path, kind, family):
         folder = str(folders / f"{family}_{kind}_lora")
@@ -141,6 +142,7 @@ class TestTraining:
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
         assert not any(tensor.requires_grad for tensor in after.values())
 
+    @pytest.mark.slow
     def test_half_precision(self, folders, tmp_path):
         options = {"bf16": True, "reward_model_init_kwargs": {"torch_dtype": "bfloat16"}}
         reward = str(folders / "wan_slrm_lora")
@@ -151,6 +153,7 @@ class TestTraining:
         check_shared(trainer)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
+    @pytest.mark.slow
     def test_by_name_nothing_is_copied(self, folders, tmp_path):
         """Of two rewards, on a policy that is loaded by another name than the one that they were trained from."""
         (tmp_path / "link").symlink_to(folders / "sd3")
@@ -166,6 +169,7 @@ class TestTraining:
         model.to(torch.float64)
         assert base["transformer_blocks.0.attn.to_q.weight"].dtype == torch.float64
 
+    @pytest.mark.slow
     def test_resume(self, folders, tmp_path):
         def make(name, max_steps):
             options = {"max_steps": max_steps, "save_strategy": "steps", "save_steps": 2}

@@ -227,6 +227,7 @@ class TestNoise:
         share = ((sigma < 0.19) | (sigma > 0.81)).float().mean().item()
         assert share == pytest.approx(outside if law == "uniform" else 0.147, abs=0.03)
 
+    @pytest.mark.slow
     def test_accumulation_equals_the_bigger_batch(self, make_args):
         big = train(make_args("big", per_device_train_batch_size=8, optim="sgd", learning_rate=0.1))
         small = train(
@@ -246,6 +247,7 @@ class TestData:
         trainer = train(make_args(cache_latents=cache_latents), color_pairs(8))
         assert trainer.state.global_step == 2
 
+    @pytest.mark.slow
     def test_cached_and_fresh_latents_train_alike(self, make_args):
         # SGD, since the first step of Adam is the sign of the gradient, which a rounding error can turn.
         kwargs = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1}
@@ -256,6 +258,7 @@ class TestData:
         assert moved > 1e-3
         assert difference(cached, fresh) < 1e-4 * moved
 
+    @pytest.mark.slow
     def test_margin_column_enters_the_loss(self, make_args):
         losses = []
         for margin in (0.0, 3.0):
@@ -263,6 +266,7 @@ class TestData:
             losses.append(train(make_args(max_steps=1), pairs).state.log_history[0]["loss"])
         assert losses[1] - losses[0] > 1
 
+    @pytest.mark.slow
     def test_ties_pull_the_scores_together_and_leave_the_accuracy(self, make_args):
         ties = latent_pairs(8).add_column("label", [0.5] * 8)
         args = make_args(max_steps=20, learning_rate=5e-3, logging_steps=20, score_preservation_coef=0.0)
@@ -273,6 +277,7 @@ class TestData:
         assert preferred["margin"] > 0.5 and preferred["accuracy"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_pipeline", [tiny_sd3_pipeline, tiny_wan_pipeline])
 def test_prompts_in_half_precision_change_nothing_under_autocast(make_pipeline, make_args):
     is_video = make_pipeline is tiny_wan_pipeline
@@ -302,6 +307,7 @@ class TestVideos:
         tiny_wan_pipeline().save_pretrained(folder)
         return str(folder)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("lora", [False, True])
     def test_files_to_a_reward_model(self, lora, make_args, wan_folder, tmp_path):
         args = make_args(eval_strategy="steps", eval_steps=2)
@@ -322,6 +328,7 @@ class TestVideos:
             for sigma, accuracy in by_sigma.items():
                 assert evaluated[f"eval_accuracy_{rule}/sigma_{sigma}"] == pytest.approx(accuracy)
 
+    @pytest.mark.slow
     def test_learns_a_separable_preference(self, make_args, tmp_path):
         policy = WanPolicy(tiny_wan_pipeline())
         args = make_args(max_steps=40, learning_rate=5e-3, per_device_train_batch_size=8, logging_steps=40)
@@ -331,6 +338,7 @@ class TestVideos:
         )
         assert result["reference"][0.2] > 0.9
 
+    @pytest.mark.slow
     def test_cached_and_fresh_latents_train_alike(self, make_args, tmp_path):
         pairs, kwargs = color_videos(tmp_path, 4), {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1}
         cached = weights(train(make_args("cached", **kwargs), pairs, tiny_wan_pipeline()))
@@ -340,6 +348,7 @@ class TestVideos:
         assert moved > 1e-3
         assert difference(cached, fresh) < 1e-4 * moved
 
+    @pytest.mark.slow
     def test_resume_is_exact(self, make_args, wan_folder, tmp_path):
         pairs = color_videos(tmp_path, 10)
         kwargs = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 3}
@@ -418,6 +427,7 @@ class TestEvaluation:
 
 
 class TestCheckpoints:
+    @pytest.mark.slow
     @pytest.mark.parametrize("lora", [False, True])
     def test_resume_is_exact(self, lora, make_args, pipeline_folder):
         def config():
@@ -437,6 +447,7 @@ class TestCheckpoints:
         assert loaded.config["lora"] is lora
         assert difference(loaded.state_dict(), weights(straight)) > 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("lora", [False, True])
     def test_saved_model_is_the_trained_one(self, lora, make_args, pipeline_folder):
         trainer = train(

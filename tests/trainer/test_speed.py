@@ -110,6 +110,7 @@ class TestFloat8:
         assert torch.equal(rounded.bfloat16().weight_bytes, before)
         assert rounded.weight.dtype == torch.bfloat16
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("family", "bf16"), [("sd3", False), ("wan", True)])
     def test_training(self, tmp_path, family, bf16):
         """The self-check of the start, ln 2, is on. Memory shrinks, the rest of the base stays, and LoRA is trained."""
@@ -144,6 +145,7 @@ class TestAttentionBackend:
         yield
         tiny_wan_pipeline().transformer.set_attention_backend("native")  # diffusers keeps the last one for the process
 
+    @pytest.mark.slow
     def test_policy_and_reward(self, tmp_path):
         expected = make_trainer(tmp_path, "wan", make_slrm("wan"))
         trainer = make_trainer(tmp_path, "wan", make_slrm("wan"), attention_backend="_native_math")
@@ -185,6 +187,7 @@ class TestAttentionBackend:
 
 
 class TestCompile:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("family", "checkpointing", "backend"), [("sd3", True, "eager"), ("wan", False, "aot_eager")]
     )

@@ -84,6 +84,7 @@ def moved(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_learns_a_preference_against_its_first_opinion(self, make_args):
         policy = SD3Policy(tiny_sd3_pipeline())
         args = make_args(max_steps=60, learning_rate=5e-3, per_device_train_batch_size=8, logging_steps=60)
@@ -126,6 +127,7 @@ class TestTraining:
         expected = torch.log(1 + torch.exp(scores[1] - scores[0])).mean()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("options", "peft_config", "expected"),
         [
@@ -165,6 +167,7 @@ class TestTraining:
         assert len(trainable) > 8
         assert not [name for name, parameter in trainable.items() if parameter.grad is None]
 
+    @pytest.mark.slow
     def test_pixels_that_are_encoded_on_the_way(self, make_args):
         losses = []
         for cached in (True, False):
@@ -194,6 +197,7 @@ class TestTraining:
 
 @pytest.mark.parametrize("lora", [False, True])
 class TestCheckpoints:
+    @pytest.mark.slow
     def test_resume_is_exact(self, lora, make_args, pipeline_folder):
         def make(name):
             args = make_args(name, max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=5)
@@ -207,6 +211,7 @@ class TestCheckpoints:
         assert difference(weights(resumed.model), weights(straight.model)) == 0
         assert difference(load_reward_model(checkpoint).state_dict(), weights(straight.model)) > 0
 
+    @pytest.mark.slow
     def test_saved_model_is_the_trained_one_and_goes_on(self, lora, make_args, pipeline_folder, clip_folder, tmp_path):
         peft_config = LoraConfig(r=2) if lora else None
         trainer = SLRMTrainer(pipeline_folder, make_args(), train_dataset=latent_pairs(8), peft_config=peft_config)
@@ -329,6 +334,7 @@ class TestRollouts:
 
 
 class TestCommands:
+    @pytest.mark.slow
     def test_train_evaluate_diagnose_and_use(self, tmp_path, pipeline_folder, clip_folder, capsys):
         color_pairs(8).to_parquet(tmp_path / "pairs.parquet")
         data = ["--dataset_name", str(tmp_path / "pairs.parquet")]

@@ -283,6 +283,7 @@ class TestGradient:
         trainer.model.load_state_dict(initial)
         return trainer, rollouts.pairs, recorder.gradients
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [
@@ -323,6 +324,7 @@ class TestGradient:
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3 * expected[name].abs().max())
 
+    @pytest.mark.slow
     def test_accumulation_equals_a_larger_batch(self, tmp_path):
         _, _, expected = self.run(tmp_path / "a", per_device_train_batch_size=4)
         _, pairs, gradients = self.run(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2)
@@ -330,6 +332,7 @@ class TestGradient:
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3 * expected[name].abs().max())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("train_cfg", [True, False])
     def test_train_cfg_scores_transitions_with_the_guidance_of_the_rollout(self, tmp_path, train_cfg):
         trainer = make_trainer(tmp_path, train_cfg=train_cfg, self_check=False, beta=30.0)
@@ -341,6 +344,7 @@ class TestGradient:
         difference = abs(trainer.compute_loss(trainer.model, chunk).item() - expected.item())
         assert difference < 1e-4 if train_cfg else difference > 1e-3
 
+    @pytest.mark.slow
     def test_checkpointing_does_not_matter(self, tmp_path):
         _, _, expected = self.run(tmp_path / "a")
         trainer, _, gradients = self.run(tmp_path / "b", activation_checkpointing=True)
@@ -377,6 +381,7 @@ class TestRollouts:
         other = trainers[0]._generate_and_score_trajectories([row], seed_step=4).next_latents
         assert not torch.equal(noises[0], other)
 
+    @pytest.mark.slow
     def test_num_iterations_uses_a_rollout_again(self, tmp_path):
         trainer = make_trainer(
             tmp_path, num_iterations=3, max_steps=6, per_device_train_batch_size=1, gradient_accumulation_steps=2
@@ -396,6 +401,7 @@ class TestRollouts:
         assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert all(torch.equal(value, before[name]) for name, value in trainable(trainer).items())
 
+    @pytest.mark.slow
     def test_evaluation_and_sampling_do_not_disturb_training(self, tmp_path):
         class Look(TAPOCallback):
             def on_step_end(self, args, state, control, **kwargs):
@@ -465,6 +471,7 @@ class TestSaving:
         trainer.train()
         check_full_fine_tuning_is_saved_as_a_transformer(trainer)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("peft", [True, False])
     def test_resume_is_exact(self, tmp_path, peft):
         check_resume_is_exact(make_trainer, tmp_path, peft=peft)

@@ -96,6 +96,7 @@ class TestTraining:
         trainer.train()
         return trainer, recorder.gradients
 
+    @pytest.mark.slow
     def test_offloaded_transitions_and_smaller_batches_give_the_same_gradient(self, tmp_path):
         _, expected = self.gradients(tmp_path / "a", offload_transitions=False)
         trainer, offloaded = self.gradients(tmp_path / "b", offload_transitions=True)
@@ -133,6 +134,7 @@ class TestTraining:
 
 
 class TestSaving:
+    @pytest.mark.slow
     def test_lora_loads_into_diffusers_exactly(self, tmp_path):
         trainer = make_trainer(tmp_path)
         trainer.train()
@@ -149,10 +151,12 @@ class TestSaving:
         card = (tmp_path / "out" / "README.md").read_text()
         assert "WanPipeline.from_pretrained" in card and "text-to-video" in card and "| `num_frames` | 5 |" in card
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("peft", [True, False])
     def test_resume_is_exact(self, tmp_path, peft):
         check_resume_is_exact(make_trainer, tmp_path, peft=peft)
 
+    @pytest.mark.slow
     def test_samples_are_videos_and_strips_and_are_in_the_card(self, tmp_path):
         pytest.importorskip("av")
         callback = SampleGridCallback(["owl"], every_n_steps=1)
