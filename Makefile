@@ -43,14 +43,15 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[demo,dev]"
 	touch $(STAMP)
 
+# The recipes' batches are shared out among the two processes
 demo: install
 	@echo "1 of 4: preference pairs from pictures of emoji (seconds)"
 	@$(BIN)/python examples/emoji/make_pairs.py
 	@echo "2 of 4: a reward model learns the preferences (about a minute; metrics in runs/emoji/slrm.log)"
 	@mkdir -p runs/emoji
-	@$(LAUNCH) examples/slrm_sd35.py --config $(SLRM_CONFIG) > runs/emoji/slrm.log
+	@$(LAUNCH) examples/slrm_sd35.py --config $(SLRM_CONFIG) --per_device_train_batch_size 16 > runs/emoji/slrm.log
 	@echo "3 of 4: TAPO aligns the model with the reward model (about two minutes; metrics in runs/emoji/tapo.log)"
-	@$(LAUNCH) examples/tapo_sd35.py --config $(TAPO_CONFIG) > runs/emoji/tapo.log
+	@$(LAUNCH) examples/tapo_sd35.py --config $(TAPO_CONFIG) --per_device_train_batch_size 6 > runs/emoji/tapo.log
 	@echo "4 of 4: pictures before and after, and what the judges say (about a minute)"
 	@OMP_NUM_THREADS=2 $(BIN)/python examples/emoji/report.py
 
@@ -59,9 +60,9 @@ demo-video: install
 	@$(BIN)/python examples/moving_emoji/make_pairs.py
 	@echo "2 of 4: a reward model learns the preferences (about two minutes; metrics in runs/moving_emoji/slrm.log)"
 	@mkdir -p runs/moving_emoji
-	@$(LAUNCH) examples/slrm_wan21.py --config recipes/moving_emoji/slrm.yaml > runs/moving_emoji/slrm.log
+	@$(LAUNCH) examples/slrm_wan21.py --config recipes/moving_emoji/slrm.yaml --per_device_train_batch_size 16 > runs/moving_emoji/slrm.log
 	@echo "3 of 4: TAPO aligns the model with the reward model (about two minutes; metrics in runs/moving_emoji/tapo.log)"
-	@$(LAUNCH) examples/tapo_wan21.py --config recipes/moving_emoji/tapo.yaml > runs/moving_emoji/tapo.log
+	@$(LAUNCH) examples/tapo_wan21.py --config recipes/moving_emoji/tapo.yaml --per_device_train_batch_size 6 > runs/moving_emoji/tapo.log
 	@echo "4 of 4: clips before and after, and what the judges say (about two minutes)"
 	@OMP_NUM_THREADS=2 $(BIN)/python examples/moving_emoji/report.py
 

@@ -170,6 +170,10 @@ def run_command(command: str) -> None:
         for line in commands_of(recipe.replace(".venv/bin/", "")):
             run_command(line)
         return
+    if words[0] in ("echo", "mkdir"):
+        return
+    if ">" in words:
+        words = words[: words.index(">")]
     if words[:2] == ["accelerate", "launch"]:
         args = launch_command_parser().parse_args(words[2:])
         words = [*(["-m"] if args.module else []), args.training_script, *args.training_script_args]
