@@ -18,7 +18,6 @@ import importlib
 import os
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -40,7 +39,7 @@ from tapo_trl.cli.main import COMMANDS
 from ..data.preference_pairs import color_pairs
 from ..data.video_files import grey_clip, write_video
 from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
-from .substitutions import AFTER, BEFORE, LARGEST, SCRIPTS, SMALL, replace_text
+from .substitutions import AFTER, BEFORE, LARGEST, SCRIPTS, SMALL, VARIABLES, replace_text
 
 
 ROOT = Path(__file__).parents[2]
@@ -67,16 +66,20 @@ def blocks_of(page: Path) -> list[Block]:
     return [Block(language, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)) for indent, language, text in found]
 
 
-def commands_of(block: str) -> Iterator[str]:
-    """Its commands, each in one line. Of a job script, those that it starts."""
+def commands_of(block: str) -> Iterator[list[str]]:
+    """The words of its commands, as a shell reads them. Of a job script, those that it starts."""
     for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        if line.startswith("export "):
+            continue
+        read = ["bash", "-c", f"set -- {line}\nprintf '%s\\0' \"$@\""]
+        output = subprocess.run(read, env=os.environ | VARIABLES, capture_output=True, text=True, check=True).stdout
+        words = output.split("\0")[:-1]
+        while words and re.match(r"\w+=", words[0]):  # variables of the environment
+            words = words[1:]
         if words[:3] == ["srun", "bash", "-c"]:
             yield from commands_of(words[3])
-        elif words and words[0] != "export":
-            while "=" in words[0]:  # variables of the environment
-                words = words[1:]
-            yield shlex.join(words)
+        elif any(words):
+            yield words
 
 
 # The sandbox
@@ -86,7 +89,7 @@ def build(folder: Path) -> None:
     """Fill `folder` with all that the documentation's blocks read."""
     shutil.copy(ROOT / "Makefile", folder)
     for name in ("examples", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("pairs", "prompts", "__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("pairs", "__pycache__"))
     few_captions(folder / "examples/emoji/data/emoji.parquet", folder / "pictures.parquet")
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
         copy = folder / recipe.relative_to(ROOT)
@@ -98,7 +101,7 @@ def build(folder: Path) -> None:
     pick_a_pic(color_pairs(8)).save_to_disk(folder / "tiny" / "pick_a_pic")
     video_pairs(folder).to_parquet(folder / "video_pairs.parquet")
     video_pairs(folder).to_csv(folder / "video_pairs.csv")
-    reward_places = ("slrm", "sd35-slrm", "outputs/sd35-slrm", "outputs/sd35-slrm-24gb", "runs/emoji/slrm")
+    reward_places = ("slrm", "sd35-slrm", "outputs/sd35-slrm")
     train(
         tiny_sd3_pipeline(),
         folder,
@@ -109,8 +112,12 @@ def build(folder: Path) -> None:
     )
     size = {"height": 32, "width": 32, "num_frames": 5}
     train(tiny_wan_pipeline(), folder, "tiny/wan", ("outputs/wan21-slrm",), ("wan21-tapo",), size)
+    reward_model("examples/emoji/pipeline", {"resolution": 64}).save_pretrained("runs/emoji/slrm")
+    with_lora = reward_model("tiny/sd3", {"resolution": 32})
+    with_lora.add_lora(LoraConfig(r=2, target_modules=with_lora.lora_target_modules(load_policy("tiny/sd3"))))
+    with_lora.save_pretrained("outputs/sd35-slrm-24gb")
     shutil.copytree(folder / "outputs/sd35-tapo", folder / "outputs/sd35-tapo-long")
-    run_command("python examples/emoji/make_pairs.py")
+    run_command(["python", "examples/emoji/make_pairs.py"])
 
 
 def few_captions(file: Path, scratch: Path) -> None:
@@ -119,16 +126,15 @@ def few_captions(file: Path, scratch: Path) -> None:
     kept = {split: sorted({row["prompt"] for row in pictures if row["split"] == split})[:2] for split in SPLITS}
     moving = runpy.run_path(str(ROOT / "examples/moving_emoji/clips.py"))["SUBJECTS"]
     rows = [row for row, value in enumerate(pictures) if value["prompt"] in (*kept[value["split"]], *moving)]
-    pictures.select(rows).to_parquet(scratch)
+    pictures.select(rows).cast_column("image", Image()).to_parquet(scratch)
     scratch.replace(file)
 
 
 def train(pipeline, folder: Path, base: str, rewards: tuple[str, ...], aligned: tuple[str, ...], size: dict) -> None:
     """A base model, a reward model on it and what TAPO makes of both, each in all the folders that the pages name."""
     pipeline.save_pretrained(folder / base)
-    slrm = SLRMModel.from_policy(load_policy(base), num_task_tokens=2, max_sequence_length=4, **size)
     for place in rewards:
-        slrm.save_pretrained(place)
+        reward_model(base, size).save_pretrained(place)
     args = small_config(TAPOConfig)(aligned[0], save_strategy="no", logging_steps=1, max_sequence_length=4, **size)
     prompts = Dataset.from_dict({"prompt": ["a fox", "a boat"]})
     lora, callbacks = LoraConfig(r=2, init_lora_weights="gaussian"), [GradientShareCallback(every_n_steps=1)]
@@ -138,6 +144,10 @@ def train(pipeline, folder: Path, base: str, rewards: tuple[str, ...], aligned: 
     trainer.save_state()
     for place in aligned[1:]:
         shutil.copytree(aligned[0], place)
+
+
+def reward_model(base: str, size: dict) -> SLRMModel:
+    return SLRMModel.from_policy(load_policy(base), num_task_tokens=2, max_sequence_length=4, **size)
 
 
 def pick_a_pic(pairs: Dataset) -> DatasetDict:
@@ -162,18 +172,16 @@ def video_pairs(folder: Path) -> Dataset:
 # Running
 
 
-def run_command(command: str) -> None:
+def run_command(words: list[str]) -> None:
     """Run a documented command in this process, with small values. Launchers check their flags, and run one process."""
-    words = shlex.split(replace_text(os.path.expandvars(command)))
+    words = replace_text("\n".join(words)).split("\n")
     if words[0] == "make":  # what it would do, but for the installation
         recipe = subprocess.run([*words, "-n", "-o", "install"], capture_output=True, text=True, check=True).stdout
-        for line in commands_of(recipe.replace(".venv/bin/", "")):
-            run_command(line)
+        for command in commands_of(recipe.replace(".venv/bin/", "")):
+            run_command(command)
         return
     if words[0] in ("echo", "mkdir"):
         return
-    if ">" in words:
-        words = words[: words.index(">")]
     if words[:2] == ["accelerate", "launch"]:
         args = launch_command_parser().parse_args(words[2:])
         words = [*(["-m"] if args.module else []), args.training_script, *args.training_script_args]

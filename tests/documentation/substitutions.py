@@ -26,9 +26,12 @@ TEXT = {
     r"path/to/pairs\.parquet": "video_pairs.parquet",
     r"recipes/accelerate/\w+\.yaml": "recipes/accelerate/cpu.yaml",
     r"/tmp/": "scratch/",
-    r"--(\w*minutes) [\d.]+": r"--\1 0.01",
+    r"--(\w*minutes)\n[\d.]+": r"--\1\n0.01",  # words stand in lines of their own
     r"torch\.randn\(1, 16, 64, 64\)": "torch.randn(1, 4, 8, 8)",
 }
+
+# What a scheduler sets
+VARIABLES = {"RANK": "0", "FIRST": "127.0.0.1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
 
 # Fields of commands and configurations that are changed wherever they exist
 SMALL = {
