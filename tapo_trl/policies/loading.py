@@ -124,7 +124,8 @@ def check_arguments(given: Iterable[str], others: Iterable[str] = ()) -> None:
     Raises:
         ValueError: if one is none; with the nearest one that is.
     """
-    known = sorted({*HUB_ARGUMENTS, *OTHER_ARGUMENTS, *RUNS_CODE, "torch_dtype", "dtype", *others})
+    known = {*HUB_ARGUMENTS, *OTHER_ARGUMENTS, *RUNS_CODE, "torch_dtype", "dtype", *others}
+    known = sorted(name for name in known if name != "self" and not name.startswith("_"))
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

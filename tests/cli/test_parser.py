@@ -108,6 +108,13 @@ class TestTypes:
         _, folders = parse("cache_dir: ~\nprompts:\n")
         assert (folders.cache_dir, folders.prompts) == (None, None)
 
+    def test_keys_of_mappings_are_text(self, recipe):
+        parser = importlib.import_module("tapo_trl.cli.slrm").make_parser()
+        text = "dataset_name: d\noutput_dir: o\nuse_cpu: true\nbf16: false\npair_columns: [a, b]\nlabel_column: c\n"
+        text += "label_values: {yes: 1, no: 0, 3: 0.5, null: null}\n"
+        values = parser.parse_args_and_config(["--config", recipe(text)])[0].label_values
+        assert values == {"yes": 1, "no": 0, "3": 0.5, "null": None}
+
     def test_flags_with_the_home_directory(self, parse, monkeypatch):
         monkeypatch.setenv("HOME", "/my/home")
         _, folders = parse("prompts: a", "--cache_dir=~/x", "--prompts", "no", "5")

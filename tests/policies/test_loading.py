@@ -82,7 +82,7 @@ class TestDtype:
     [
         ("revison", "Did you mean `revision`?"),
         ("text_encoder3", "Did you mean `text_encoder_3`?"),
-        ("attn_implementation", r"There are \[.*'variant'"),
+        ("attn_implementation", r"There are \['cache_dir', .*'variant'"),
     ],
 )
 def test_unknown_arguments(folders, name, hint):
