@@ -123,6 +123,9 @@ def _convert_parts(name: str, value: Any, option: Any, options: tuple, text: Any
         ]
         is_same = isinstance(value, list) and all(new is old for new, old in zip(parts, value, strict=True))
         return value if is_same else parts
+    if isinstance(value, dict) and arguments and arguments[0] is str and isinstance(text, dict):
+        if len(text) == len(value) and not all(isinstance(key, str) for key in value):  # `no` and `1` are keys, too
+            value = dict(zip(text, value.values(), strict=True))
     if isinstance(value, dict) and arguments and arguments[1] is not Any:
         parts = {key: convert(f"{name}[{key}]", part, arguments[1]) for key, part in value.items()}
         return value if all(parts[key] is value[key] for key in value) else parts

@@ -77,7 +77,7 @@ def name_of(path):
 def text_files():
     folders = ["tapo_trl", "examples", "recipes", "tests", "docs", "benchmarks", ".ci"]
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
-    files += [path for path in ROOT.iterdir() if path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # of a worktree
     kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".json", ".cff", ""}
     return [path for path in files if path.suffix in kinds and "__pycache__" not in path.parts]
 

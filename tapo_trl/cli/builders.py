@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import TrainerCallback
@@ -65,9 +65,19 @@ def load_policy_from_args(
     Returns:
         [`FlowPolicy`]: The policy.
     """
-    kwargs = {"revision": model_args.model_revision, **(training_args.model_init_kwargs or {})}
-    dtype = pop_dtype(kwargs) or model_args.dtype
-    return load_policy(model_args.require_model(), torch_dtype=dtype, **kwargs)
+    return load_policy(model_args.require_model(), **model_init_kwargs(model_args, training_args))
+
+
+def model_init_kwargs(
+    model_args: DiffusionModelConfig, training_args: "SLRMConfig | RolloutConfig | DiffusionDPOConfig"
+) -> dict[str, Any]:
+    """Loading arguments, see [`load_policy_from_args`]."""
+    kwargs = dict(training_args.model_init_kwargs or {})
+    if pop_dtype(dict(kwargs)) is None:
+        kwargs["torch_dtype"] = model_args.torch_dtype
+    if model_args.model_revision is not None:
+        kwargs.setdefault("revision", model_args.model_revision)
+    return kwargs
 
 
 def load_split(name: str, config: str | None = None, split: str = "train") -> Dataset:

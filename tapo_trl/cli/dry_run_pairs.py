@@ -15,12 +15,14 @@
 """What the trainings on preference pairs would do: `slrm` and `dpo`."""
 
 import math
+import os
 
 from torch import nn
 
-from ..rewards import REWARD_MODELS
+from ..rewards import REWARD_MODELS, StepRewardModel
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
 from ..trainer.slrm_config import SLRMConfig
+from ..trainer.slrm_trainer import is_reward_model
 from .dry_run import ESTIMATE_NOTE, DryRun, Row
 from .forward_counts import dpo_forwards
 from .memory_estimates import TRAINED_BYTES, activation_rows, count_parameters, policy_memory, vae_memory
@@ -36,8 +38,12 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
         args ([`SLRMConfig`]): The training.
         model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from.
     """
-    args.fill_in()
-    policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
+    name, revision = model_args.require_model(), model_args.model_revision
+    recorded = StepRewardModel.load_config(name) if os.path.isdir(name) and is_reward_model(name) else {}
+    args.fill_in(recorded)
+    if recorded:
+        name, revision = recorded["base_model_name_or_path"], recorded.get("base_revision")
+    policy, source = load_meta_policy(name, revision)
     size, latent_shape, tokens = sample_sizes(policy, args)
     model = REWARD_MODELS[args.reward_model_type].without_weights(policy, **args.model_config())
     is_slrm = model.compares_velocities

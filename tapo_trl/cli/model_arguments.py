@@ -143,22 +143,23 @@ class DiffusionModelConfig(PipelineConfig):
 
 
 def get_lora_config(
-    model_args: DiffusionModelConfig, policy: "FlowPolicy", target_modules: list[str] | None = None
+    model_args: DiffusionModelConfig, policy: "FlowPolicy | None" = None, target_modules: list[str] | None = None
 ) -> LoraConfig | None:
     """
     The LoRA configuration that the arguments ask for.
 
     Args:
         model_args ([`DiffusionModelConfig`]): The arguments.
-        policy ([`FlowPolicy`]): The policy; it knows the attention projections of its model family.
-        target_modules (`list[str]`, *optional*): Those of another network, if it is not the policy's transformer.
+        policy ([`FlowPolicy`], *optional*): The policy; it knows the attention projections of its model family.
+        target_modules (`list[str]`, *optional*): Those of another network, if it is not the policy's transformer. Without
+            both, the trainer finds them out.
 
     Returns:
         `LoraConfig` or `None`: The configuration for `peft_config=`, or `None` without `use_peft`.
     """
     if not model_args.use_peft:
         return None
-    modules = model_args.lora_target_modules or target_modules or policy.lora_target_modules
+    modules = model_args.lora_target_modules or target_modules or (policy and policy.lora_target_modules)
     return LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_r if model_args.lora_alpha is None else model_args.lora_alpha,

@@ -30,6 +30,19 @@ from ..field_types import check_folder_name, convert, convert_fields, field_type
 FOLDERS = {"output_dir", "cache_dir", "runs_dir"}
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """PyYAML's own keeps the last of several equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for position, (key, _) in enumerate(node.value):
+            if key.value in keys[:position]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key.value}` is there twice: leave one out", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 class RecipeParser(TrlParser):
     """
     A [`~trl.TrlParser`] whose errors are one line: a YAML key or a flag that no dataclass has is refused with the nearest
@@ -41,6 +54,9 @@ class RecipeParser(TrlParser):
 
     def __init__(self, dataclass_types, prog: str, **kwargs):
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False, **kwargs)
+        resume = self._option_string_actions.get("--resume_from_checkpoint")
+        if resume is not None:  # a word or a folder, but alone it means what a boolean flag does
+            resume.nargs, resume.const = "?", "true"
 
     def error(self, message: str) -> NoReturn:
         """Prints `message` without the usage, which has hundreds of flags, and exits with status 2."""
@@ -74,7 +90,9 @@ class RecipeParser(TrlParser):
             args += ["--use_cpu", "true"]
         from transformers import TrainingArguments
 
+        from ..trainer.base import check_precision
         from ..trainer.checkpoints import check_start
+        from .model_arguments import DiffusionModelConfig
 
         try:
             parsed = super().parse_args_and_config(args, **kwargs)
@@ -85,6 +103,10 @@ class RecipeParser(TrlParser):
                         check_folder_name(getattr(part, name), name)
                 if isinstance(part, TrainingArguments) and not is_dry_run:
                     check_start(part)
+            training = [part for part in parsed if isinstance(part, TrainingArguments)]
+            for part in parsed:
+                if training and isinstance(part, DiffusionModelConfig):
+                    check_precision(training[0], torch_dtype=part.dtype)
         except ValueError as error:
             self.error(" ".join(str(error).split()))
         return parsed
@@ -109,7 +131,8 @@ class RecipeParser(TrlParser):
             self.error(f"`--config`: there is no file {path}.")
         try:
             text = path.read_text(encoding="utf-8-sig")
-            config, texts = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # the second one leaves all as text
+            config = yaml.load(text, _RecipeLoader)
+            texts = yaml.load(text, yaml.BaseLoader)  # leaves all as text
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             self.error(f"{path} is not valid YAML: {' '.join(str(error).split())}")
         if not isinstance(config, dict):

@@ -37,22 +37,20 @@ def make_trainer(script_args, training_args, model_args) -> "SLRMTrainer":
     Args:
         script_args ([`SLRMScriptArguments`]): The preference pairs.
         training_args ([`SLRMConfig`]): The training.
-        model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from.
+        model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from, or the reward model.
     """
-    from ..rewards import REWARD_MODELS
     from ..trainer.slrm_trainer import SLRMTrainer
-    from .builders import load_policy_from_args, load_preference_splits
+    from .builders import load_preference_splits, model_init_kwargs
     from .model_arguments import get_lora_config
 
     train_dataset, eval_dataset = load_preference_splits(script_args)
-    policy = load_policy_from_args(model_args, training_args)
-    targets = REWARD_MODELS[training_args.reward_model_type].lora_target_modules(policy)
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     return SLRMTrainer(
-        model=policy,
+        model=model_args.require_model(),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=get_lora_config(model_args, policy, targets),
+        peft_config=get_lora_config(model_args),
     )
 
 
@@ -64,7 +62,7 @@ def main(script_args, training_args, model_args) -> None:
     Args:
         script_args ([`SLRMScriptArguments`]): The preference pairs.
         training_args ([`SLRMConfig`]): The training.
-        model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from.
+        model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from, or the reward model.
     """
     if script_args.dry_run:
         from .dry_run import print_dry_run

@@ -230,6 +230,8 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(
             f"{_listed(missing)} is missing: `first` and `second`, or `media` and `scores`, or a `preset`."
         )
+    if by_position and options["first"] == options["second"]:
+        raise ValueError(f"`first` and `second` are the same column, `{options['first']}`: there is no pair.")
     without = [name for name in ("label_values", "dimensions") if name in options and "label" not in options]
     if without:
         raise ValueError(f"{_listed(without)} needs `label`, the column that tells which side is preferred.")
@@ -267,9 +269,9 @@ def _score_columns(options: dict[str, Any]) -> list[str]:
     return [scores] if isinstance(scores, str) else list(scores)
 
 
-def _report_left_out(total: int, number: int, reason: str) -> None:
+def _report_left_out(total: int, number: int, reason: str, what: str = "Left out") -> None:
     if number > 0:
-        logger.warning(f"Left out {number} of {total} rows, whose {reason}.")
+        logger.warning(f"{what} {number} of {total} rows, whose {reason}.")
 
 
 # Pairs that stand in one row
@@ -378,9 +380,9 @@ def _labels(
         value = values[row]
         if value is None or value != value:
             continue
-        if known is not None and str(value) in known:
-            value = known[str(value)]
-            numbers[row] = math.nan if value is None else value
+        word = next((word for word in _words(value) if word in known), None) if known is not None else None
+        if word is not None:
+            numbers[row] = math.nan if known[word] is None else known[word]
         elif known is None and isinstance(value, (int, float)):
             numbers[row] = value
         else:
@@ -398,6 +400,15 @@ def _labels(
             "`None` for rows to leave out."
         )
     return numbers
+
+
+def _words(value: Any) -> list[str]:
+    """How a value is written as a key of `label_values`, in Python, JSON or YAML: 1.0 is also 1, and `True` is `true`."""
+    if isinstance(value, bool):
+        return [str(value), str(value).lower()]
+    if isinstance(value, (int, float)) and math.isfinite(value) and value == int(value):
+        return [str(int(value)), str(float(value))]
+    return [str(value)]
 
 
 def _flags(dataset: Dataset, column: str) -> np.ndarray:
@@ -428,7 +439,7 @@ def _pairs_of_scores(dataset: Dataset, options: dict[str, Any], valid: np.ndarra
     unusable = 0
     for row in np.flatnonzero(valid):
         values = [column[row] for column in columns.values()]
-        if paths[row] is None or any(value is None for value in values):
+        if prompts[row] is None or _is_missing(paths[row], *values):
             unusable += 1
         elif not listed:
             groups.setdefault(prompts[row], []).append((paths[row], [_score(value, row) for value in values]))
@@ -438,8 +449,15 @@ def _pairs_of_scores(dataset: Dataset, options: dict[str, Any], valid: np.ndarra
                     f"Row {row}: `{media}` and {_listed(list(columns))} must be lists of the same length."
                 )
             scored = zip(paths[row], zip(*values, strict=True), strict=True)
-            groups[prompts[row], row] = [(path, [_score(value, row) for value in each]) for path, each in scored]
-    _report_left_out(len(dataset), unusable, f"`{media}` or scores are missing")
+            there = [(path, each) for path, each in scored if not _is_missing(path, *each)]
+            unusable += len(there) < len(paths[row])
+            groups[prompts[row], row] = [(path, [_score(value, row) for value in each]) for path, each in there]
+    _report_left_out(
+        len(dataset),
+        unusable,
+        f"prompt, `{media}` or scores are missing",
+        "Left out (in part)" if listed else "Left out",
+    )
 
     names = [f"{LABEL_PREFIX}{name.replace(' ', '_')}" for name in columns] if len(columns) > 1 else []
     pairs: dict[str, list] = {name: [] for name in ("prompt", "chosen", "rejected", "label", *names)}
@@ -459,6 +477,10 @@ def _pairs_of_scores(dataset: Dataset, options: dict[str, Any], valid: np.ndarra
     table = pa.table(strings | {name: pa.array(pairs[name], pa.float64()) for name in ("label", *names)})
     result = Dataset(table, fingerprint=fingerprint)
     return result if "media_root" not in options else _with_media_root(result, list(SIDES), options["media_root"])
+
+
+def _is_missing(*values: Any) -> bool:
+    return any(value is None or value != value for value in values)
 
 
 def _score(value: Any, row: int) -> float:

@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import difflib
+import inspect
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,25 @@ from .sd3 import SD3Policy
 from .wan import WanPolicy
 
 
+PIPELINES = {pipeline.__name__: pipeline for pipeline in (StableDiffusion3Pipeline, WanPipeline)}
+
 RUNS_CODE = ("custom_pipeline", "trust_remote_code")
 
 # What says where and how files are found, for every request alike
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision")
+
+# What else the loading of pipelines and of networks takes, beside names of components
+OTHER_ARGUMENTS = (
+    "variant",
+    "use_safetensors",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "low_cpu_mem_usage",
+    "quantization_config",
+    "disable_mmap",
+)
 
 AUTO = "auto"  # the precision in which the transformer was saved
 DTYPES = {
@@ -95,6 +113,26 @@ def only_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
 
 
+def check_arguments(given: Iterable[str], others: Iterable[str] = ()) -> None:
+    """
+    Check names of loading arguments: diffusers only warns of those that it does not know, or says nothing.
+
+    Args:
+        given (`Iterable[str]`): the names.
+        others (`Iterable[str]`, *optional*): names that are right beside those that hold for all models.
+
+    Raises:
+        ValueError: if one is none; with the nearest one that is.
+    """
+    known = {*HUB_ARGUMENTS, *OTHER_ARGUMENTS, *RUNS_CODE, "torch_dtype", "dtype", *others}
+    known = sorted(name for name in known if name != "self" and not name.startswith("_"))
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"Did you mean `{near[0]}`?" if near else f"There are {known}."
+            raise ValueError(f"`{name}` is no argument with which this model can be loaded. {hint}")
+
+
 def load_policy(
     model: str | DiffusionPipeline | FlowPolicy,
     torch_dtype: torch.dtype | str | dict[str, torch.dtype | str] | None = None,
@@ -118,7 +156,7 @@ def load_policy(
 
     Raises:
         ValueError: if no policy is written for the pipeline's class, if an argument would run code from a repository, or if
-            there is no such precision.
+            there is no such precision or argument.
     """
     refused = [name for name in RUNS_CODE if model_init_kwargs.get(name)]
     if refused or not model_init_kwargs.get("use_safetensors", True):
@@ -140,6 +178,8 @@ def load_policy(
                 raise ValueError(f"There is no folder {model}, and it cannot be the name of a repository.") from error
         # A component that was saved as absent has to be passed as `None` to diffusers.
         components = DiffusionPipeline.load_config(model, **hub_arguments)
+        pipeline_class = PIPELINES.get(components["_class_name"], DiffusionPipeline)
+        check_arguments(model_init_kwargs, [*components, *inspect.signature(pipeline_class.__init__).parameters])
         absent = {name: None for name, value in components.items() if value == [None, None]}
         if dtype == AUTO:
             dtype = _saved_dtype(model, absent | model_init_kwargs)

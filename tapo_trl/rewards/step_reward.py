@@ -14,6 +14,7 @@
 """What all reward models of samples at a noise level have in common: [`StepRewardModel`]."""
 
 import functools
+import inspect
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from ..policies import FlowPolicy, PromptEmbeddings
-from ..policies.loading import AUTO, pop_dtype
+from ..policies.loading import AUTO, check_arguments, pop_dtype
 from ..policies.loading import HUB_ARGUMENTS as EVERY_REQUEST
 from .backbone import all_tensors
 from .sharing import base_fingerprint, check_base_stays
@@ -237,7 +238,9 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
             ValueError: if there is a LoRA already, or if `lora_config` reaches into what is trained in full.
         """
         if self.config.lora:
-            raise ValueError(f"This {self.label} has a LoRA already: drop `peft_config` to go on training that one.")
+            raise ValueError(
+                f"This {self.label} has a LoRA already: drop `peft_config` (`use_peft`) to go on training that one."
+            )
         self.backbone.requires_grad_(False)
         inject_adapter_in_model(lora_config, self.backbone)  # `add_adapter` of transformers pins a version of PEFT
         adapted = [name for name in self.trained_in_full() if "lora_" in name]
@@ -361,6 +364,7 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
                 f"and that one in memory as `base_model`, but `{pretrained_model_name_or_path}` has `lora: "
                 f"{str(config['lora']).lower()}` and `base_model` is {base_model!r}."
             )
+        check_arguments(kwargs, ["subfolder", *([] if config["lora"] else inspect.signature(cls.__init__).parameters)])
         shared = set()
         if not config["lora"]:
             model = super().from_pretrained(

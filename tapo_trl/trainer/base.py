@@ -33,6 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..data.prompts import PromptCache
 from ..field_types import check_folder_name
 from ..policies import FlowPolicy
+from ..policies.loading import pop_dtype
 from .checkpoints import SealCallback, SealedCheckpointsMixin
 from .hub import HubPushMixin
 from .interruption import GracefulStopCallback, start_data_worker
@@ -213,33 +214,42 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def check_precision(args: TrainingArguments, policy: FlowPolicy | None = None) -> None:
+def check_precision(
+    args: TrainingArguments, policy: FlowPolicy | None = None, torch_dtype: torch.dtype | str | None = None
+) -> None:
     """
     Check that no network is in another half precision than that of `args`: autocast cannot mix them.
 
     Args:
         args ([`~transformers.TrainingArguments`]): the configuration, with `model_init_kwargs`.
-        policy ([`FlowPolicy`], *optional*): what was loaded. Without it, only what `args` asks for is looked at.
+        policy ([`FlowPolicy`], *optional*): what was loaded. Without it, only what is asked for is looked at.
+        torch_dtype (`torch.dtype` or `str`, *optional*): what is asked for where `args` says nothing.
 
     Raises:
         ValueError: if one is. The VAE may be, for it computes outside of autocast.
     """
-    if not (args.bf16 or args.fp16):
-        return
-    own, other = ("bf16", "float16") if args.bf16 else ("fp16", "bfloat16")
-    found = {}
     if policy is None:
-        kwargs = args.model_init_kwargs or {}
-        found = {f"`{name}` in `model_init_kwargs`": kwargs.get(name) for name in ("torch_dtype", "dtype")}
+        kwargs = dict(args.model_init_kwargs or {})
+        name = "torch_dtype" if kwargs.get("dtype") is None else "dtype"
+        dtype = pop_dtype(kwargs)
+        asked = f"`{name}`" if dtype is None else f"`{name}` in `model_init_kwargs`"
+        dtype = dtype or torch_dtype
+        if isinstance(dtype, dict):
+            found = {f"`{part}` of {asked}": value for part, value in dtype.items() if part != "vae"}
+        else:
+            found = {asked: dtype}
     else:
         names = [name for name in policy.text_encoder_names if policy.pipeline.components[name] is not None]
         components = {name: policy.pipeline.components[name] for name in ("transformer", *names)}
         found = {f"the `{name}` of `model`": component.dtype for name, component in components.items()}
+    own = autocast_dtype(args)
+    if own is None:
+        return
     for name, dtype in found.items():
-        if str(dtype).removeprefix("torch.") == other:
+        if dtype in (torch.bfloat16, torch.float16) and dtype != own:
             raise ValueError(
-                f"`{own}=True` computes in {autocast_dtype(args)}, but {name} is {other}, which cannot be mixed with it: load "
-                f"`model` in {str(autocast_dtype(args)).removeprefix('torch.')} or float32, or set "
+                f"`{'bf16' if args.bf16 else 'fp16'}=True` computes in {own}, but {name} is {str(dtype).removeprefix('torch.')}, "
+                f"which cannot be mixed with it: load `model` in {str(own).removeprefix('torch.')} or float32, or set "
                 + ("`fp16=True` and `bf16=False`." if args.bf16 else "`bf16=True` and `fp16=False`.")
             )
 

@@ -15,6 +15,7 @@
 """The frozen rewards of a run with rollouts: loading them, and keeping them small."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from datasets import Dataset
@@ -68,12 +69,21 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
             f"`velocity_target={args.velocity_target!r}` is for SLRMs, whose velocity is compared with it, but every "
             "`reward_model` is a function: leave it unset."
         )
+    _check_target_stays(args.velocity_target, args)
     if args.reward_model_init_kwargs and not any(isinstance(reward, str) for reward in rewards):
         raise ValueError("`reward_model_init_kwargs` is for reward models that are loaded by name, but none is.")
     if args.reward_group_offload and args.device.type == "cpu":
         raise ValueError(
             "`reward_group_offload=True` keeps the reward model on the CPU and lends its blocks to an accelerator, but this run is "
             "on the CPU: leave it unset."
+        )
+
+
+def _check_target_stays(velocity_target: str | None, args: RolloutConfig) -> None:
+    if args.sync_ref_model and velocity_target == "reference":
+        raise ValueError(
+            '`sync_ref_model=True` changes the reference, but the SLRM\'s `velocity_target="reference"` is the base model that it '
+            'was trained with: leave `sync_ref_model` unset, or set another `velocity_target`, such as "parent".'
         )
 
 
@@ -169,6 +179,8 @@ def load_reward(
     model.check_compatible(policy, max_sequence_length=args.max_sequence_length)
     model.requires_grad_(False).eval()
     target = model.rollout_target(args.velocity_target)
+    if "velocity_target" in {own.name for own in fields(args)}:  # clean samples are compared with nothing
+        _check_target_stays(target, args)
     if isinstance(model, LatentRewardModel):
         compile_blocks(args, [model.transformer])
         return LatentReward(model, target, args.score_batch_size)

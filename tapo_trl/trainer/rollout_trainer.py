@@ -132,6 +132,8 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
         check_rewards(reward_models, args)
         check_sharing(reward_models, args, peft_config)
+        if args.sync_ref_model and peft_config is not None:
+            raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
         check_peft_config(peft_config)
         check_speed_options(args, peft_config)
 
@@ -170,8 +172,6 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             rewards = [load_reward(reward, self.policy, args) for reward in reward_models]
         self.reward = WeightedReward(rewards, args.reward_weights)
 
-        if args.sync_ref_model and peft_config is not None:
-            raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
         transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
         shrink_and_speed_up(self.policy, self.ref_model, rewards, args)
 

@@ -397,7 +397,7 @@ def _load_model(
     if isinstance(model, str):
         hub_arguments = only_hub_arguments(init_kwargs)
         model = os.path.expanduser(model)
-        if _is_reward_model(model, init_kwargs.get("subfolder"), **hub_arguments):
+        if is_reward_model(model, init_kwargs.get("subfolder"), **hub_arguments):
             if not os.path.isdir(model):
                 init_kwargs.pop("revision", None)  # that of the reward model: the base has its own
             if "subfolder" in init_kwargs:
@@ -432,7 +432,7 @@ def _load_model(
     return policy, reward_model
 
 
-def _is_reward_model(name_or_path: str, subfolder: str | None = None, **hub_arguments) -> bool:
+def is_reward_model(name_or_path: str, subfolder: str | None = None, **hub_arguments) -> bool:
     """
     Whether a folder or a repository on the Hub holds a reward model rather than a pipeline.
 

@@ -14,11 +14,16 @@
 
 from dataclasses import dataclass, field
 
+from transformers.utils import logging
+
 from ..rewards.velocity_targets import VELOCITY_TARGETS
 from ..rollouts import PAIRINGS, get_pairing
 from ..schedulers import sde_step_indices
 from .option_checks import check_without_effect
 from .rollout_config import RolloutConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -188,6 +193,11 @@ class TAPOConfig(RolloutConfig):
         pairing = get_pairing(self.pairing, self.continue_with, self.pair_threshold, self.consistent_pairs)
         if self.beta is None:
             self.beta = pairing.beta
+        elif self.beta != pairing.beta != PAIRINGS["tapo"].beta:
+            logger.warning(
+                f"`beta={self.beta:g}` with `pairing={self.pairing!r}`, whose authors use {pairing.beta:g}: leave `beta` unset for "
+                "that, if yours was chosen for another pairing."
+            )
         if self.num_candidates < 2:
             raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
         if self.beta <= 0:

@@ -123,6 +123,19 @@ class TestSLRM:
         ]
         assert changed
 
+    @pytest.mark.parametrize("dry_run", [False, True])
+    def test_goes_on_with_a_reward_model(self, folder, tmp_path, dry_run, capsys):
+        recipe = tmp_path / "more.yaml"
+        recipe.write_text(COMMON.format(output=tmp_path / "more", cache=folder / "cache"))
+        flags = ["--model_name_or_path", str(folder / "slrm"), "--dataset_name", str(folder / "pairs.parquet")]
+        main(["slrm", "--config", str(recipe), *flags, "--max_steps", "1", "--dry_run", str(dry_run)])
+        assert ("`slrm` with" in capsys.readouterr().out) == dry_run
+        if not dry_run:
+            before, after = (SLRMModel.from_pretrained(path) for path in (folder / "slrm", tmp_path / "more"))
+            assert after.config.base_model_name_or_path == str(folder / "base")
+            distances = [(a - b).abs().max() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
+            assert 0 < max(distances) <= 1.1e-2  # one step of 1e-2
+
     def test_writes_a_card_without_local_paths(self, folder):
         card = (folder / "slrm" / "README.md").read_text()
         assert "SLRMModel.from_pretrained" in card

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import importlib
 from dataclasses import dataclass, field
 
 import pytest
@@ -107,6 +108,13 @@ class TestTypes:
         _, folders = parse("cache_dir: ~\nprompts:\n")
         assert (folders.cache_dir, folders.prompts) == (None, None)
 
+    def test_keys_of_mappings_are_text(self, recipe):
+        parser = importlib.import_module("tapo_trl.cli.slrm").make_parser()
+        text = "dataset_name: d\noutput_dir: o\nuse_cpu: true\nbf16: false\npair_columns: [a, b]\nlabel_column: c\n"
+        text += "label_values: {yes: 1, no: 0, 3: 0.5, null: null}\n"
+        values = parser.parse_args_and_config(["--config", recipe(text)])[0].label_values
+        assert values == {"yes": 1, "no": 0, "3": 0.5, "null": None}
+
     def test_flags_with_the_home_directory(self, parse, monkeypatch):
         monkeypatch.setenv("HOME", "/my/home")
         _, folders = parse("prompts: a", "--cache_dir=~/x", "--prompts", "no", "5")
@@ -160,6 +168,8 @@ class TestErrors:
             ("num_sde_steps: many", [], ["--num_sde_steps", "many"]),
             ("- a\n- b", [], ["recipe.yaml must hold a YAML mapping"]),
             ("a: [", [], ["recipe.yaml is not valid YAML"]),
+            ("use_peft: true\nuse_peft: false", [], ["the key `use_peft` is there twice", "line 2"]),
+            ("env: {A: 1, 'A': 2}", [], ["the key `A` is there twice", "line 1"]),
         ],
     )
     def test_one_line_that_names_the_fix(self, parser, recipe, capsys, text, flags, expected):
@@ -194,6 +204,30 @@ def test_checkpoints_are_looked_at_before_anything_is_loaded(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*command, *flags])
         assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["slrm", "tapo", "online_dpo", "grpo", "dpo"])
+def test_resuming_without_a_value(command, tmp_path):
+    parser = importlib.import_module(f"tapo_trl.cli.{command}").make_parser()
+    command = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--dataset_name", "d"]
+    for flags, expected in (
+        (["--resume_from_checkpoint"], "true"),
+        (["--resume_from_checkpoint", "--max_steps", "1"], "true"),
+        (["--resume_from_checkpoint", "false"], "false"),
+        ([], None),
+    ):
+        assert parser.parse_args_and_config([*command, *flags])[1].resume_from_checkpoint == expected
+
+
+@pytest.mark.parametrize("command", ["slrm", "tapo", "online_dpo", "grpo", "dpo"])
+def test_another_half_precision_is_refused_before_anything_is_loaded(command, tmp_path, capsys):
+    parser = importlib.import_module(f"tapo_trl.cli.{command}").make_parser()
+    command = ["--output_dir", str(tmp_path), "--use_cpu", "--dataset_name", "d", "--torch_dtype", "fp16"]
+    with pytest.raises(SystemExit):
+        parser.parse_args_and_config([*command, "--bf16", "true"])
+    assert "`bf16=True` computes in torch.bfloat16, but `torch_dtype` is float16" in capsys.readouterr().err
+    parser.parse_args_and_config([*command, "--bf16", "false"])
+    parser.parse_args_and_config([*command, "--bf16", "true", "--model_init_kwargs", '{"dtype": "bf16"}'])
 
 
 class TestMain:

@@ -244,6 +244,24 @@ class TestByPosition:
         pairs = to_preference_pairs(dataset, first="x", second="y", label="who", label_values={1: 1, 2: 0})
         assert pairs["chosen"][:] == ["y0", "x1"]
 
+    @pytest.mark.parametrize(
+        ("values", "meanings"),
+        [
+            ([1.0, 2.0, None], {1: 1, 2: 0}),  # integers with a null, as pandas writes them
+            ([1.0, 2.0, None], {"1": 1, "2": 0}),
+            ([1, 2, None], {1.0: 1, 2.0: 0}),
+            ([True, False, None], {"true": 1, "false": 0}),
+            ([True, False, None], {True: 1, False: 0}),
+            (["True", "False", None], {"True": 1, "False": 0}),
+        ],
+    )
+    def test_keys_as_they_are_written(self, values, meanings):
+        columns = {"prompt": list("abc"), "x": list("123"), "y": list("456"), "vote": values}
+        pairs = to_preference_pairs(
+            Dataset.from_dict(columns), first="x", second="y", label="vote", label_values=meanings
+        )
+        assert (pairs["chosen"][:], pairs["rejected"][:]) == (["1", "5"], ["4", "2"])
+
     @pytest.mark.parametrize("format", ["torch", "numpy", "pandas"])
     def test_the_format_does_not_matter(self, format):
         plain = to_preference_pairs(pickapic(), preset="pickapic")
@@ -304,7 +322,28 @@ class TestErrors:
     def test_rows_without_a_score_are_counted(self, warnings):
         columns = {"prompt": ["a"] * 3, "x": ["0", "1", "2"], "s": [1.0, None, 2.0]}
         assert to_preference_pairs(Dataset.from_dict(columns), media="x", scores="s")["chosen"][:] == ["2"]
-        assert warnings == ["Left out 1 of 3 rows, whose `x` or scores are missing."]
+        assert warnings == ["Left out 1 of 3 rows, whose prompt, `x` or scores are missing."]
+
+    @pytest.mark.parametrize(
+        "columns",
+        [
+            {"prompt": list("aaaa"), "m": ["1", "2", "3", None], "s": [1.0, float("nan"), 2.0, 3.0]},
+            {"prompt": ["a", None, "a", None], "m": list("1234"), "s": [1, 2, 2, 3]},
+            {
+                "prompt": ["a", "b"],
+                "m": [["1", "2", "3", None], ["4", "5"]],
+                "s": [[1.0, None, 2.0, 3.0], [None, 1.0]],
+            },
+        ],
+    )
+    def test_prompts_media_and_scores_that_are_missing(self, columns, warnings):
+        pairs = to_preference_pairs(Dataset.from_dict(columns), media="m", scores="s")
+        assert pairs[:] == {"prompt": ["a"], "chosen": ["3"], "rejected": ["1"], "label": [1.0]}
+        assert "2 of " in warnings[0]
+
+    def test_one_column_for_both_sides(self):
+        with pytest.raises(ValueError, match="`first` and `second` are the same column, `caption`"):
+            to_preference_pairs(pickapic(), first="caption", second="caption", label="label_0")
 
     def test_labels_that_are_missing(self, warnings):
         columns = {**self.DATASET, "n": [math.nan, 1.0]}

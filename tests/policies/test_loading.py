@@ -77,6 +77,24 @@ class TestDtype:
         assert load_policy(str(folders / "sd3"), dtype="auto").transformer.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("revison", "Did you mean `revision`?"),
+        ("text_encoder3", "Did you mean `text_encoder_3`?"),
+        ("attn_implementation", r"There are \['cache_dir', .*'variant'"),
+    ],
+)
+def test_unknown_arguments(folders, name, hint):
+    with pytest.raises(ValueError, match=f"`{name}` is no argument with which this model can be loaded. {hint}"):
+        load_policy(str(folders / "sd3"), **{name: None})
+
+
+def test_arguments_of_diffusers(folders):
+    known = {"image_encoder": None, "text_encoder_3": None, "low_cpu_mem_usage": True, "disable_mmap": False}
+    assert load_policy(str(folders / "sd3"), **known).pipeline.text_encoder_3 is None
+
+
 class TestHubArguments:
     @pytest.mark.parametrize("kwargs", [{}, {"local_files_only": True}, {"revision": "main"}, {"torch_dtype": "auto"}])
     def test_a_cache_elsewhere_without_a_network(self, folders, kwargs):

@@ -269,6 +269,11 @@ class TestSaveAndLoad:
         with pytest.raises(OSError, match="safetensors"):
             SLRMModel.from_pretrained(tmp_path)
 
+    def test_unknown_arguments(self, policy, tmp_path):
+        SLRMModel.from_policy(policy).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="`revison` is no argument .* Did you mean `revision`?"):
+            SLRMModel.from_pretrained(tmp_path, revison="main")
+
     def test_sharded_weights_load_in_place(self, policy, tmp_path):
         model, other = make(policy), make(policy)
         model.save_pretrained(tmp_path, max_shard_size="100KB")

@@ -127,6 +127,19 @@ class TestPrecision:
         with pytest.raises(ValueError, match=f"`{name}` in `model_init_kwargs` is float16"):
             make(method, tmp_path, "no-such/model", bf16=True, model_init_kwargs={name: "float16"})
 
+    @pytest.mark.parametrize(
+        ("dtype", "message"),
+        [
+            ("fp16", "`torch_dtype` in `model_init_kwargs` is float16"),
+            ("torch.half", "`torch_dtype` in `model_init_kwargs` is float16"),
+            ({"default": "float32", "transformer": "fp16", "vae": "fp16"}, "`transformer` of `torch_dtype`"),
+            ("fp15", "`torch_dtype` must be one of"),
+        ],
+    )
+    def test_half_precisions_in_other_words(self, tmp_path, dtype, message):
+        with pytest.raises(ValueError, match=message):
+            make("tapo", tmp_path, "no-such/model", bf16=True, model_init_kwargs={"torch_dtype": dtype})
+
     def test_half_precision_of_text_encoders_alone(self, tmp_path):
         pipeline = tiny_sd3_pipeline()
         pipeline.text_encoder.to(torch.float16)

@@ -559,6 +559,30 @@ class TestCallbacks:
         for name, value in trainer.ref_model.state_dict().items():
             torch.testing.assert_close(value, trainer.model.state_dict()[name], rtol=0, atol=0)
 
+    def test_reference_that_an_slrm_is_compared_with_stays(self, tmp_path):
+        slrm = make_slrm()
+        for target in (None, "reference"):
+            slrm.register_to_config(velocity_target="reference")
+            with pytest.raises(ValueError, match="`sync_ref_model=True` changes the reference"):
+                make_trainer(tmp_path, reward=slrm, peft=False, sync_ref_model=True, velocity_target=target)
+        make_trainer(tmp_path, reward=slrm, peft=False, sync_ref_model=True, velocity_target="parent")
+
+
+@pytest.mark.parametrize(
+    ("options", "authors"),
+    [
+        ({"pairing": "spo", "beta": 1000.0}, "10"),
+        ({"pairing": "lpo", "beta": 1000.0}, "500"),
+        ({"pairing": "spo"}, None),
+        ({"pairing": "lpo", "beta": 500.0}, None),
+        ({"pairing": "tapo", "beta": 200.0}, None),
+    ],
+)
+def test_beta_of_another_pairing(tmp_path, caplog, options, authors):
+    make_args(tmp_path, **{"beta": None} | options)
+    assert ("whose authors use" in caplog.text) == (authors is not None)
+    assert authors is None or f"whose authors use {authors}:" in caplog.text
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
