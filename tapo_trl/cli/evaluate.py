@@ -106,7 +106,7 @@ def measure_rewards(args, model_args) -> dict[str, float]:
     prompts = read_prompts(args.prompts, "prompts")
     samples = draw(load_sampling_policy(model_args, args), prompts, args)
     return {
-        spec: call_reward_function(reward, samples, prompts, noun="sample").mean().item()
+        spec: call_reward_function(reward, samples.clone(), prompts, noun="sample").mean().item()
         for spec, reward in rewards.items()
     }
 

@@ -52,13 +52,15 @@ def check_reward_function(function: RewardFunction, columns: Iterable[str] = (),
         media (`str`, *optional*, defaults to `"images"`): what it scores, for the message.
 
     Raises:
-        ValueError: if it is a class, if it needs other arguments, if it does not take one of the columns, or if a column
-            has the name of one of its first two arguments.
+        ValueError: if it is a class, `async` or a generator, if it needs other arguments, if it does not take one of the
+            columns, or if a column has the name of one of its first two arguments.
     """
     columns = list(columns)
     if inspect.isclass(function):
         raise ValueError(f"The reward function `{function.__name__}` is a class: pass an instance of it.")
     name = reward_name(function)
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise ValueError(f"The reward function `{name}` is `async` or a generator: let it return the scores.")
     takes = f"It is called as `{name}({', '.join([media, 'prompts', *(f'{column}=...' for column in columns)])})`"
     is_method = not isinstance(function, (FunctionType, functools.partial))
     try:

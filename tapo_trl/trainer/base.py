@@ -26,7 +26,7 @@ import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -173,6 +173,16 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
     @abstractmethod
     def _pop_metrics(self, mode: str) -> dict[str, float]:
         """Means of what was recorded since the last call, of `"train"` or `"eval"`."""
+
+    def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
+        splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if isinstance(eval_dataset, str) and eval_dataset not in splits:
+            raise ValueError(
+                f"`eval_dataset={eval_dataset!r}` is the name of a split, but the `eval_dataset` of the trainer "
+                + (f"has {list(splits)}." if splits else "has no names.")
+            )
+        # TRL would prepare the dataset here, and not as `get_eval_dataloader` does
+        return Trainer.evaluate(self, eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._metrics["eval"].clear()  # of an evaluation that was interrupted

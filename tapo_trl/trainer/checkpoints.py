@@ -221,7 +221,6 @@ class SealedCheckpointsMixin:
     """Put before a `Trainer`, it seals every checkpoint and resumes from whole ones only."""
 
     _resumed_from: str | None = None
-    _has_trained = False
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -266,10 +265,17 @@ class SealedCheckpointsMixin:
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        if not self._has_trained:  # a second call goes on with the weights of the first
+        if self.state.global_step == 0:  # a second call goes on with the weights of the first
             check_keeps_checkpoints(self.args, checkpoint)
-        self._has_trained = True
         self._resumed_from = None if checkpoint is None else str(checkpoint)
         if self._resumed_from is not None:
             self._load_training_state(checkpoint)
         return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # `Trainer` would make one more step of a run that is complete
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)

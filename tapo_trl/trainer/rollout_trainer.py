@@ -38,7 +38,7 @@ from trl.trainer.utils import identity
 from ..data.prompts import ROW_COLUMN, PromptCache, default_prompts, prepare_prompts
 from ..policies import FlowPolicy, PromptEmbeddings, load_policy
 from ..profiling import StageTimer
-from ..rewards.scoring import WeightedReward
+from ..rewards.scoring import PixelReward, WeightedReward
 from ..rollouts import Rollout, RolloutSampler, Transitions
 from ..seeding import seeded_generator
 from .base import (
@@ -472,6 +472,8 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             return dataset
         if not isinstance(dataset, Dataset) or ROW_COLUMN not in dataset.column_names:
             dataset = prepare_prompts(dataset, name)
+        functions = [reward.function for reward in self.reward.rewards if isinstance(reward, PixelReward)]
+        check_reward_functions(functions, [dataset])
         self._encode_prompts(dataset["prompt"])
         return dataset
 

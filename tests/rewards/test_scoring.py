@@ -255,3 +255,15 @@ class TestCallRewardFunction:
 
         with pytest.raises(ValueError, match=f"`judge` must return one score per candidate, 4, but {expected}"):
             self.call(judge)
+
+
+def test_functions_that_return_no_scores_when_called():
+    async def later(images, prompts):
+        return [0.0]
+
+    def one_by_one(images, prompts):
+        yield 0.0
+
+    for function in (later, one_by_one):
+        with pytest.raises(ValueError, match=f"`{function.__name__}` is `async` or a generator"):
+            check_reward_function(function)

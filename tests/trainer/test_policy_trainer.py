@@ -386,3 +386,46 @@ class TestLearningRate:
 def test_beta_is_that_of_the_pairing(tmp_path, pairing, beta):
     assert test_tapo_trainer.make_args(tmp_path, pairing=pairing).beta == beta
     assert test_tapo_trainer.make_args(tmp_path, pairing=pairing, beta=7.0).beta == 7.0
+
+
+@pytest.mark.parametrize("method", ["tapo", "dpo", "slrm"])
+class TestFinishedAndFailed:
+    SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+
+    def test_a_complete_run_that_is_resumed_makes_no_step(self, tmp_path, method):
+        make(method, tmp_path, None, make_lora(), **self.SAVING).train()
+        again = make(method, tmp_path, None, make_lora(), **self.SAVING)
+        result = again.train(resume_from_checkpoint=True)
+        assert result.global_step == 1
+        assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1"]
+        changed = [value for name, value in trainable(again).items() if "lora_B" in name and value.any()]
+        assert changed  # the weights of the checkpoint are there
+
+    def test_a_start_from_the_beginning_after_a_failure_keeps_checkpoints(self, tmp_path, method, monkeypatch):
+        make(method, tmp_path, None, make_lora(), **self.SAVING).train()
+        trainer = make(method, tmp_path, None, make_lora(), **self.SAVING)
+
+        def fail(folder):
+            raise RuntimeError("the disk is away")
+
+        monkeypatch.setattr(trainer, "_load_training_state", fail)
+        with pytest.raises(RuntimeError, match="the disk is away"):
+            trainer.train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+            trainer.train(resume_from_checkpoint=False)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "slrm"])
+def test_evaluation_of_what_is_no_dataset(tmp_path, method):
+    trainer = make(method, tmp_path, None, make_lora())
+    for wrong in ([{"prompt": "cat"}], Dataset.from_dict({"prompt": ["cat"]}).to_iterable_dataset()):
+        with pytest.raises((TypeError, ValueError), match="`eval_dataset` must be a `datasets.Dataset`"):
+            trainer.evaluate(wrong)
+    with pytest.raises(ValueError, match="`eval_dataset='far'` is the name of a split, but"):
+        trainer.evaluate("far")
+
+
+def test_evaluation_on_columns_that_a_reward_does_not_take(tmp_path):
+    trainer = make("tapo", tmp_path, None, make_lora())
+    with pytest.raises(ValueError, match="called as arguments of the reward function `redness`: .'images'"):
+        trainer.evaluate(Dataset.from_dict({"prompt": ["cat"], "images": [1]}))
