@@ -112,7 +112,9 @@ def build(folder: Path) -> None:
     )
     size = {"height": 32, "width": 32, "num_frames": 5}
     train(tiny_wan_pipeline(), folder, "tiny/wan", ("outputs/wan21-slrm",), ("wan21-tapo",), size)
-    reward_model("examples/emoji/pipeline", {"resolution": 64}).save_pretrained("runs/emoji/slrm")
+    reward_model("examples/emoji/pipeline", {"resolution": 64, "max_sequence_length": 1}).save_pretrained(
+        "runs/emoji/slrm"
+    )
     with_lora = reward_model("tiny/sd3", {"resolution": 32})
     with_lora.add_lora(LoraConfig(r=2, target_modules=with_lora.lora_target_modules(load_policy("tiny/sd3"))))
     with_lora.save_pretrained("outputs/sd35-slrm-24gb")
@@ -135,7 +137,7 @@ def train(pipeline, folder: Path, base: str, rewards: tuple[str, ...], aligned: 
     pipeline.save_pretrained(folder / base)
     for place in rewards:
         reward_model(base, size).save_pretrained(place)
-    args = small_config(TAPOConfig)(aligned[0], save_strategy="no", logging_steps=1, max_sequence_length=4, **size)
+    args = small_config(TAPOConfig)(aligned[0], save_strategy="no", logging_steps=1, **size)
     prompts = Dataset.from_dict({"prompt": ["a fox", "a boat"]})
     lora, callbacks = LoraConfig(r=2, init_lora_weights="gaussian"), [GradientShareCallback(every_n_steps=1)]
     trainer = TAPOTrainer(base, rewards[0], args, prompts, callbacks=callbacks, peft_config=lora)
@@ -147,7 +149,9 @@ def train(pipeline, folder: Path, base: str, rewards: tuple[str, ...], aligned: 
 
 
 def reward_model(base: str, size: dict) -> SLRMModel:
-    return SLRMModel.from_policy(load_policy(base), num_task_tokens=2, max_sequence_length=4, **size)
+    policy = load_policy(base)
+    options = {"num_task_tokens": 2, "max_sequence_length": policy.max_sequence_length}
+    return SLRMModel.from_policy(policy, **options | size)
 
 
 def pick_a_pic(pairs: Dataset) -> DatasetDict:

@@ -27,6 +27,7 @@ TEXT = {
     r"recipes/accelerate/\w+\.yaml": "recipes/accelerate/cpu.yaml",
     r"/tmp/": "scratch/",
     r"--(\w*minutes)\n[\d.]+": r"--\1\n0.01",  # words stand in lines of their own
+    r"latent_shape\(512, 512\)": "latent_shape(32, 32)",
     r"torch\.randn\(1, 16, 64, 64\)": "torch.randn(1, 4, 8, 8)",
 }
 
@@ -59,7 +60,6 @@ LARGEST = {
     "width": 32,
     "num_frames": 5,
     "fps": 4,
-    "max_sequence_length": 4,
     "lora_r": 2,
     "num_task_tokens": 2,
     "save_steps": 1,

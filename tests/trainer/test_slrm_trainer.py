@@ -29,7 +29,7 @@ from tapo_trl import SLRMConfig, SLRMModel, SLRMTrainer
 from tapo_trl.data import PromptCache
 from tapo_trl.metrics import evaluate_preference_accuracy
 from tapo_trl.policies import SD3Policy, WanPolicy, load_policy
-from tapo_trl.trainer.slrm_trainer import _is_reward_model
+from tapo_trl.trainer.slrm_trainer import is_reward_model
 
 from ..data.preference_pairs import color_pairs, latent_pairs
 from ..data.video_files import color_videos
@@ -512,14 +512,14 @@ class TestModelArgument:
         assert trainer.model.config["rho"] == 0.25
 
     def test_a_training_goes_on_as_it_was(self, make_args, pipeline_folder, tmp_path):
-        how = {"rho": 0.25, "score_link": "softplus", "velocity_target": "none", "resolution": 32}
+        how = {"rho": 0.25, "score_link": "softplus", "velocity_target": "ground_truth", "resolution": 32}
         train(make_args("first", max_steps=1, **how), model=pipeline_folder).save_model()
         folder = str(tmp_path / "first")
         open_fields = dict.fromkeys([*how, "max_sequence_length"])
         trainer = SLRMTrainer(folder, make_args("second", **open_fields), train_dataset=latent_pairs(4))
         for name, value in (how | {"height": 32, "max_sequence_length": 16}).items():
             assert getattr(trainer.args, name) == trainer.model.config[name] == value
-        assert trainer.args.eval_rules == ["ground_truth", "none"]
+        assert trainer.args.eval_rules == ["ground_truth", "reference"]
         with pytest.raises(ValueError, match="`rho=1.0` is not what"):
             SLRMTrainer(folder, make_args("third", rho=1.0), train_dataset=latent_pairs(4))
 
@@ -534,9 +534,9 @@ class TestModelArgument:
 
         monkeypatch.setattr("tapo_trl.trainer.slrm_trainer.hf_hub_download", download)
         hub = {"token": "secret", "cache_dir": "elsewhere", "local_files_only": True, "revision": "main"}
-        assert _is_reward_model("me/slrm", **hub)
+        assert is_reward_model("me/slrm", **hub)
         assert all(hub.items() <= kwargs.items() for kwargs in seen)
-        assert not _is_reward_model(pipeline_folder)
+        assert not is_reward_model(pipeline_folder)
         for error, expected in (
             (ConnectionError("no answer"), "no answer"),
             (LocalEntryNotFoundError("neither"), "neither a pipeline .* nor a reward model .* in me/slrm"),
@@ -544,9 +544,9 @@ class TestModelArgument:
         ):
             errors.append(error)
             with pytest.raises((OSError, ValueError), match=expected):
-                _is_reward_model("me/slrm", **hub)
+                is_reward_model("me/slrm", **hub)
         with pytest.raises(ValueError, match="neither a pipeline"):
-            _is_reward_model(str(tmp_path))
+            is_reward_model(str(tmp_path))
 
     def test_half_precision_pipeline_is_trained_in_float32(self, make_args, pipeline_folder):
         args = make_args(max_steps=1, model_init_kwargs={"torch_dtype": "float16"})
