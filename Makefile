@@ -23,7 +23,7 @@ THREADS ?= 1
 JOBS ?= logical
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/multi_cpu.yaml --num_cpu_threads_per_process $(THREADS)
 SLRM_CONFIG ?= recipes/emoji/slrm.yaml
-TAPO_CONFIG ?= recipes/emoji/tapo.yaml
+TAPO_CONFIG ?= recipes/emoji/tapo_demo.yaml
 
 # Progress of this package, and none of what the libraries below it say
 demo demo-video: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1

@@ -100,7 +100,7 @@ def build(folder: Path) -> None:
     color_pairs(8).to_parquet(folder / "pairs.parquet")
     pick_a_pic(color_pairs(8)).save_to_disk(folder / "tiny" / "pick_a_pic")
     video_pairs(folder).to_parquet(folder / "video_pairs.parquet")
-    video_pairs(folder).to_csv(folder / "video_pairs.csv")
+    video_pairs(folder).to_csv(folder / "pairs.csv")
     reward_places = ("slrm", "sd35-slrm", "outputs/sd35-slrm")
     train(
         tiny_sd3_pipeline(),

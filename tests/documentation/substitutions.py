@@ -19,6 +19,11 @@ import re
 
 # In every block: models and data of the Hub become folders of the sandbox, launch configurations the one for a CPU
 TEXT = {
+    r'(StableDiffusion3Pipeline\.from_pretrained\(\s*"stabilityai[^"]*")': r"\1, text_encoder_3=None, tokenizer_3=None",
+    r'load_dataset\("TIGER-Lab/GenAI-Bench".*\)': "Dataset.from_dict(VOTES)",
+    r"from diffusers.utils import export_to_video.*\n": "",
+    r"export_to_video\(.*\)": "",
+    r"num_frames=81, guidance_scale=5.0\)": "height=32, width=32, num_frames=5, num_inference_steps=2)",
     r"stabilityai/stable-diffusion-3\.5-medium": "tiny/sd3",
     r"Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers": "tiny/wan",
     r'load_dataset\("my-name/pairs"': 'load_dataset("parquet", data_files="pairs.parquet"',
@@ -78,9 +83,21 @@ SCRIPTS = {
 
 # What the blocks of Python of a page need before the first, and what uses what they define
 BEFORE = {
+    "docs/slrm_trainer.md": """
+from datasets import Dataset
+VOTES = {"prompt": ["a fox"], "left_video": ["a.mp4"], "right_video": ["b.mp4"], "vote_type": ["leftvote"]}
+""",
     "docs/reproduction.md": "def judge(samples, prompts): return {}",
-    "examples/emoji/README.md": "import sys; sys.path.insert(0, 'examples/emoji')",
-    "examples/moving_emoji/README.md": "import sys; sys.path.insert(0, 'examples/moving_emoji')",
+    "examples/emoji/README.md": """
+import sys, torch
+sys.path.insert(0, "examples/emoji")
+images, prompts = torch.rand(2, 3, 64, 64), ["red apple"] * 2
+""",
+    "examples/moving_emoji/README.md": """
+import sys, torch
+sys.path.insert(0, "examples/moving_emoji")
+clips, prompts = 2 * torch.rand(2, 3, 9, 48, 48) - 1, ["panda face moving left"] * 2
+""",
 }
 AFTER = {
     "docs/diagnostics.md": "diagnose('outputs/sd35-slrm', 'tiny/sd3', 'pairs.parquet'); curve('outputs/sd35-tapo')",
