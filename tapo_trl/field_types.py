@@ -78,6 +78,8 @@ def convert(name: str, value: Any, hint: Any, text: Any = None) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None and NoneType not in options:
         raise ValueError(f"`{name}` is null, but must be {_describe(options)}: leave it out for the default.")
+    if isinstance(value, float) and value != value:
+        raise ValueError(f"`{name}` must be {_describe(options)}, but is NaN.")
     if value is None or (text is None and not isinstance(value, (str, bool, int, float, list, tuple, dict))):
         return value
     for option in options:
