@@ -32,7 +32,7 @@ _NAMES = {
     list: "a list, such as [a, b]",
     dict: "a mapping, such as {a: 1}",
 }
-_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @functools.cache
@@ -143,7 +143,7 @@ def _convert_scalar(name: str, value: Any, option: Any, text: Any) -> Any:
     if get_origin(option) is Literal:
         return text if text in get_args(option) else None
     if option is bool:
-        return _BOOLEANS.get(str(value).lower()) if not isinstance(value, float) else None
+        return BOOLEANS.get(str(value).lower()) if not isinstance(value, float) else None
     if option in (int, float) and isinstance(value, (str, float)):
         try:
             number = float(value)
