@@ -32,7 +32,7 @@ _NAMES = {
     list: "a list, such as [a, b]",
     dict: "a mapping, such as {a: 1}",
 }
-_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @functools.cache
@@ -78,6 +78,8 @@ def convert(name: str, value: Any, hint: Any, text: Any = None) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None and NoneType not in options:
         raise ValueError(f"`{name}` is null, but must be {_describe(options)}: leave it out for the default.")
+    if isinstance(value, float) and value != value:
+        raise ValueError(f"`{name}` must be {_describe(options)}, but is NaN.")
     if value is None or (text is None and not isinstance(value, (str, bool, int, float, list, tuple, dict))):
         return value
     for option in options:
@@ -141,7 +143,7 @@ def _convert_scalar(name: str, value: Any, option: Any, text: Any) -> Any:
     if get_origin(option) is Literal:
         return text if text in get_args(option) else None
     if option is bool:
-        return _BOOLEANS.get(str(value).lower()) if not isinstance(value, float) else None
+        return BOOLEANS.get(str(value).lower()) if not isinstance(value, float) else None
     if option in (int, float) and isinstance(value, (str, float)):
         try:
             number = float(value)

@@ -123,10 +123,13 @@ def open_image(value: Any, place: str) -> Image.Image:
 
 def fit_image(image: Image.Image, height: int, width: int, place: str) -> np.ndarray:
     """The image as it is displayed, cropped and resized to `uint8` of shape `(height, width, 3)`."""
+    if 0 in image.size:
+        raise BadFileError(f"{place}: the image has no pixels.")
+    file_format = image.format  # which the turned image has no longer
     with _decoding(place, "the image is damaged"):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            image = _to_8_bits(image, place)
+            image = _to_8_bits(image, place, file_format)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -144,14 +147,14 @@ def _decoding(place: str, failure: str) -> Iterator[None]:
         raise BadFileError(f"{place}: {failure} ({error or type(error).__name__}).") from error
 
 
-def _to_8_bits(image: Image.Image, place: str) -> Image.Image:
+def _to_8_bits(image: Image.Image, place: str, file_format: str | None) -> Image.Image:
     """A grey image of 16 or 32 bits, which Pillow would cut off at 255, on white where it is transparent."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F":
         scale = 1.0 if high <= 1 else 255.0
     else:
-        scale = 65535.0 if high > 255 or image.mode != "I" or image.format == "PNG" else 255.0
+        scale = 65535.0 if high > 255 or image.mode != "I" or file_format in ("PNG", "PPM") else 255.0
     if not 0 <= low <= high <= scale:
         raise BadFileError(
             f"{place}: the numbers of the image (mode {image.mode}) reach from {low:g} to {high:g}, which is no known scale. "

@@ -91,7 +91,8 @@ def encoder_fingerprint(policy: FlowPolicy, max_sequence_length: int | None, dty
         if encoder is not None:
             tokenizer = policy.pipeline.components[name.replace("text_encoder", "tokenizer")]
             vocabulary = sorted(tokenizer.get_vocab().items())
-            key = [tokenizer.model_max_length, tokenizer(_PROBE).input_ids, vocabulary, str(encoder.dtype)]
+            sides = [tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.truncation_side]
+            key = [tokenizer.model_max_length, tokenizer(_PROBE).input_ids, vocabulary, sides, str(encoder.dtype)]
             digest.update(json.dumps(key).encode())
             config = {key: value for key, value in encoder.config.to_dict().items() if key not in _NO_MATTER}
             digest.update(json.dumps(config, sort_keys=True, default=str).encode())

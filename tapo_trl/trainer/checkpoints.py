@@ -29,6 +29,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
+from ..field_types import BOOLEANS
+
 
 logger = logging.get_logger(__name__)
 
@@ -104,8 +106,8 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | Path | None, outpu
 
     Args:
         resume_from_checkpoint (`str`, `bool` or `Path`, *optional*):
-            Folder of a checkpoint; `True`, or the word `true`, for the last one of `output_dir` that is whole; `False`, the
-            word `false` or `None` for none. The words may be written in any case.
+            Folder of a checkpoint; `True`, or a word for it such as `true` or `yes`, for the last one of `output_dir` that is
+            whole; `False`, a word for it or `None` for none. The words may be written in any case.
         output_dir (`str` or `Path`): folder of the run.
 
     Raises:
@@ -130,7 +132,7 @@ def _folder_to_resume(resume_from_checkpoint: str | bool | Path | None) -> Path 
     """What [`checkpoint_to_resume`] is asked for: a folder, which exists, or the last one, or nothing."""
     if isinstance(resume_from_checkpoint, str):
         word = resume_from_checkpoint.lower()
-        resume_from_checkpoint = {"true": True, "false": False, "": None}.get(word, resume_from_checkpoint)
+        resume_from_checkpoint = {**BOOLEANS, "": None, "none": None}.get(word, resume_from_checkpoint)
     if resume_from_checkpoint is True:
         return True
     if resume_from_checkpoint is None or resume_from_checkpoint is False:

@@ -30,7 +30,10 @@ _ALLOWED = {
     "target_parameters": (None, []),
     "layer_replication": (None,),
     "kasa_config": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
 }
+_NOT_FOR_TRAINING = {"inference_mode": "freezes the LoRA", "task_type": "is for language models"}
 _POLICY_INITS = (True, "gaussian")
 _REWARD_MODEL_INITS = (True, False, "gaussian", "orthogonal")
 
@@ -45,8 +48,8 @@ def check_peft_config(peft_config: PeftConfig | None, has_reference: bool = True
             Whether the network without its adapter is the reference, from which the training must start.
 
     Raises:
-        ValueError: if it is no LoRA, if it trains more than LoRA matrices, or if it starts from other weights than those of
-            the base.
+        ValueError: if it is no LoRA or none to be trained, if it trains more than LoRA matrices, or if it starts from other
+            weights than those of the base.
     """
     if peft_config is None:
         return
@@ -54,6 +57,9 @@ def check_peft_config(peft_config: PeftConfig | None, has_reference: bool = True
         raise ValueError(
             f"`peft_config` is a `{type(peft_config).__name__}`, whose weights diffusers does not load: use a `LoraConfig`."
         )
+    for name, reason in _NOT_FOR_TRAINING.items():
+        if getattr(peft_config, name):
+            raise ValueError(f"`{name}={getattr(peft_config, name)!r}` of `peft_config` {reason}: leave it unset.")
     inits = _POLICY_INITS if has_reference else _REWARD_MODEL_INITS
     names = {own.name for own in fields(peft_config)}
     for name, allowed in (_ALLOWED | {"init_lora_weights": inits}).items():

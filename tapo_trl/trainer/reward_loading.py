@@ -48,9 +48,13 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
     Refuse what cannot work, before anything is loaded.
 
     Raises:
-        ValueError: if a reward is neither a name, a reward model nor a callable, or if an option for latent reward
-            models has nothing to act on.
+        ValueError: if there is none, or not as many as weights, if a reward is neither a name, a reward model nor a callable,
+            or if an option for latent reward models has nothing to act on.
     """
+    if not rewards:
+        raise ValueError("`reward_model` is an empty list: give at least one.")
+    if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
+        raise ValueError(f"`reward_weights` has {len(args.reward_weights)} entries for {len(rewards)} reward models.")
     for reward in rewards:
         if not isinstance(reward, (str, StepRewardModel)) and not callable(reward):
             raise ValueError(

@@ -260,6 +260,8 @@ class RolloutConfig(_BaseConfig):
             raise ValueError("`auto_find_batch_size` is not supported: a retried step would repeat its rollout.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be `False`: rewards get the columns of the dataset.")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"`ref_model_mixup_alpha` must be in (0, 1], got {self.ref_model_mixup_alpha}.")
         if not self.sync_ref_model:
             names = ["ref_model_mixup_alpha", "ref_model_sync_steps"]
             check_without_effect(self, names, "without `sync_ref_model=True`")

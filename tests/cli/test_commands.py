@@ -260,7 +260,7 @@ class TestVideo:
                 write_video(file, torch.rand(3, 5, 32, 32), fps=8)
                 pairs[side].append(str(file))
         Dataset.from_dict(pairs).to_parquet(folder / "pairs.parquet")
-        common = COMMON + "num_frames: 5\nfps: 8\nmax_steps: 1\n"
+        common = COMMON.replace("max_steps: 2", "max_steps: 1") + "num_frames: 5\nfps: 8\n"
         base = ["--model_name_or_path", str(folder / "base")]
 
         recipe = folder / "slrm.yaml"

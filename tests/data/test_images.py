@@ -240,3 +240,17 @@ class TestAddresses:
             BadFileError, match="`here`: https://example.org/a.png is an address of no dataset.*: download it"
         ):
             ImageReader(32, 32).check("https://example.org/a.png", "`here`")
+
+
+def test_dark_pictures_of_16_bits():
+    """Pillow scales Netpbm's numbers to 65535, and has them in 32 bits."""
+    values = np.full((4, 4), 200, dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    for encoded in (b"P5 4 4 65535\n" + values.astype(">u2").tobytes(), buffer.getvalue()):
+        assert ImageReader(4, 4).load(encoded).max() < 0.01
+
+
+def test_no_pixels():
+    with pytest.raises(BadFileError, match="row 3: the image has no pixels"):
+        ImageReader(4, 4).load(Image.new("RGB", (0, 0)), "row 3")

@@ -95,6 +95,12 @@ class TestPromptCache:
         def shorten(pipeline):
             pipeline.tokenizer_2.model_max_length = 7
 
+        def pad_with_another_token(pipeline):
+            pipeline.tokenizer.pad_token = "a"
+
+        def pad_before(pipeline):
+            pipeline.tokenizer_2.padding_side = "left"
+
         def change_one_token(pipeline):
             pipeline.text_encoder.get_input_embeddings().weight.data[40, 7] += 1e-3
 
@@ -107,7 +113,16 @@ class TestPromptCache:
         def change_nothing(pipeline):
             pipeline.transformer.proj_out.weight.data += 1
 
-        changes = (swap_two_tokens, shorten, change_one_token, change_activation, leave_one_out, change_nothing)
+        changes = (
+            swap_two_tokens,
+            shorten,
+            pad_with_another_token,
+            pad_before,
+            change_one_token,
+            change_activation,
+            leave_one_out,
+            change_nothing,
+        )
         folders = []
         for change in changes:
             pipeline = make_pipeline()

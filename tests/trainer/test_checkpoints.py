@@ -93,7 +93,7 @@ class TestLastGoodCheckpoint:
 
 
 class TestCheckpointToResume:
-    @pytest.mark.parametrize("word", [True, "true", "True", "TRUE"])
+    @pytest.mark.parametrize("word", [True, "true", "True", "TRUE", "yes", "1"])
     def test_the_last_whole_one(self, tmp_path, word):
         assert checkpoint_to_resume(word, tmp_path) is None, "starts anew without any"
         for step in (1, 2):
@@ -101,7 +101,7 @@ class TestCheckpointToResume:
         make_checkpoint(tmp_path, 3, sealed=False)
         assert checkpoint_to_resume(word, tmp_path) == tmp_path / "checkpoint-2"
 
-    @pytest.mark.parametrize("word", [None, False, "false", "False", ""])
+    @pytest.mark.parametrize("word", [None, False, "false", "False", "", "no", "0", "None"])
     def test_none(self, tmp_path, word):
         make_checkpoint(tmp_path, 1)
         assert checkpoint_to_resume(word, tmp_path) is None

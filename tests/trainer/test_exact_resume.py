@@ -79,7 +79,7 @@ SAVE_AND_STOP = set_control(should_save=True, should_training_stop=True)
 WAYS = {  # to stop: arguments, callbacks, and the step of the checkpoint
     "save_steps": ({"save_steps": 2}, [At(3, STOP)], 2),
     "epoch": ({"save_strategy": "epoch"}, [At(5, STOP)], 5),
-    "signal": ({}, [At(3, send_sigterm)], 3),
+    "signal": ({}, [At(3, send_sigterm)], 3),  # between two updates on one rollout
     "max_steps": ({"max_steps": 3}, [], 3),
     "callback": ({}, [At(5, SAVE_AND_STOP)], 5),
 }

@@ -33,6 +33,7 @@ from .test_tapo_trainer import make_lora
             "`label_smoothing=0.1` has no effect",
         ),
         (test_tapo_trainer.make_args, {"loss_type": "ipo", "label_smoothing": 0.1}, "with `loss_type='ipo'`"),
+        (test_tapo_trainer.make_args, {"guidance_scale": 1.0, "train_cfg": False}, "`train_cfg=False` has no effect"),
         (test_flow_grpo_trainer.make_args, {"ref_model_sync_steps": 8}, "without `sync_ref_model=True`"),
         (test_tapo_trainer.make_args, {"ref_model_mixup_alpha": 0.5}, "`ref_model_mixup_alpha=0.5` has no effect"),
         (

@@ -208,6 +208,12 @@ class TestAdapters:
                 r"`modules_to_save=\['proj_out'\]` of `peft_config` trains or changes more",
             ),
             (lora(bias="lora_only"), "`bias='lora_only'`"),
+            (lora(inference_mode=True), "`inference_mode=True` of `peft_config` freezes the LoRA"),
+            (
+                lora(task_type="FEATURE_EXTRACTION"),
+                "`task_type='FEATURE_EXTRACTION'` of `peft_config` is for language models",
+            ),
+            (lora(alora_invocation_tokens=[1]), r"`alora_invocation_tokens=\[1\]`"),
             (LoHaConfig(r=2, target_modules=["to_q"]), "is a `LoHaConfig`"),
             (LoKrConfig(r=2, target_modules=["to_q"]), "is a `LoKrConfig`"),
             (AdaLoraConfig(target_modules=["to_q"], total_step=10), "is a `AdaLoraConfig`"),

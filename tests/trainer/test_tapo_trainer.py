@@ -620,6 +620,9 @@ class TestBadInput:
             ({"ref_model_sync_steps": 8}, "`ref_model_sync_steps=8` has no effect without `sync_ref_model=True`"),
             ({"ref_model_mixup_alpha": 0.5}, "`ref_model_mixup_alpha=0.5` has no effect"),
             ({"transition_batch_size": 0}, "transition_batch_size"),
+            ({"sync_ref_model": True, "ref_model_mixup_alpha": 2.0}, r"`ref_model_mixup_alpha` must be in \(0, 1\]"),
+            ({"noise_level": float("nan")}, "`noise_level` must be a number, such as 0.5, but is NaN"),
+            ({"reward_weights": [1.0, float("nan")]}, r"`reward_weights\[1\]` must be a number"),
         ],
     )
     def test_configuration(self, tmp_path, kwargs, message):
@@ -641,6 +644,18 @@ class TestBadInput:
             make_trainer(tmp_path, reward=3)
         with pytest.raises(ValueError, match="sync_ref_model"):
             make_trainer(tmp_path, sync_ref_model=True)
+
+    @pytest.mark.parametrize(
+        ("rewards", "weights", "message"),
+        [
+            ([], None, "`reward_model` is an empty list"),
+            (redness, [1.0, 2.0], "`reward_weights` has 2 entries for 1 reward models"),
+            ([redness, redness], [], "`reward_weights` has 0 entries for 2 reward models"),
+        ],
+    )
+    def test_number_of_rewards_before_anything_is_loaded(self, tmp_path, rewards, weights, message):
+        with pytest.raises(ValueError, match=message):
+            TAPOTrainer("no-such/model", rewards, make_args(tmp_path, reward_weights=weights))
 
     def test_slrm_of_another_vae_or_text_length(self, tmp_path):
         other = SLRMModel.from_policy(SD3Policy(make_pipeline(seed=1)), max_sequence_length=3)
