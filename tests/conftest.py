@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import gc
 import os
 
 
@@ -50,3 +51,10 @@ def tiny_wan_policy(tiny_wan_pipeline):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def imported_modules_are_not_collected():
+    """`Trainer` collects garbage several times a training: without what was imported, that takes no time."""
+    gc.collect()
+    gc.freeze()
