@@ -169,16 +169,14 @@ def load_policy(
     if isinstance(model, str):
         model = _folder(model, model_init_kwargs.pop("subfolder", None))
         hub_arguments = only_hub_arguments(model_init_kwargs)
-        if not os.path.isdir(
-            model
-        ):  # whose errors say more than those of diffusers, of a gated repository for example
-            try:
+        if not os.path.isdir(model):
+            try:  # its errors say more than those of diffusers, of a gated repository for example
                 hf_hub_download(model, DiffusionPipeline.config_name, **hub_arguments)
             except HFValidationError as error:
                 raise ValueError(f"There is no folder {model}, and it cannot be the name of a repository.") from error
         # A component that was saved as absent has to be passed as `None` to diffusers.
         components = DiffusionPipeline.load_config(model, **hub_arguments)
-        pipeline_class = PIPELINES.get(components["_class_name"], DiffusionPipeline)
+        pipeline_class = PIPELINES.get(str(components["_class_name"]), DiffusionPipeline)  # a list if it has own code
         check_arguments(model_init_kwargs, [*components, *inspect.signature(pipeline_class.__init__).parameters])
         absent = {name: None for name, value in components.items() if value == [None, None]}
         if dtype == AUTO:
