@@ -91,6 +91,8 @@ def build(folder: Path) -> None:
     for name in ("examples", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("pairs", "__pycache__"))
     few_captions(folder / "examples/emoji/data/emoji.parquet", folder / "pictures.parquet")
+    (folder / "scratch/emoji_all").mkdir(parents=True)
+    shutil.copy(folder / "examples/emoji/data/emoji.parquet", folder / "scratch/emoji_all")
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
         copy = folder / recipe.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)

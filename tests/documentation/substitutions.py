@@ -78,6 +78,7 @@ LARGEST = {
 # Flags of other scripts
 SCRIPTS = {
     "report.py": ["--seeds", "1", "--num_inference_steps", "2"],
+    "train_clip.py": ["--minutes", "0.01"],
     "plain_loop.py": ["--num_inference_steps", "4", "--num_sde_steps", "2", "--num_candidates", "2"],
 }
 
@@ -115,6 +116,8 @@ EXEMPT = {
     r"tapo-trl tapo .*--push_to_hub": "needs an account; tests/trainer/test_hub.py pushes to a Hub of its own",
     r'trainer\.dataset_name = "my-name/pairs"': "needs an account; tests/trainer/test_hub.py",
     r"python examples/emoji/build_dataset\.py": "downloads packages",
+    r"python examples/moving_emoji/report\.py": "needs two trainings; `make demo-video` runs it",
+    r"python examples/moving_emoji/train_judges\.py": "rates thousands of clips for minutes",
 }
 
 
