@@ -117,6 +117,7 @@ EXEMPT = {
     r'trainer\.dataset_name = "my-name/pairs"': "needs an account; tests/trainer/test_hub.py",
     r"python examples/emoji/build_dataset\.py": "downloads packages",
     r"python examples/moving_emoji/report\.py": "needs two trainings; `make demo-video` runs it",
+    r"(python|torchrun .*) examples/(moving_)?emoji/pretrain_transformer\.py": "rates hundreds of samples at its end, for minutes",
     r"python examples/moving_emoji/train_judges\.py": "rates thousands of clips for minutes",
 }
 
