@@ -182,7 +182,9 @@ def run_command(words: list[str]) -> None:
     """Run a documented command in this process, with small values. Launchers check their flags, and run one process."""
     words = replace_text("\n".join(words)).split("\n")
     if words[0] == "make":  # what it would do, but for the installation
-        recipe = subprocess.run([*words, "-n", "-o", "install"], capture_output=True, text=True, check=True).stdout
+        # The same from a shell and below a `make` with variables of its own
+        dry_run = [*words, "-n", "-o", "install", "--no-print-directory", "VENV=.venv"]
+        recipe = subprocess.run(dry_run, capture_output=True, text=True, check=True).stdout
         for command in commands_of(recipe.replace(".venv/bin/", "")):
             run_command(command)
         return
