@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """
 How well does each kind of reward model order noisy images, and what does it cost? Measured on the emoji world.
@@ -40,8 +29,8 @@ from transformers import TrainerCallback
 
 from tapo_trl import SLRMTrainer, load_policy, load_reward_model
 from tapo_trl.cli.builders import load_preference_splits
-from tapo_trl.cli.slrm import make_parser
 from tapo_trl.metrics import evaluate_preference_accuracy
+from tapo_trl.scripts.slrm import make_parser
 
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -1,20 +1,11 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
+import sys
 from typing import TYPE_CHECKING
 
 from .lazy import lazy_exports
+from .moved import MovedModules
 from .version import __version__
 
 
@@ -25,8 +16,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".policies": ("FlowPolicy", "load_policy"),
         ".rewards": ("DiNaModel", "LRMModel", "SLRMModel", "SPMModel", "load_reward_model"),
         ".schedulers": ("FlowMatchSDEScheduler",),
-        ".trainer.callbacks": (
+        ".callbacks": (
             "EMACallback",
+            "GradientShareCallback",
             "PolicyCallback",
             "RewardHackingGuardCallback",
             "SampleGridCallback",
@@ -36,7 +28,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".trainer.diffusion_dpo_trainer": ("DiffusionDPOTrainer",),
         ".trainer.flow_grpo_config": ("FlowGRPOConfig",),
         ".trainer.flow_grpo_trainer": ("FlowGRPOTrainer",),
-        ".trainer.gradient_share": ("GradientShareCallback",),
         ".trainer.online_dpo_config": ("OnlineDiffusionDPOConfig",),
         ".trainer.online_dpo_trainer": ("OnlineDiffusionDPOTrainer",),
         ".trainer.slrm_config": ("SLRMConfig",),
@@ -47,23 +38,25 @@ __getattr__, __dir__, __all__ = lazy_exports(
     },
 )
 
+sys.meta_path.append(MovedModules(__name__))
+
 if TYPE_CHECKING:
-    from .data import PAIR_PRESETS, to_preference_pairs
-    from .policies import FlowPolicy, load_policy
-    from .rewards import DiNaModel, LRMModel, SLRMModel, SPMModel, load_reward_model
-    from .schedulers import FlowMatchSDEScheduler
-    from .trainer.callbacks import (
+    from .callbacks import (
         EMACallback,
+        GradientShareCallback,
         PolicyCallback,
         RewardHackingGuardCallback,
         SampleGridCallback,
         TAPOCallback,
     )
+    from .data import PAIR_PRESETS, to_preference_pairs
+    from .policies import FlowPolicy, load_policy
+    from .rewards import DiNaModel, LRMModel, SLRMModel, SPMModel, load_reward_model
+    from .schedulers import FlowMatchSDEScheduler
     from .trainer.diffusion_dpo_config import DiffusionDPOConfig
     from .trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
     from .trainer.flow_grpo_config import FlowGRPOConfig
     from .trainer.flow_grpo_trainer import FlowGRPOTrainer
-    from .trainer.gradient_share import GradientShareCallback
     from .trainer.online_dpo_config import OnlineDiffusionDPOConfig
     from .trainer.online_dpo_trainer import OnlineDiffusionDPOTrainer
     from .trainer.slrm_config import SLRMConfig

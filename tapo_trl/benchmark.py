@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """
 What a pair of trajectories costs: seconds of sampling, scoring and updating, forwards, floating point operations and memory,
@@ -31,16 +20,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .losses import tapo_loss
+from .networks.sharing import all_tensors, tie
+from .networks.speed import check_speed_options, compile_blocks, shrink_and_speed_up
 from .policies import FlowPolicy, PromptEmbeddings
 from .profiling import StageTimer, on_forward
 from .rewards import LatentReward, SLRMModel, WeightedReward
-from .rewards.backbone import all_tensors
-from .rewards.sharing import tie
 from .rollouts import TAPOSampler, TrajectoryPairs
 from .schedulers import sde_step_indices
 from .trainer.reward_loading import check_rewards, check_sharing, place_rewards
 from .trainer.rollout_config import RolloutConfig
-from .trainer.speed import check_speed_options, compile_blocks, shrink_and_speed_up
 
 
 BETA = 1000.0

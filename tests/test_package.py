@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """The package as a whole: public names, recipes, documentation, and files that must agree with each other."""
 
@@ -25,7 +14,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import tapo_trl
-from tapo_trl.cli import bench, diagnose, dpo, evaluate, grpo, online_dpo, reproduce, sample, slrm, tapo
+from tapo_trl.cli import bench, diagnose, evaluate, reproduce, sample
+from tapo_trl.scripts import dpo, grpo, online_dpo, slrm, tapo
 
 
 ROOT = Path(tapo_trl.__file__).parents[1]
@@ -98,8 +88,8 @@ class TestPackage:
     def test_is_typed_and_ships_its_data(self):
         package = ROOT / "tapo_trl"
         assert (package / "py.typed").is_file()
-        assert (package / "templates" / "tapo_model_card.md").is_file()
-        assert (package / "templates" / "slrm_model_card.md").is_file()
+        assert (package / "runs" / "templates" / "tapo_model_card.md").is_file()
+        assert (package / "runs" / "templates" / "slrm_model_card.md").is_file()
 
     def test_prompts(self):
         prompts = (ROOT / "tapo_trl" / "data" / "prompts.txt").read_text(encoding="utf-8").splitlines()

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """What others made, a repository, a recipe or a data set, neither runs code nor writes where it should not."""
 
@@ -30,13 +19,12 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from tapo_trl import SLRMModel, TAPOTrainer, load_policy
-from tapo_trl.cli.tapo import make_parser
+from tapo_trl.callbacks.samples import SampleGridCallback
 from tapo_trl.policies import SD3Policy
-from tapo_trl.trainer.callbacks import SampleGridCallback
-from tapo_trl.trainer.checkpoints import seal_checkpoint
-
-from .testing_utils import tiny_sd3_pipeline
-from .trainer.test_tapo_trainer import make_args, make_lora, make_trainer
+from tapo_trl.runs.checkpoints import seal_checkpoint
+from tapo_trl.scripts.tapo import make_parser
+from tests.testing_utils import tiny_sd3_pipeline
+from tests.trainer.test_tapo_trainer import make_args, make_lora, make_trainer
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """`tapo-trl bench`: what a pair of trajectories costs on this machine, with random weights."""
 
@@ -40,11 +29,11 @@ def make_bench(args) -> "Bench":
     import torch
 
     from ..benchmark import Bench, randomize
+    from ..estimate.known_pipelines import SIZES
+    from ..estimate.meta_models import make_meta_policy
     from ..policies import load_policy
     from ..policies.loading import parse_dtype
     from ..trainer.tapo_config import TAPOConfig
-    from .known_pipelines import SIZES
-    from .meta_models import make_meta_policy
 
     device, dtype = torch.device(args.device), parse_dtype(args.torch_dtype)
     if args.model_name_or_path is not None:
@@ -192,7 +181,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 def plot_report(report: dict[str, Any], path) -> None:
     """Draw the stages of every setting, and the seconds of rollouts against their forwards."""
-    from ..metrics.plots import check_matplotlib
+    from ..media.plots import check_matplotlib
 
     check_matplotlib()
     from matplotlib.figure import Figure

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import difflib
 import importlib
@@ -24,11 +13,13 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..callbacks.ema import EMACallback
+from ..callbacks.reward_guard import RewardHackingGuardCallback
+from ..callbacks.samples import SampleGridCallback
 from ..data import default_prompts
 from ..data.pairs import preset_hint, to_preference_pairs
 from ..policies import FlowPolicy, load_policy
 from ..policies.loading import pop_dtype
-from ..trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
 from .model_arguments import DiffusionModelConfig, get_lora_config
 from .script_arguments import (
     PreferenceDatasetArguments,
@@ -354,7 +345,7 @@ def build_callbacks(
     """[`build_sample_callbacks`], what measures gradients and, with `guard_reward`, the guard of held-out prompts."""
     callbacks = build_sample_callbacks(script_args, training_args, train_dataset, eval_dataset)
     if script_args.gradient_share_every_steps is not None:
-        from ..trainer.gradient_share import GradientShareCallback
+        from ..callbacks.gradient_share import GradientShareCallback
 
         callbacks.append(GradientShareCallback(script_args.gradient_share_every_steps))
     if script_args.guard_reward is not None:

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 from typing import Any
 
@@ -69,8 +58,8 @@ def read_run(folder: str, judge: str) -> dict[str, Any]:
     """
     from dataclasses import asdict
 
-    from ..trainer.gradient_share import gradient_share_curves
-    from ..trainer.reward_curve import read_log_history, reward_curve
+    from ..callbacks.gradient_share import gradient_share_curves
+    from ..callbacks.reward_curve import read_log_history, reward_curve
 
     logs = read_log_history(folder)
     checks, shares = reward_curve(logs, judge), gradient_share_curves(logs)
@@ -135,7 +124,7 @@ def main(args, model_args) -> None:
     import json
     from pathlib import Path
 
-    from ..metrics.plots import check_matplotlib, plot_diagnosis
+    from ..media.plots import check_matplotlib, plot_diagnosis
 
     check_matplotlib()
     diagnosis = {}

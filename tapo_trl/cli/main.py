@@ -1,27 +1,20 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import importlib
 import sys
+from types import ModuleType
 
 
-COMMANDS = {
+TRAININGS = {
     "slrm": "train a latent reward model on preference pairs",
     "tapo": "align a text-to-image or text-to-video model with a reward model",
     "online_dpo": "the same by Diffusion-DPO on the best and the worst of its own samples",
     "grpo": "the same by Flow-GRPO, policy gradients on its sampling steps",
     "dpo": "align a text-to-image or text-to-video model with preference pairs",
+}
+COMMANDS = {
+    **TRAININGS,
     "evaluate": "measure a reward model on held-out pairs, or the reward of a model's samples",
     "diagnose": "draw how a reward model ranks pairs at each noise level, and the curves of trainings",
     "reproduce": "measure the paper's tables and figures again, in a small world",
@@ -35,6 +28,12 @@ commands:
 {commands}
 
 `tapo-trl COMMAND --help` lists every field. Several processes: `accelerate launch -m tapo_trl.cli COMMAND ...`."""
+
+
+def command_module(name: str) -> ModuleType:
+    """The module of a command, with its `make_parser` and `main`."""
+    package = "scripts" if name in TRAININGS else "cli"
+    return importlib.import_module(f"tapo_trl.{package}.{name}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +51,6 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"tapo-trl: error: unknown command `{argv[0]}`\n\n{usage}", file=sys.stderr)
         return 2
-    command = importlib.import_module(f"tapo_trl.cli.{argv[0]}")
+    command = command_module(argv[0])
     command.main(*command.make_parser().parse_args_and_config(argv[1:]))
     return 0

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 from .parser import RecipeParser
 
@@ -77,7 +66,7 @@ def draw(policy, prompts: list[str], args):
     Returns:
         `torch.Tensor`: Samples of shape `[B, 3, H, W]` or `[B, 3, F, H, W]`, float32 in [0, 1], on the CPU.
     """
-    from ..trainer.generation import generate_samples
+    from ..policies.sampling import generate_samples
 
     return generate_samples(
         policy,
@@ -104,7 +93,7 @@ def main(args, model_args) -> None:
     from pathlib import Path
 
     from ..data.videos import write_video
-    from ..trainer.image_grid import images_to_pil, save_overview
+    from ..media.pictures import images_to_pil, save_overview
     from .builders import read_prompts
 
     prompts = read_prompts(args.prompts, "prompts")

@@ -1,21 +1,9 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """Trainings that are made once: each has a folder, and a result that says what it cost and how good it is."""
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -279,9 +267,10 @@ def _train(run: Run, recipe: Path) -> dict[str, int]:
     if run.command in (BASE_COMMAND, PROMPTS_COMMAND):
         return {"policy": 0, "reward": 0}
     from ..cli.builders import run_training
+    from ..cli.main import command_module
     from .forward_counter import ForwardCounter
 
-    command = importlib.import_module(f"tapo_trl.cli.{run.command}")
+    command = command_module(run.command)
     script_args, training_args, model_args = command.make_parser().parse_args_and_config(["--config", str(recipe)])
     trainer, counter = command.make_trainer(script_args, training_args, model_args), ForwardCounter()
     if run.command != REWARD_COMMAND:

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 from .base import LatentRewardModel
 from .candidates import Candidates
@@ -21,7 +10,7 @@ from .scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, 
 from .slrm import SLRMModel, SLRMOutput
 from .spm import SPMModel
 from .step_reward import RewardOutput, StepRewardModel
-from .velocity_targets import VELOCITY_TARGETS, VelocityTarget, velocity_target
+from .targets import VELOCITY_TARGETS, VelocityTarget, velocity_target
 
 
 __all__ = [

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 """What all reward models of noisy latents have in common: [`LatentRewardModel`]."""
 
 from abc import abstractmethod
@@ -19,9 +8,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from ..networks.sharing import base_fingerprint
 from ..policies import FlowPolicy, PromptEmbeddings
-from .backbone import RewardBackboneMixin
-from .sharing import base_fingerprint
+from .backbones.base import RewardBackboneMixin
 from .step_reward import StepRewardModel
 
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 """DiNa-LRM: a reward model that reads several early blocks of the diffusion transformer with a head of its own."""
 
 from typing import Any
@@ -19,11 +8,11 @@ import torch
 from diffusers import ModelMixin, SD3Transformer2DModel, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 
+from .backbones.features import FeatureTransformerMixin, check_layers, proportional_layers
+from .backbones.sd3 import SD3FeatureTransformer2DModel
+from .backbones.wan import WanFeatureTransformer3DModel
 from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel
 from .dina_head import DiNaHead
-from .features import FeatureTransformerMixin, check_layers, proportional_layers
-from .features_sd3 import SD3FeatureTransformer2DModel
-from .features_wan import WanFeatureTransformer3DModel
 from .step_reward import RewardOutput
 
 

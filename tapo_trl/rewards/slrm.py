@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """Score-based Latent Reward Model (SLRM): a diffusion transformer that rates noisy latents (section 3.2 of the paper)."""
 
@@ -24,12 +13,12 @@ import torch.nn.functional as F
 from diffusers import ModelMixin, SD3Transformer2DModel, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 
+from .backbones.score_stream import ScoreTransformerMixin
+from .backbones.sd3 import SD3ScoreTransformer2DModel
+from .backbones.wan import WanScoreTransformer3DModel
 from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel
-from .score_stream import ScoreTransformerMixin
-from .slrm_sd3 import SD3ScoreTransformer2DModel
-from .slrm_wan import WanScoreTransformer3DModel
 from .step_reward import RewardOutput
-from .velocity_targets import MIN_SIGMA, ROLLOUT_TARGETS
+from .targets import MIN_SIGMA, ROLLOUT_TARGETS
 
 
 ScoreLink = Literal["exp", "softplus"]

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 """Step-aware preference model (SPM) of SPO: a CLIP that is told the noise level rates the decoded one-step estimate."""
 
 import copy
@@ -25,10 +14,10 @@ from diffusers.configuration_utils import register_to_config
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..networks.sharing import base_fingerprint
 from ..policies import FlowPolicy, PromptEmbeddings
 from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION
 from .clip_modulation import NoiseModulation, clip_pixel_values, modulated_image_features
-from .sharing import base_fingerprint
 from .step_reward import HUB_ARGUMENTS, RewardOutput, StepRewardModel
 
 

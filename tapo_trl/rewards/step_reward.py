@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 """What all reward models of samples at a noise level have in common: [`StepRewardModel`]."""
 
 import functools
@@ -32,11 +21,10 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
+from ..networks.sharing import all_tensors, base_fingerprint, check_base_stays
 from ..policies import FlowPolicy, PromptEmbeddings
 from ..policies.loading import AUTO, check_arguments, pop_dtype
 from ..policies.loading import HUB_ARGUMENTS as EVERY_REQUEST
-from .backbone import all_tensors
-from .sharing import base_fingerprint, check_base_stays
 
 
 HUB_ARGUMENTS = (*EVERY_REQUEST, "subfolder")

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """What both trainers share: the paper, the model card, and checks that come before any work."""
 
@@ -34,12 +23,12 @@ from ..data.prompts import PromptCache
 from ..field_types import check_folder_name
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
-from .checkpoints import SealCallback, SealedCheckpointsMixin
-from .hub import HubPushMixin
-from .interruption import GracefulStopCallback, start_data_worker
-from .model_card import current_command, write_model_card
-from .nonfinite import NonFiniteGuard
-from .option_checks import check_optimizer, check_without_effect
+from ..runs.checkpoints import SealCallback, SealedCheckpointsMixin
+from ..runs.hub import HubPushMixin
+from ..runs.interruption import GracefulStopCallback, start_data_worker
+from ..runs.model_card import current_command, write_model_card
+from ..runs.nonfinite import NonFiniteGuard
+from ..runs.option_checks import check_optimizer, check_without_effect
 
 
 class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import math
 from collections import defaultdict
@@ -25,11 +14,19 @@ from peft import PeftConfig
 from transformers import TrainerCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
+from ..callbacks.base import PolicyCallback
+from ..callbacks.reward_guard import RewardHackingGuardCallback
 from ..data.inversions import InversionCache
 from ..data.preferences import TIE, PreferencePairCollator
 from ..losses import diffusion_dpo_loss, velocity_error_change
 from ..metrics.pair_scores import evaluation_noise
 from ..policies import FlowPolicy, load_policy
+from ..policies.lora import check_no_adapter, check_peft_config
+from ..runs.hub import check_hub_strategy
+from ..runs.launch_checks import check_launch
+from ..runs.model_card import DIFFUSION_DPO_NAMES, DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
+from ..runs.option_checks import check_arguments_of_trainer
+from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from ..seeding import seeded_generator
 from .base import (
     DiffusionTrainerMixin,
@@ -41,14 +38,7 @@ from .base import (
     release_text_encoders,
     whole_weights,
 )
-from .callbacks import PolicyCallback, RewardHackingGuardCallback
 from .diffusion_dpo_config import DiffusionDPOConfig
-from .hub import check_hub_strategy
-from .launch_checks import check_launch
-from .lora_checks import check_no_adapter, check_peft_config
-from .model_card import DIFFUSION_DPO_NAMES, DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
-from .noise_levels import draw_uniform_or_logit_normal, training_sigmas
-from .option_checks import check_arguments_of_trainer
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
 from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 from typing import Any
 
@@ -18,10 +7,10 @@ import torch
 
 from ..losses import flow_grpo_loss, group_advantages
 from ..rollouts import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
+from ..rollouts.metrics import group_metrics
+from ..runs.model_card import FLOW_GRPO_OPTIONS, FLOW_GRPO_PAPER
 from ..schedulers import gaussian_kl
 from .flow_grpo_config import FlowGRPOConfig
-from .model_card import FLOW_GRPO_OPTIONS, FLOW_GRPO_PAPER
-from .rollout_metrics import group_metrics
 from .rollout_trainer import RolloutTrainer
 
 

@@ -1,25 +1,14 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import torch
 
 from ..losses import diffusion_dpo_loss, velocity_error_change
 from ..rollouts import NoisedPairs, OnlineDPOSampler, SamplePairs
-from .model_card import DIFFUSION_DPO_PAPERS, ONLINE_DPO_OPTIONS
-from .noise_levels import draw_uniform_or_logit_normal, training_sigmas
+from ..rollouts.metrics import group_metrics
+from ..runs.model_card import DIFFUSION_DPO_PAPERS, ONLINE_DPO_OPTIONS
+from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from .online_dpo_config import OnlineDiffusionDPOConfig
-from .rollout_metrics import group_metrics
 from .rollout_trainer import RolloutTrainer
 
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """What a trainer of a policy does beside its algorithm: hold a reference, log, draw samples, save, resume."""
 
@@ -33,12 +22,12 @@ from transformers.utils import logging
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..data.prompts import PromptCache
+from ..media.tracking import make_config_trackable
+from ..networks.speed import compile_blocks
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
+from ..policies.sampling import generate_samples
 from .base import autocast_dtype
-from .generation import generate_samples
-from .speed import compile_blocks
-from .tracking import make_config_trackable
 
 
 logger = logging.get_logger(__name__)

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """The frozen rewards of a run with rollouts: loading them, and keeping them small."""
 
@@ -24,17 +13,17 @@ from peft import PeftConfig
 from transformers import TrainerCallback
 
 from ..data.prompts import ROW_COLUMN
+from ..networks.sharing import base_tensors, check_base_stays, check_same, saved_tensors, tie
+from ..networks.speed import compile_blocks
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
 from ..rewards import LatentRewardModel, StepRewardModel, load_reward_model
 from ..rewards.loading import saved_class
 from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, check_reward_function
-from ..rewards.sharing import base_tensors, check_base_stays, check_same, saved_tensors, tie
 from ..rewards.step_reward import BASE_ARGUMENTS, HUB_ARGUMENTS
+from ..runs.launch_checks import uses_fsdp
 from .base import autocast_dtype
-from .launch_checks import uses_fsdp
 from .rollout_config import RolloutConfig
-from .speed import compile_blocks
 
 
 RewardModel = str | StepRewardModel | RewardFunction

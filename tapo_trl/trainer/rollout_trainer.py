@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """What every trainer that draws samples while it trains has in common: [`RolloutTrainer`]."""
 
@@ -35,11 +24,21 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import identity
 
+from ..callbacks.base import PolicyCallback
+from ..callbacks.profile import ProfileCallback
 from ..data.prompts import ROW_COLUMN, PromptCache, default_prompts, prepare_prompts
+from ..networks.speed import check_speed_options, shrink_and_speed_up
 from ..policies import FlowPolicy, PromptEmbeddings, load_policy
+from ..policies.lora import check_no_adapter, check_peft_config
 from ..profiling import StageTimer
 from ..rewards.scoring import PixelReward, WeightedReward
 from ..rollouts import Rollout, RolloutSampler, Transitions
+from ..rollouts.metrics import metrics_of_steps
+from ..rollouts.reuse import EpochRepeatSampler, load_rollouts, save_rollouts
+from ..runs.hub import check_hub_strategy
+from ..runs.launch_checks import check_launch
+from ..runs.nonfinite import Watched
+from ..runs.option_checks import check_arguments_of_trainer
 from ..seeding import seeded_generator
 from .base import (
     DiffusionTrainerMixin,
@@ -51,12 +50,6 @@ from .base import (
     release_text_encoders,
     whole_weights,
 )
-from .callbacks import PolicyCallback, ProfileCallback
-from .hub import check_hub_strategy
-from .launch_checks import check_launch
-from .lora_checks import check_no_adapter, check_peft_config
-from .nonfinite import Watched
-from .option_checks import check_arguments_of_trainer
 from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
 from .reward_loading import (
     RewardModel,
@@ -68,9 +61,6 @@ from .reward_loading import (
     place_rewards,
 )
 from .rollout_config import RolloutConfig
-from .rollout_metrics import metrics_of_steps
-from .rollout_reuse import EpochRepeatSampler, load_rollouts, save_rollouts
-from .speed import check_speed_options, shrink_and_speed_up
 
 
 logger = logging.get_logger(__name__)

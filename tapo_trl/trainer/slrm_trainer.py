@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import contextlib
 import os
@@ -34,12 +23,19 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..data.preferences import TIE, PreferencePairCollator
 from ..losses import slrm_loss, thurstone_loss
+from ..media.tracking import make_config_trackable
 from ..metrics.pair_scores import evaluation_noise, rule_targets
 from ..metrics.preference_accuracy import pair_accuracies
 from ..policies import FlowPolicy, load_policy
 from ..policies.loading import only_hub_arguments, pop_dtype
+from ..policies.lora import check_no_adapter, check_peft_config
 from ..rewards import REWARD_MODELS, LatentRewardModel, StepRewardModel, load_reward_model
 from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
+from ..runs.hub import check_hub_strategy
+from ..runs.launch_checks import check_launch, uses_fsdp
+from ..runs.model_card import REWARD_MODEL_PAPERS
+from ..runs.option_checks import check_arguments_of_trainer
+from ..schedulers.noise_levels import draw_uniform_or_logit_normal
 from ..seeding import seeded_generator
 from .base import (
     DiffusionTrainerMixin,
@@ -49,15 +45,8 @@ from .base import (
     check_precision,
     fill_in_sizes,
 )
-from .hub import check_hub_strategy
-from .launch_checks import check_launch, uses_fsdp
-from .lora_checks import check_no_adapter, check_peft_config
-from .model_card import REWARD_MODEL_PAPERS
-from .noise_levels import draw_uniform_or_logit_normal
-from .option_checks import check_arguments_of_trainer
 from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
 from .slrm_config import MODEL_FIELDS, SLRM_FIELDS, SLRMConfig
-from .tracking import make_config_trackable
 
 
 class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import io
 import sys
@@ -22,6 +11,10 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
+from tapo_trl.callbacks.ema import EMACallback
+from tapo_trl.callbacks.gradient_share import GradientShareCallback
+from tapo_trl.callbacks.reward_guard import RewardHackingGuardCallback
+from tapo_trl.callbacks.samples import SampleGridCallback
 from tapo_trl.cli.builders import (
     build_callbacks,
     load_function,
@@ -36,8 +29,6 @@ from tapo_trl.cli.builders import (
 from tapo_trl.cli.model_arguments import DiffusionModelConfig
 from tapo_trl.cli.script_arguments import PreferenceDatasetArguments, TAPOScriptArguments
 from tapo_trl.data import default_prompts
-from tapo_trl.trainer.callbacks import EMACallback, RewardHackingGuardCallback, SampleGridCallback
-from tapo_trl.trainer.gradient_share import GradientShareCallback
 
 
 ROWS = {"prompt": ["a cat", "a dog", "a fox"], "style": ["ink", "oil", "ink"]}

@@ -1,23 +1,12 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import importlib
 from dataclasses import dataclass, field
 
 import pytest
 
-from tapo_trl.cli.main import COMMANDS, main
+from tapo_trl.cli.main import COMMANDS, command_module, main
 from tapo_trl.cli.parser import RecipeParser
 
 
@@ -109,7 +98,7 @@ class TestTypes:
         assert (folders.cache_dir, folders.prompts) == (None, None)
 
     def test_keys_of_mappings_are_text(self, recipe):
-        parser = importlib.import_module("tapo_trl.cli.slrm").make_parser()
+        parser = importlib.import_module("tapo_trl.scripts.slrm").make_parser()
         text = "dataset_name: d\noutput_dir: o\nuse_cpu: true\nbf16: false\npair_columns: [a, b]\nlabel_column: c\n"
         text += "label_values: {yes: 1, no: 0, 3: 0.5, null: null}\n"
         values = parser.parse_args_and_config(["--config", recipe(text)])[0].label_values
@@ -208,7 +197,7 @@ def test_checkpoints_are_looked_at_before_anything_is_loaded(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["slrm", "tapo", "online_dpo", "grpo", "dpo"])
 def test_resuming_without_a_value(command, tmp_path):
-    parser = importlib.import_module(f"tapo_trl.cli.{command}").make_parser()
+    parser = command_module(command).make_parser()
     command = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--dataset_name", "d"]
     for flags, expected in (
         (["--resume_from_checkpoint"], "true"),
@@ -221,7 +210,7 @@ def test_resuming_without_a_value(command, tmp_path):
 
 @pytest.mark.parametrize("command", ["slrm", "tapo", "online_dpo", "grpo", "dpo"])
 def test_another_half_precision_is_refused_before_anything_is_loaded(command, tmp_path, capsys):
-    parser = importlib.import_module(f"tapo_trl.cli.{command}").make_parser()
+    parser = command_module(command).make_parser()
     command = ["--output_dir", str(tmp_path), "--use_cpu", "--dataset_name", "d", "--torch_dtype", "fp16"]
     with pytest.raises(SystemExit):
         parser.parse_args_and_config([*command, "--bf16", "true"])

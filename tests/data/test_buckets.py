@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import io
 
@@ -25,8 +14,7 @@ from torch.utils.data import BatchSampler
 from tapo_trl.data.buckets import BucketSampler, assign_buckets, bucket_sizes, cropped_share
 from tapo_trl.data.images import BadFileError, ImageReader
 from tapo_trl.data.preferences import PreferencePairCollator, is_prepared, prepare_preference_dataset
-
-from .preference_pairs import mixed_pairs
+from tests.data.preference_pairs import mixed_pairs
 
 
 class Policy:

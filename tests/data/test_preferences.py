@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import io
 import os
@@ -21,17 +10,12 @@ from datasets import Array4D, Dataset, Features, Image, Value, Video
 from PIL import Image as PILImage
 
 from tapo_trl.data.images import BadFileError, ImageReader
-from tapo_trl.data.preferences import (
-    PreferencePairCollator,
-    check_preference_dataset,
-    prepare_preference_dataset,
-)
+from tapo_trl.data.preferences import PreferencePairCollator, check_preference_dataset, prepare_preference_dataset
 from tapo_trl.data.videos import UniformVideoReader, VideoReader, write_video
 from tapo_trl.policies import SD3Policy, WanPolicy
-
-from ..testing_utils import tiny_sd3_pipeline
-from .preference_pairs import color_pairs, latent_pairs
-from .video_files import as_array, color_videos, grey_clip
+from tests.data.preference_pairs import color_pairs, latent_pairs
+from tests.data.video_files import as_array, color_videos, grey_clip
+from tests.testing_utils import tiny_sd3_pipeline
 
 
 def png(image: PILImage.Image) -> bytes:

@@ -1,20 +1,8 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """A copy of the repository's examples and recipes with small models and data, and what runs documented blocks in it."""
 
-import importlib
 import os
 import re
 import runpy
@@ -34,12 +22,11 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 import tapo_trl
 from tapo_trl import GradientShareCallback, SLRMModel, TAPOConfig, TAPOTrainer, load_policy
-from tapo_trl.cli.main import COMMANDS
-
-from ..data.preference_pairs import color_pairs
-from ..data.video_files import grey_clip, write_video
-from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
-from .substitutions import AFTER, BEFORE, LARGEST, SCRIPTS, SMALL, VARIABLES, replace_text
+from tapo_trl.cli.main import COMMANDS, command_module
+from tests.data.preference_pairs import color_pairs
+from tests.data.video_files import grey_clip, write_video
+from tests.documentation.substitutions import AFTER, BEFORE, LARGEST, SCRIPTS, SMALL, VARIABLES, replace_text
+from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +203,7 @@ def small_flags(argv: list[str]) -> list[str]:
     name = argv[1] if argv[0] == "tapo_trl.cli" else re.sub(r"_(sd35|wan21)\.py$", "", Path(argv[0]).name)
     if name not in COMMANDS:
         return []
-    parser = importlib.import_module(f"tapo_trl.cli.{name}").make_parser()
+    parser = command_module(name).make_parser()
     given = {word for word in argv if word.startswith("--")}
     if "--config" in given:
         recipe = Path(argv[argv.index("--config") + 1])

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import json
 from dataclasses import replace
@@ -26,8 +15,7 @@ from PIL import Image
 from tapo_trl.reproduction import Run, RunQueue, load_world
 from tapo_trl.reproduction.measure import Samples
 from tapo_trl.reproduction.runs import RECIPE, RESULT, read_results, write_results
-
-from ..testing_utils import tiny_sd3_pipeline
+from tests.testing_utils import tiny_sd3_pipeline
 
 
 WORLD_FILE = """
@@ -203,7 +191,7 @@ class TestRunQueue:
         policy_forwards = result["forwards"]["policy"]
         assert policy_forwards == 0
         from tapo_trl import load_policy
-        from tapo_trl.trainer.generation import generate_samples
+        from tapo_trl.policies.sampling import generate_samples
 
         policy = load_policy(str(folder / "base"))
         images = generate_samples(

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import json
 import math
@@ -21,8 +10,7 @@ from peft import LoraConfig
 
 from tapo_trl.policies import SD3Policy, load_policy
 from tapo_trl.rewards.slrm import SLRMModel, enhanced_log_score, log_score, score_distance
-
-from ..testing_utils import tiny_sd3_pipeline
+from tests.testing_utils import tiny_sd3_pipeline
 
 
 @pytest.fixture(scope="module")

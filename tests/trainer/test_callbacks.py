@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import sys
 from collections import defaultdict
@@ -27,18 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tapo_trl.trainer.callbacks import (
-    HELD_OUT_REWARD,
-    EMACallback,
-    PolicyCallback,
-    RewardHackingGuardCallback,
-    SampleGridCallback,
-    TAPOCallback,
-    detect_reward_hacking,
-)
-from tapo_trl.trainer.tracking import make_config_trackable
-
-from ..testing_utils import tiny_sd3_pipeline
+from tapo_trl.callbacks.base import PolicyCallback, TAPOCallback
+from tapo_trl.callbacks.ema import EMACallback
+from tapo_trl.callbacks.reward_curve import HELD_OUT_REWARD
+from tapo_trl.callbacks.reward_guard import RewardHackingGuardCallback, detect_reward_hacking
+from tapo_trl.callbacks.samples import SampleGridCallback
+from tapo_trl.media.tracking import make_config_trackable
+from tests.testing_utils import tiny_sd3_pipeline
 
 
 PROMPTS = ["a red square", "a blue square", "a green square"]

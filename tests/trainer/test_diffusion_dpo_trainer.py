@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import copy
 import json
@@ -32,17 +21,16 @@ from tapo_trl import (
     SampleGridCallback,
 )
 from tapo_trl.policies import SD3Policy
-
-from ..data.preference_pairs import color_pairs, latent_pairs
-from ..data.video_files import color_videos
-from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
-from .policy_checks import (
+from tests.data.preference_pairs import color_pairs, latent_pairs
+from tests.data.video_files import color_videos
+from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
+from tests.trainer.policy_checks import (
     check_full_fine_tuning_is_saved_as_a_transformer,
     check_lora_loads_into_diffusers_exactly,
     check_resume_is_exact,
     trainable,
 )
-from .test_tapo_trainer import GradientRecorder, make_lora, randomize_adapter
+from tests.trainer.test_tapo_trainer import GradientRecorder, make_lora, randomize_adapter
 
 
 VARIANTS = ("diffusion_dpo", "inversion_dpo", "dense_reward")

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """Whatever made the checkpoint, the run goes on from it exactly: also between two updates from the same rollouts."""
 
@@ -26,9 +15,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tapo_trl import EMACallback
-from tapo_trl.trainer.checkpoints import last_good_checkpoint, seal_checkpoint
-
-from .test_tapo_trainer import make_trainer, redness, trainable
+from tapo_trl.runs.checkpoints import last_good_checkpoint, seal_checkpoint
+from tests.trainer.test_tapo_trainer import make_trainer, redness, trainable
 
 
 # An epoch is 2 batches of 2 prompts, each used for 2 updates

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """What must hold for every trainer of a policy, whatever its algorithm."""
 
@@ -30,12 +19,16 @@ from tapo_trl import (
     SLRMTrainer,
     TAPOTrainer,
 )
-
-from ..data.preference_pairs import latent_pairs
-from ..testing_utils import tiny_sd3_pipeline
-from . import test_diffusion_dpo_trainer, test_flow_grpo_trainer, test_online_dpo_trainer, test_tapo_trainer
-from .policy_checks import check_lora_loads_into_diffusers_exactly, trainable
-from .test_tapo_trainer import PROMPTS, make_lora, randomize_adapter, redness
+from tests.data.preference_pairs import latent_pairs
+from tests.testing_utils import tiny_sd3_pipeline
+from tests.trainer import (
+    test_diffusion_dpo_trainer,
+    test_flow_grpo_trainer,
+    test_online_dpo_trainer,
+    test_tapo_trainer,
+)
+from tests.trainer.policy_checks import check_lora_loads_into_diffusers_exactly, trainable
+from tests.trainer.test_tapo_trainer import PROMPTS, make_lora, randomize_adapter, redness
 
 
 METHODS = {

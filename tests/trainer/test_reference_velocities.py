@@ -1,24 +1,13 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """Velocities of the reference are computed once for all updates from the same rollout, whatever the method."""
 
 import pytest
 
-from . import test_flow_grpo_trainer, test_online_dpo_trainer, test_tapo_trainer
-from .policy_checks import trainable
-from .test_exact_resume import SAVE_AND_STOP, At, assert_equal
+from tests.trainer import test_flow_grpo_trainer, test_online_dpo_trainer, test_tapo_trainer
+from tests.trainer.policy_checks import trainable
+from tests.trainer.test_exact_resume import SAVE_AND_STOP, At, assert_equal
 
 
 METHODS = {

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 """`SLRMTrainer` on the reward models beside SLRM, and what they are trained for: rating the candidates of TAPO."""
 
 import json
@@ -28,9 +17,8 @@ from tapo_trl.policies import SD3Policy, WanPolicy, load_policy
 from tapo_trl.rewards import REWARD_MODELS
 from tapo_trl.rewards.scoring import LatentReward
 from tapo_trl.trainer.reward_loading import load_reward, place_reward
-
-from ..data.preference_pairs import color_pairs, latent_pairs
-from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
+from tests.data.preference_pairs import color_pairs, latent_pairs
+from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 
 
 KINDS = ["lrm", "dina"]

@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """`share_backbone`: one set of frozen base weights for policy, reference and reward models."""
 
@@ -20,14 +9,12 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tapo_trl import TAPOConfig, TAPOTrainer, load_reward_model
+from tapo_trl.networks.sharing import all_tensors, base_tensors
 from tapo_trl.policies import load_policy
 from tapo_trl.rewards import REWARD_MODELS
-from tapo_trl.rewards.backbone import all_tensors
-from tapo_trl.rewards.sharing import base_tensors
 from tapo_trl.trainer.reward_loading import check_sharing
-
-from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
-from .policy_checks import trainable
+from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
+from tests.trainer.policy_checks import trainable
 
 
 PIPELINES = {"sd3": tiny_sd3_pipeline, "wan": tiny_wan_pipeline}

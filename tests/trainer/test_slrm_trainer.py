@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import json
 import os
@@ -30,10 +19,9 @@ from tapo_trl.data import PromptCache
 from tapo_trl.metrics import evaluate_preference_accuracy
 from tapo_trl.policies import SD3Policy, WanPolicy, load_policy
 from tapo_trl.trainer.slrm_trainer import is_reward_model
-
-from ..data.preference_pairs import color_pairs, latent_pairs
-from ..data.video_files import color_videos
-from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
+from tests.data.preference_pairs import color_pairs, latent_pairs
+from tests.data.video_files import color_videos
+from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 
 
 @pytest.fixture(scope="module")

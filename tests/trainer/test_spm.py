@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 """The step-aware preference model in training, evaluation and rollouts."""
 
 import json
@@ -27,11 +16,10 @@ from tapo_trl.cli.main import main
 from tapo_trl.metrics import diagnose_scores, evaluate_preference_accuracy, score_pairs
 from tapo_trl.policies import SD3Policy, WanPolicy
 from tapo_trl.rewards import EstimateReward
-from tapo_trl.trainer.hub import collect_upload
+from tapo_trl.runs.hub import collect_upload
 from tapo_trl.trainer.reward_loading import load_reward
-
-from ..data.preference_pairs import color_pairs, latent_pairs
-from ..testing_utils import save_tiny_clip, tiny_sd3_pipeline, tiny_wan_pipeline
+from tests.data.preference_pairs import color_pairs, latent_pairs
+from tests.testing_utils import save_tiny_clip, tiny_sd3_pipeline, tiny_wan_pipeline
 
 
 @pytest.fixture(scope="module")

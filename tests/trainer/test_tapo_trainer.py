@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 import copy
 import json
@@ -25,11 +14,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tapo_trl import SLRMModel, TAPOConfig, TAPOTrainer
+from tapo_trl.callbacks.base import TAPOCallback
 from tapo_trl.policies import SD3Policy
-from tapo_trl.trainer.callbacks import TAPOCallback
-
-from ..testing_utils import tiny_sd3_pipeline as make_pipeline
-from .policy_checks import (
+from tests.testing_utils import tiny_sd3_pipeline as make_pipeline
+from tests.trainer.policy_checks import (
     check_full_fine_tuning_is_saved_as_a_transformer,
     check_lora_loads_into_diffusers_exactly,
     check_resume_is_exact,

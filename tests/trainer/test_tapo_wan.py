@@ -1,16 +1,5 @@
-# Copyright 2026 The tapo_trl authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
 
 """TAPO on a video policy: the same trainer, with one more dimension."""
 
@@ -25,10 +14,9 @@ from PIL import Image
 
 from tapo_trl import SampleGridCallback, SLRMModel, TAPOTrainer
 from tapo_trl.policies import SD3Policy, WanPolicy
-
-from ..testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
-from .policy_checks import check_resume_is_exact
-from .test_tapo_trainer import GradientRecorder, make_args, make_lora, randomize_adapter
+from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
+from tests.trainer.policy_checks import check_resume_is_exact
+from tests.trainer.test_tapo_trainer import GradientRecorder, make_args, make_lora, randomize_adapter
 
 
 PROMPTS = ["cat", "dog"]

@@ -1,0 +1,50 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+
+if TYPE_CHECKING:
+    from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
+    from ..trainer.tapo_trainer import TAPOTrainer
+logger = logging.get_logger(__name__)
+
+
+class PolicyCallback(TrainerCallback):
+    """
+    Base class of the callbacks that need more than the events of [`~transformers.TrainerCallback`]: the trainer itself,
+    and prompts of their own.
+
+    The trainer of a policy, [`TAPOTrainer`] or [`DiffusionDPOTrainer`], encodes the `prompts` of every such callback
+    together with those of the data set, before the text encoders leave the memory, and calls `attach` at the end of its
+    `__init__`. In an event, generate with `self.trainer.generate(self.prompts, seed=...)`, **on every process**:
+    generation is collective when the policy is sharded, and every process draws the same images.
+
+    Args:
+        prompts (`list[str]`, *optional*): The prompts that the callback will generate from.
+    """
+
+    def __init__(self, prompts: list[str] | None = None):
+        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts or [])
+        self._trainer = None
+
+    @property
+    def trainer(self) -> "TAPOTrainer | DiffusionDPOTrainer":
+        """The trainer that the callback is attached to."""
+        if self._trainer is None:
+            raise RuntimeError(
+                f"`{type(self).__name__}` is not attached to a trainer. Pass it to `TAPOTrainer(callbacks=[...])` or "
+                "`DiffusionDPOTrainer(callbacks=[...])`; `trainer.add_callback` comes too late, because the prompts are "
+                "already encoded."
+            )
+        return self._trainer
+
+    def attach(self, trainer: "TAPOTrainer | DiffusionDPOTrainer") -> None:
+        """Called once by the trainer, at the end of its `__init__`."""
+        self._trainer = trainer
+
+
+TAPOCallback = PolicyCallback

@@ -1,0 +1,138 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..trainer.policy_trainer import save_policy
+from .base import PolicyCallback
+
+
+logger = logging.get_logger(__name__)
+
+
+EMA_FILE = "ema.safetensors"
+
+
+class EMACallback(PolicyCallback):
+    r"""
+    Keeps an exponential moving average of the trainable parameters (LoRA matrices, or the transformer).
+
+    After optimizer step \\( k \\): \\( \bar\theta_k = d_k \bar\theta_{k-1} + (1 - d_k) \theta_k \\), in float32, with
+    the decay \\( d_k = \min(\mathrm{decay}, k / (9 + k)) \\) and \\( d_1 = 0 \\) of
+    [`~diffusers.training_utils.EMAModel`], which lets short runs forget the initial weights.
+
+    The average is saved in every checkpoint (`ema.safetensors`) and restored from it bit for bit. At the end of training
+    the averaged weights are written to `output_dir/ema`, in the format of the trained weights.
+
+    Args:
+        decay (`float`, *optional*, defaults to `0.999`): Upper bound of the decay, in [0, 1).
+        update_after_step (`int`, *optional*, defaults to `0`): Optimizer steps before averaging starts.
+        resume_from (`str`, *optional*): Folder of the checkpoint that the run resumes from. Only needed when it is not
+            `output_dir/checkpoint-<step>`.
+
+    Example:
+
+    ```python
+    ema = EMACallback(decay=0.99)
+    trainer = TAPOTrainer(model, reward_model, args, callbacks=[ema])
+    trainer.train()
+    with ema.average_parameters():
+        images = trainer.generate(prompts)
+    ```
+    """
+
+    def __init__(self, decay: float = 0.999, update_after_step: int = 0, resume_from: str | None = None):
+        super().__init__()
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"`decay` must be in [0, 1), but it is {decay}.")
+        if update_after_step < 0:
+            raise ValueError(f"`update_after_step` must not be negative, but it is {update_after_step}.")
+        self.decay = decay
+        self.update_after_step = update_after_step
+        self.resume_from = resume_from
+        self.ema: EMAModel | None = None
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def average_parameters(self) -> Iterator[None]:
+        """Context manager inside which the policy has the averaged weights. The trained weights come back at its end."""
+        if self.ema is None:
+            raise RuntimeError("`EMACallback` has no average yet: it starts with `trainer.train()`.")
+        parameters = self._parameters()
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        parameters = self._parameters()
+        if any(parameter.numel() == 0 or isinstance(parameter, DTensor) for parameter in parameters):
+            raise ValueError(
+                "`EMACallback` needs whole parameters on every process, but these are partitioned (ZeRO-3 or FSDP). Train "
+                "with DDP or ZeRO-2, or without the average."
+            )
+        self.ema = EMAModel(parameters, decay=self.decay, update_after_step=self.update_after_step)
+        self.ema.to(dtype=torch.float32)
+        if state.global_step > 0:
+            folder = self.resume_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+            self._load(Path(folder) / EMA_FILE)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+    ):
+        if not optimizer.step_was_skipped:
+            self.ema.step(self._parameters())
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if state.is_world_process_zero:
+            self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / "ema"
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.average_parameters():
+            save_policy(folder, self.trainer.policy, self.trainer.model)
+
+    def _save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{index:06d}": tensor.contiguous() for index, tensor in enumerate(self.ema.shadow_params)}
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"optimization_step": json.dumps(self.ema.optimization_step)})
+        os.replace(partial, path)
+
+    def _load(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`EMACallback` cannot resume: there is no `{EMA_FILE}` in {path.parent}. If the checkpoint lies elsewhere, "
+                "pass its folder as `resume_from`; if it was made without an average, resume without this callback."
+            )
+        with safe_open(path, framework="pt") as file:
+            saved = [file.get_tensor(name) for name in sorted(file.keys())]
+            optimization_step = json.loads(file.metadata()["optimization_step"])
+        shapes = [tensor.shape for tensor in self.ema.shadow_params]
+        if [tensor.shape for tensor in saved] != shapes:
+            raise ValueError(
+                f"The average in {path} does not fit the trainable parameters of this run: it was made with another "
+                "LoRA configuration or another model."
+            )
+        for shadow, tensor in zip(self.ema.shadow_params, saved, strict=True):
+            shadow.copy_(tensor)
+        self.ema.optimization_step = optimization_step

@@ -1,0 +1,164 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Samples as pictures and films that can be looked at: grids of images, strips of frames, videos side by side."""
+
+import io
+from pathlib import Path
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from ..data.videos import write_video
+
+
+MIN_CELL_SIZE = 128
+MAX_STRIP_CELL_SIZE = 320
+STRIP_COLUMNS = 6
+
+
+def images_to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """
+    Converts a batch of images to PIL.
+
+    Args:
+        images (`torch.Tensor`): Images of shape `[B, 3, H, W]`, float, in [0, 1], on any device.
+
+    Returns:
+        `list[PIL.Image.Image]`: `B` RGB images of 8 bits per channel.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"`images` must have the shape [B, 3, H, W], but it has the shape {list(images.shape)}.")
+    array = VaeImageProcessor.pt_to_numpy(images.detach().float().clamp(0, 1))
+    return VaeImageProcessor.numpy_to_pil(array)
+
+
+def images_to_grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
+    """
+    Lays a batch of images out in one picture, row by row. Small images are enlarged by an integer factor, without
+    smoothing, so that a cell has at least 128 pixels a side; cells that are left over stay white.
+
+    Args:
+        images (`torch.Tensor`): Images of shape `[B, 3, H, W]`, float, in [0, 1].
+        columns (`int`, *optional*): Number of columns. The default is the smallest number that makes the grid as wide
+            as it is high, or wider.
+
+    Returns:
+        `PIL.Image.Image`: The grid.
+    """
+    cells = images_to_pil(images)
+    if not cells:
+        raise ValueError("`images` is empty: a grid needs at least one image.")
+    factor = _enlargement(*cells[0].size)
+    if factor > 1:
+        width, height = cells[0].size
+        cells = [cell.resize((width * factor, height * factor), Image.Resampling.NEAREST) for cell in cells]
+    columns = columns or _square_columns(len(cells))
+    rows = -(-len(cells) // columns)
+    blank = Image.new("RGB", cells[0].size, "white")
+    return make_image_grid(cells + [blank] * (rows * columns - len(cells)), rows=rows, cols=columns)
+
+
+def videos_to_strip(videos: torch.Tensor, columns: int | None = None) -> Image.Image:
+    """
+    One picture of a batch of videos: a row for each, with evenly spaced frames from the first to the last. Large frames
+    are made smaller, so that a cell has at most 320 pixels a side.
+
+    Args:
+        videos (`torch.Tensor`): Videos of shape `[B, 3, F, H, W]`, float, in [0, 1].
+        columns (`int`, *optional*): Number of frames of each video, 6 or all of fewer by default.
+
+    Returns:
+        `PIL.Image.Image`: The strip.
+    """
+    _check_videos(videos)
+    num_frames, height, width = videos.shape[2:]
+    columns = min(columns or STRIP_COLUMNS, num_frames)
+    frames = torch.linspace(0, num_frames - 1, columns).round().long()
+    images = videos[:, :, frames].transpose(1, 2).flatten(0, 1).float()
+    scale = MAX_STRIP_CELL_SIZE / max(height, width)
+    if scale < 1:
+        size = (round(height * scale), round(width * scale))
+        images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+    return images_to_grid(images, columns)
+
+
+def tile_videos(videos: torch.Tensor, columns: int | None = None) -> torch.Tensor:
+    """
+    Puts a batch of videos side by side into one, laid out and enlarged as by [`images_to_grid`].
+
+    Args:
+        videos (`torch.Tensor`): Videos of shape `[B, 3, F, H, W]`, float, in [0, 1].
+        columns (`int`, *optional*): Number of columns; about the square root of the number of videos by default.
+
+    Returns:
+        `torch.Tensor`: One video of shape `[3, F, rows * H, columns * W]`.
+    """
+    _check_videos(videos)
+    factor = _enlargement(*videos.shape[3:])
+    videos = videos.repeat_interleave(factor, dim=3).repeat_interleave(factor, dim=4)
+    columns = columns or _square_columns(len(videos))
+    rows = -(-len(videos) // columns)
+    blank = videos.new_ones(rows * columns - len(videos), *videos.shape[1:])
+    cells = torch.cat([videos, blank]).unflatten(0, (rows, columns))
+    return cells.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
+
+
+def video_to_gif(video: torch.Tensor, fps: float, max_size: int = 512) -> bytes:
+    """
+    A video as an animated GIF, which is what TensorBoard shows.
+
+    Args:
+        video (`torch.Tensor`): Video of shape `[3, F, H, W]`, float, in [0, 1].
+        fps (`float`): Frames per second.
+        max_size (`int`, *optional*, defaults to `512`): A larger video is made smaller.
+
+    Returns:
+        `bytes`: The encoded file.
+    """
+    frames = images_to_pil(video.transpose(0, 1))
+    for frame in frames:
+        frame.thumbnail((max_size, max_size))
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    return buffer.getvalue()
+
+
+def save_overview(
+    samples: torch.Tensor, stem: Path, columns: int | None = None, fps: float | None = None
+) -> tuple[Image.Image, torch.Tensor | None]:
+    """
+    Write all samples at a glance: images as a grid, `stem.png`; videos as a strip of frames, `stem.png`, and side by
+    side, `stem.mp4`.
+
+    Args:
+        samples (`torch.Tensor`): Images `[B, 3, H, W]` or videos `[B, 3, F, H, W]`, float, in [0, 1].
+        stem (`Path`): Name of the files without a suffix; the folder is there.
+        columns (`int`, *optional*): Columns of the grid, or of the videos side by side.
+        fps (`float`, *optional*): Frames per second; needed for videos.
+
+    Returns:
+        `tuple[PIL.Image.Image, torch.Tensor | None]`: The grid or the strip, and the video, if it is one.
+    """
+    video = tile_videos(samples, columns) if samples.ndim == 5 else None
+    picture = images_to_grid(samples, columns) if video is None else videos_to_strip(samples)
+    picture.save(stem.with_suffix(".png"))
+    if video is not None:
+        write_video(stem.with_suffix(".mp4"), video, fps)
+    return picture, video
+
+
+def _check_videos(videos: torch.Tensor) -> None:
+    if videos.ndim != 5 or videos.shape[1] != 3 or len(videos) == 0:
+        raise ValueError(f"`videos` must have the shape [B, 3, F, H, W], but it has the shape {list(videos.shape)}.")
+
+
+def _enlargement(height: int, width: int) -> int:
+    """The integer factor that makes the shorter side at least 128 pixels."""
+    return -(-MIN_CELL_SIZE // min(width, height))
+
+
+def _square_columns(count: int) -> int:
+    return next(n for n in range(1, count + 1) if n * n >= count)

@@ -1,0 +1,74 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What all latent reward models ask of the diffusion transformer that they read latents with."""
+
+import inspect
+from abc import ABC, abstractmethod
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from ...networks.sharing import all_tensors, set_tensor
+
+
+class RewardBackboneMixin(ABC):
+    """
+    Mixed into a diffusers transformer that is part of a reward model.
+
+    Attributes:
+        base_class (`type`): the transformer as diffusers has it.
+        interface_fields (`tuple[str, ...]`): fields of its configuration that latents and prompts depend on.
+    """
+
+    base_class: type[ModelMixin]
+    interface_fields: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def backbone_dtype(self) -> torch.dtype:
+        """Precision of the backbone, which LoRA keeps while what is trained is float32."""
+
+    @classmethod
+    def base_config(cls, transformer: ModelMixin) -> dict:
+        """The arguments that rebuild `transformer`."""
+        names = inspect.signature(cls.base_class.__init__).parameters
+        return {name: transformer.config[name] for name in names if name in transformer.config}
+
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        """Cast all but what the base class keeps in float32, as its `from_pretrained` does."""
+        kept = self._keep_in_fp32_modules or []
+        for name, tensor in all_tensors(self):
+            if not any(module in name.split(".") for module in kept):
+                tensor.data = tensor.data.to(dtype)
+
+    def _fill(self, transformer: ModelMixin, added: set[str], unused: set[str], share: bool = False) -> None:
+        """
+        Give this transformer, which has no weights yet, those of another one, each in its precision.
+
+        Args:
+            transformer ([`~diffusers.ModelMixin`]): the other one.
+            added (`set[str]`): names of tensors that it does not have, which are left uninitialised.
+            unused (`set[str]`): names of those that this one does not have.
+            share (`bool`, *optional*, defaults to `False`): take its tensors themselves, not copies.
+        """
+        nn.Module.to(self, transformer.dtype)
+        source = dict(all_tensors(transformer))
+        own = dict(all_tensors(self))
+        unexpected = source.keys() - own.keys() - unused
+        if unexpected or own.keys() - source.keys() != added:
+            raise ValueError(
+                "The transformer's weights do not fit its configuration; merge or detach its adapters first. "
+                f"Unexpected: {sorted(unexpected)[:3]}."
+            )
+        if share:
+            for name in added:
+                set_tensor(self, name, nn.Parameter(torch.empty_like(own[name], device=transformer.device)))
+            for name in source.keys() - unused:
+                set_tensor(self, name, source[name])
+            return
+        self.to_empty(device=transformer.device)
+        own = dict(all_tensors(self))  # buffers are new ones
+        for name in source.keys() - unused:
+            own[name].data = source[name].detach().clone()

@@ -1,0 +1,100 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+"""Diffusion transformers that stop at an intermediate block and return what it and earlier ones have made."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from ...networks.sharing import all_tensors
+from .base import RewardBackboneMixin
+
+
+@dataclass
+class Features:
+    """
+    Hidden states after the tapped blocks.
+
+    Args:
+        visual (`list[torch.Tensor]`): tokens of the image or video, of shape `(batch_size, num_patches, dim)`.
+        text (`list[torch.Tensor | None]`):
+            tokens of the prompt, of shape `(batch_size, sequence_length, dim)`. `None` after a block that drops them.
+        time (`torch.Tensor` of shape `(batch_size, dim)`): embedding of the noise level, by which blocks are modulated.
+    """
+
+    visual: list[torch.Tensor]
+    text: list[torch.Tensor | None]
+    time: torch.Tensor
+
+
+class FeatureTransformerMixin(RewardBackboneMixin):
+    """
+    Mixed into a diffusers transformer, of which only the blocks up to the last tapped one are left. They compute what they
+    compute in the whole transformer.
+
+    Attributes:
+        unused_layers (`tuple[str, ...]`): modules behind the blocks, which are left out.
+        feature_layers (`list[int]`): tapped blocks, counted from 1, in ascending order.
+        feature_dim (`int`): width of the features.
+    """
+
+    unused_layers: tuple[str, ...]
+    feature_layers: list[int]
+    feature_dim: int
+
+    @property
+    @abstractmethod
+    def block_list(self) -> nn.ModuleList:
+        """The blocks that run."""
+
+    @classmethod
+    @abstractmethod
+    def last_layer_with_text(cls, num_layers: int) -> int:
+        """The last block of a transformer with `num_layers` blocks after which there are text tokens."""
+
+    @classmethod
+    def from_base(
+        cls, transformer: ModelMixin, feature_layers: Sequence[int], share: bool = False
+    ) -> "FeatureTransformerMixin":
+        """
+        Copy the layers of `transformer` up to the last of `feature_layers`, each weight in its precision, or share their
+        weights.
+        """
+        with torch.device("meta"):
+            model = cls(feature_layers, **cls.base_config(transformer))
+        unused = {name for name, _ in all_tensors(transformer) if model._is_unused(name)}
+        model._fill(transformer, added=set(), unused=unused, share=share)
+        return model
+
+    def _is_unused(self, name: str) -> bool:
+        blocks_name = next(child_name for child_name, child in self.named_children() if child is self.block_list)
+        first, second = name.split(".")[0], name.partition(".")[2].partition(".")[0]
+        return first in self.unused_layers or (first == blocks_name and int(second) >= len(self.block_list))
+
+
+def check_layers(feature_layers: Sequence[int], last: int, name: str) -> list[int]:
+    """
+    Args:
+        feature_layers (`Sequence[int]`): blocks to tap, counted from 1.
+        last (`int`): the last one that can be tapped.
+        name (`str`): how the caller calls them, for the error.
+
+    Returns:
+        `list[int]`: the blocks.
+
+    Raises:
+        ValueError: if there are none, or if they are not in ascending order within the transformer.
+    """
+    layers = list(feature_layers)
+    if not layers or layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] > last:
+        raise ValueError(f"`{name}` must be blocks of the transformer, 1 to {last} in ascending order, got {layers}.")
+    return layers
+
+
+def proportional_layers(shares: Sequence[float], num_layers: int) -> list[int]:
+    """The blocks at these shares of the depth, counted from 1: `([0.5, 0.75], 24) -> [12, 18]`."""
+    return sorted({min(max(1, round(share * num_layers)), num_layers) for share in shares})

@@ -1,0 +1,120 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the score streams of all backbones have in common: projections, head, and making one from its backbone."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from torch import nn
+
+from .base import RewardBackboneMixin
+
+
+class LowRankUpdate(nn.Module):
+    """`x -> up(down(x))`, zero at the start."""
+
+    def __init__(self, dim: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.up = nn.Linear(rank, dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(hidden_states))
+
+
+class ScoreProjections(nn.Module):
+    """
+    P^S of one block: the query, key and value projections of the score tokens. They start at the block's own
+    projections of another stream, the sources.
+
+    Args:
+        dim (`int`): width of the transformer.
+        rank (`int`, *optional*): if set, P^S is the sources plus an update of this rank, instead of matrices of its own.
+    """
+
+    def __init__(self, dim: int, rank: int | None):
+        super().__init__()
+        self.rank = rank
+        self.query, self.key, self.value = (
+            nn.Linear(dim, dim) if rank is None else LowRankUpdate(dim, rank) for _ in range(3)
+        )
+
+    def init_from(self, sources: Sequence[nn.Linear]) -> None:
+        for projection, source in zip((self.query, self.key, self.value), sources, strict=True):
+            if self.rank is None:
+                projection.load_state_dict(source.state_dict())
+            else:
+                projection.down.reset_parameters()
+                nn.init.zeros_(projection.up.weight)
+
+    def forward(
+        self, score_tokens: torch.Tensor, sources: Sequence[nn.Module]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        projected = (self.query(score_tokens), self.key(score_tokens), self.value(score_tokens))
+        if self.rank is None:
+            return projected
+        return tuple(update + source(score_tokens) for update, source in zip(projected, sources, strict=True))
+
+
+class ScoreHead(nn.Module):
+    """Norm, mean over the score tokens and a linear layer: the logit, in float32 whatever the model's precision."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, bias=False)  # the bias of `linear` is the one offset
+        self.linear = nn.Linear(dim, 1)
+
+    def reset_parameters(self) -> None:
+        self.norm.reset_parameters()
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, score_tokens: torch.Tensor) -> torch.Tensor:
+        shape, weight = self.norm.normalized_shape, self.norm.weight.float()
+        pooled = F.layer_norm(score_tokens.float(), shape, weight, eps=self.norm.eps).mean(dim=1)
+        # Not a matrix product, which autocast would round.
+        return (pooled * self.linear.weight.float()).sum(dim=1) + self.linear.bias.float()
+
+
+class ScoreTransformerMixin(RewardBackboneMixin):
+    """
+    Mixed into a diffusers transformer, whose forward then returns the velocity and one logit per sample.
+
+    Attributes:
+        base_class (`type`): the transformer without the score stream.
+        interface_fields (`tuple[str, ...]`): fields of its configuration that latents and prompts depend on.
+        task_tokens (`torch.nn.Parameter` of shape `(1, n_s, text_dim)`): score tokens in the text embeddings' width.
+        score_head ([`ScoreHead`]): reads the logit out of the score tokens after the last block.
+    """
+
+    @abstractmethod
+    def init_score_stream(self) -> None:
+        """Set every parameter that the base transformer does not have."""
+
+    @classmethod
+    def from_base(
+        cls,
+        transformer: ModelMixin,
+        num_task_tokens: int,
+        task_projection_rank: int | None = None,
+        share: bool = False,
+    ) -> "ScoreTransformerMixin":
+        """Copy `transformer`, each weight in its precision, or share its weights, and add the score stream."""
+        with torch.device("meta"):
+            model = cls(num_task_tokens, task_projection_rank, **cls.base_config(transformer))
+        model._fill(transformer, added=set(model.score_parameters()), unused=set(), share=share)
+        with torch.no_grad():
+            model.init_score_stream()
+        return model
+
+    def score_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that the base transformer does not have, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if any(part in name for part in ("task_tokens", "score_projections", "score_output", "score_head"))
+        }
