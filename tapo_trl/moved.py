@@ -30,7 +30,6 @@ MOVED = {
     "rollouts.sampler": ("rollouts.base",),
     "rollouts.tapo": ("rollouts.pairs",),
     "rollouts.trajectory": ("rollouts.pairs",),
-    "metrics.plots": ("media.plots",),
     "trainer.callbacks": ("callbacks", "callbacks.reward_guard"),
     "trainer.checkpoints": ("runs.checkpoints",),
     "trainer.generation": ("policies.sampling",),

@@ -181,7 +181,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 def plot_report(report: dict[str, Any], path) -> None:
     """Draw the stages of every setting, and the seconds of rollouts against their forwards."""
-    from ..media.plots import check_matplotlib
+    from ..metrics.plots import check_matplotlib
 
     check_matplotlib()
     from matplotlib.figure import Figure

@@ -124,7 +124,7 @@ def main(args, model_args) -> None:
     import json
     from pathlib import Path
 
-    from ..media.plots import check_matplotlib, plot_diagnosis
+    from ..metrics.plots import check_matplotlib, plot_diagnosis
 
     check_matplotlib()
     diagnosis = {}

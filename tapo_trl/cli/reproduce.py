@@ -94,7 +94,7 @@ def main(args: ReproduceArguments) -> None:
     Args:
         args ([`ReproduceArguments`]): The experiments, the world and the number of seeds.
     """
-    from ..media.plots import check_matplotlib
+    from ..metrics.plots import check_matplotlib
     from ..reproduction import EXPERIMENTS, Lab, RunQueue, load_world
     from ..reproduction.report import write_index
     from ..reproduction.runs import read_results

@@ -1,11 +1,11 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from ..media.plots import plot_diagnosis
 from .consistency import ranking_consistency, ranking_disagreement
 from .diagnosis import diagnose_scores
 from .distributions import area_under_curve, score_distributions
 from .pair_scores import ACCURACY_RULES, PairScores, score_pairs
+from .plots import plot_diagnosis
 from .preference_accuracy import PreferenceAccuracy, calibrated_tie_threshold, evaluate_preference_accuracy
 
 

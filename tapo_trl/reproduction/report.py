@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from ..media.plots import TITLE_WIDTH, check_matplotlib
+from ..metrics.plots import TITLE_WIDTH, check_matplotlib
 from .statistics import Estimate
 
 

@@ -6,7 +6,7 @@
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..media.plots import draw_distributions
+from ..metrics.plots import draw_distributions
 from .lab import REWARDS, Lab
 from .measure import SIGMAS
 from .report import Report, lines

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tapo_trl.media.plots import HEIGHT, WIDTH
 from tapo_trl.metrics import PairScores, diagnose_scores, plot_diagnosis
+from tapo_trl.metrics.plots import HEIGHT, WIDTH
 
 
 RUN = {
