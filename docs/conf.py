@@ -1,0 +1,64 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The documentation as a site: `make docs` writes it to `site/`. Pages and API docstrings are Markdown, as in TRL."""
+
+import re
+
+import tapo_trl
+
+
+project = "tapo_trl"
+author = "The tapo_trl authors"
+version = release = tapo_trl.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+include_patterns = [
+    "docs/*.md",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "benchmarks/**/*.md",
+    "examples/*/README.md",
+    "examples/*/LICENSES.md",
+    "examples/*/data/*.md",
+]
+root_doc = "docs/index"
+html_theme = "furo"
+html_title = f"tapo_trl {version}"
+html_static_path = []
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4
+nitpicky = False
+
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+default_role = "code"  # `x` is code in Markdown
+
+REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\]")
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+MATH = re.compile(r"(?<!\$)\$(?!\$)([^$\n]+)\$")
+
+
+def markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
+    """Markdown in docstrings, as far as ours use it: references such as [`~trl.RewardTrainer`], code blocks and formulas."""
+    text = "\n".join(lines)
+
+    def reference(match: re.Match) -> str:
+        target = match[2].split(".")[-1] if match[1] else match[2]
+        public = match[2] in tapo_trl.__all__
+        return f":py:class:`~tapo_trl.{match[2]}`" if public else f"``{target}``"
+
+    def fence(match: re.Match) -> str:
+        body = "\n".join(f"    {line}" if line.strip() else "" for line in match[3].splitlines())
+        return f"{match[1]}.. code-block:: {match[2] or 'text'}\n\n{body}\n"
+
+    text = FENCE.sub(fence, REFERENCE.sub(reference, text))
+    lines[:] = MATH.sub(r":math:`\1`", text).split("\n")
+
+
+def setup(app) -> None:
+    # Before Napoleon, which turns "Args:" into fields
+    app.connect("autodoc-process-docstring", markdown_to_rst, priority=100)
