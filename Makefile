@@ -3,6 +3,7 @@
 # make test      install into .venv, then run the tests that take seconds
 # make test-all  all tests: those, the slow ones (among them every command of the documentation), and make test-distributed
 # make test-distributed  install DeepSpeed, then train on two processes under every engine
+# make docs      the documentation as a site, into site/; warnings are errors
 # make lint      check style and formatting;  make format  repairs them
 # make install   create .venv (only when it is missing or pyproject.toml changed)
 #
@@ -32,7 +33,7 @@ demo demo-video: export TRANSFORMERS_VERBOSITY = error
 demo demo-video: export DIFFUSERS_VERBOSITY = error
 demo demo-video: export PYTHONWARNINGS = ignore
 
-.PHONY: install demo demo-video test test-all test-distributed lint format clean
+.PHONY: install demo demo-video test test-all test-distributed docs lint format clean
 
 install: $(STAMP)
 
@@ -77,6 +78,10 @@ test-distributed: install
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[deepspeed]"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m distributed tests/distributed $(PYTEST_FLAGS)
 
+docs: install
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[docs]"
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . site
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -86,4 +91,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) report outputs .pytest_cache .ruff_cache
+	rm -rf $(VENV) report site outputs .pytest_cache .ruff_cache

@@ -24,6 +24,7 @@ include_patterns = [
     "examples/*/data/*.md",
 ]
 root_doc = "docs/index"
+suppress_warnings = ["toc.not_included"]  # pages that only other pages link to
 html_theme = "furo"
 html_title = f"tapo_trl {version}"
 html_static_path = []
@@ -40,6 +41,8 @@ default_role = "code"  # `x` is code in Markdown
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\]")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 MATH = re.compile(r"(?<!\$)\$(?!\$)([^$\n]+)\$")
+UNDERSCORE = re.compile(r"(`+[^`]*`+)|(?<=\w)_(?!\w)")  # outside of code, the end of a reST reference
+LINK = re.compile(r"\]\(([\w./]+\.md)\)")
 
 
 def markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
@@ -56,9 +59,18 @@ def markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
         return f"{match[1]}.. code-block:: {match[2] or 'text'}\n\n{body}\n"
 
     text = FENCE.sub(fence, REFERENCE.sub(reference, text))
-    lines[:] = MATH.sub(r":math:`\1`", text).split("\n")
+    text = MATH.sub(r":math:`\1`", text)
+    lines[:] = UNDERSCORE.sub(lambda match: match[1] or r"\_", text).split("\n")
+
+
+def add_contents(app, docname: str, source: list[str]) -> None:
+    """The pages that the front page links to are the contents of the site, in that order."""
+    if docname == root_doc:
+        pages = dict.fromkeys(LINK.findall(source[0]))
+        source[0] += "\n".join(["", "```{toctree}", ":hidden:", "", *pages, "```", ""])
 
 
 def setup(app) -> None:
+    app.connect("source-read", add_contents)
     # Before Napoleon, which turns "Args:" into fields
     app.connect("autodoc-process-docstring", markdown_to_rst, priority=100)
