@@ -107,7 +107,7 @@ def measure_cost(variant: str, root: Path, policy) -> dict:
         latents = torch.randn(16, *policy.latent_shape(64, 64))
 
         def score() -> torch.Tensor:
-            if model.reads_estimates:
+            if model.scores_x0_prediction:
                 return model.score(policy.decode(latents), 0.5, prompts)
             return model.score(latents, 0.5, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
 
@@ -127,7 +127,7 @@ def measure(variant: str, learning_rate: float, seed: int, root: Path, policy, p
     if not result.exists():
         train(variant, learning_rate, seed, folder)
         model = load_reward_model(folder)
-        rules = ("ground_truth", "reference", "none") if model.compares_velocities else ("none",)
+        rules = ("ground_truth", "reference", "none") if model.uses_velocity_target else ("none",)
         accuracy = evaluate_preference_accuracy(
             model, policy, pairs, SIGMAS, rules, resolution=64, batch_size=64, cache_dir="runs/emoji/cache"
         )
@@ -139,7 +139,7 @@ def measure(variant: str, learning_rate: float, seed: int, root: Path, policy, p
 
 def deployable_rule(model: torch.nn.Module) -> str:
     """How a rollout can score: with the base model's velocity where the model compares one, else by the logit alone."""
-    return "reference" if model.compares_velocities and model.config.velocity_target != "none" else "none"
+    return "reference" if model.uses_velocity_target and model.config.velocity_target != "none" else "none"
 
 
 def mean_accuracy(metrics: dict, rule: str | None = None) -> float:

@@ -19,8 +19,8 @@ from datasets import Array3D, Array4D, Dataset, Features, Value
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
+from ..networks.fingerprints import update_with_weights
 from ..policies import FlowPolicy
-from ..policies.base import update_with_weights
 from .images import BadFileError
 
 

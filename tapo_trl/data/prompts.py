@@ -16,8 +16,8 @@ from datasets import Dataset, concatenate_datasets
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 
+from ..networks.fingerprints import update_with_weights
 from ..policies import FlowPolicy, PromptEmbeddings
-from ..policies.base import update_with_weights
 from .columns import refuse_transform, stored_table
 
 
@@ -91,8 +91,8 @@ def encoder_fingerprint(policy: FlowPolicy, max_sequence_length: int | None, dty
 
 class PromptCache:
     """
-    Prompt embeddings on disk, one safetensors file per prompt, in a folder per text encoder. The zeros with which a
-    family fills up short prompts are not stored.
+    Prompt embeddings on disk, one safetensors file per prompt, in a folder per text encoder. Zeros at the end of a prompt, with
+    which some families pad, are counted and not stored.
 
     Args:
         policy ([`FlowPolicy`]):
@@ -135,13 +135,15 @@ class PromptCache:
             embeds = self.policy.encode_prompts(batch, self.max_sequence_length).to("cpu")
             if embeds.prompt_embeds.dtype == torch.float32:
                 embeds = embeds.to(dtype=self.dtype)
-            for row, prompt in enumerate(batch):
-                tokens = embeds.prompt_embeds[row]
+            for row, prompt in zip(embeds.rows(), batch, strict=True):
+                tokens = row["prompt_embeds"]
                 last = tokens.any(dim=-1).nonzero().max() if tokens.any() else -1
-                # A copy, which takes the disk space of what is left alone
-                tensors = {"prompt_embeds": tokens[: last + 1].clone(), "sequence_length": torch.tensor(len(tokens))}
-                if embeds.pooled_prompt_embeds is not None:
-                    tensors["pooled_prompt_embeds"] = embeds.pooled_prompt_embeds[row].contiguous()
+                tensors = row | {"prompt_embeds": tokens[: last + 1]}
+                # Copies, which take the disk space of what is left alone
+                tensors = {
+                    name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+                }
+                tensors["sequence_length"] = torch.tensor(len(tokens))
                 file = self._file(prompt)
                 aside = file.with_suffix(f".{os.getpid()}.tmp")
                 save_file(tensors, aside)

@@ -35,7 +35,7 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
     policy, source = load_meta_policy(name, revision)
     size, latent_shape, tokens = sample_sizes(policy, args)
     model = REWARD_MODELS[args.reward_model_type].without_weights(policy, **args.model_config())
-    is_slrm = model.compares_velocities
+    is_slrm = model.uses_velocity_target
     parameters = {"base model": count_parameters(policy.transformer), "reward model": count_parameters(model)}
     element = model_args.known_dtype.itemsize
     if model_args.use_peft:
@@ -61,13 +61,13 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
     enhancement = f"{model.latents_per_score} x " if model.latents_per_score > 1 else ""
     latents = 2 * model.latents_per_score
     forwards = [Row("reward model (forward and backward)", latents, f"{enhancement}both sides of a pair")]
-    if model.reads_estimates or (is_slrm and args.velocity_target == "reference"):
+    if model.scores_x0_prediction or (is_slrm and args.velocity_target == "reference"):
         forwards.append(Row("base model", 2, "both sides of a pair"))
         memory.append(Row("base model", parameters["base model"] * element, f"parameters x {element} bytes"))
-    if model.reads_estimates or not args.cache_latents:
+    if model.scores_x0_prediction or not args.cache_latents:
         memory.append(vae_memory(policy, model_args))
     notes = [ESTIMATE_NOTE]
-    if model.reads_estimates:
+    if model.scores_x0_prediction:
         notes.append("The activations of the CLIP and of the VAE are not estimated: they come on top.")
     else:
         memory += activation_rows(

@@ -43,7 +43,7 @@ class _RolloutRun:
         latents_per_score (`int`): Latents that the latent reward model looks at for one score, 0 if there is none.
         velocity_target (`str`, *optional*): What an SLRM's velocity is compared to.
         has_function (`bool`): Whether there is a function of decoded samples.
-        reads_estimates (`bool`): Whether there is a reward model of them.
+        scores_x0_prediction (`bool`): Whether there is a reward model of them.
     """
 
     source: str
@@ -57,7 +57,7 @@ class _RolloutRun:
     latents_per_score: int
     velocity_target: str | None
     has_function: bool
-    reads_estimates: bool
+    scores_x0_prediction: bool
 
     @property
     def latent_bytes(self) -> int:
@@ -102,7 +102,7 @@ def _rollout_run(
         latents_per_score=0 if reward_model is None else reward_model.latents_per_score,
         velocity_target=velocity_target,
         has_function=bool(functions),
-        reads_estimates=reward_model is not None and reward_model.reads_estimates,
+        scores_x0_prediction=reward_model is not None and reward_model.scores_x0_prediction,
     )
 
 
@@ -173,7 +173,7 @@ def dry_run_tapo(script_args: TAPOScriptArguments, args: TAPOConfig, model_args:
         args,
         model_args,
         forwards=tapo_forwards(
-            args, sigmas, run.velocity_target, run.latents_per_score, run.has_function or run.reads_estimates
+            args, sigmas, run.velocity_target, run.latents_per_score, run.has_function or run.scores_x0_prediction
         ),
         drawn=Row(
             "candidates of a step",

@@ -9,18 +9,18 @@ from typing import Literal, get_args
 
 import torch
 from datasets import Dataset
-from diffusers import ModelMixin
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.preferences import DEFAULT_FPS, PreferencePairCollator, prepare_preference_dataset
 from ..data.prompts import PromptCache
-from ..policies import FlowPolicy, PromptEmbeddings
+from ..policies import FlowPolicy
 from ..rewards import StepRewardModel
+from ..rewards.targets import TrainingVelocityTarget, training_targets
 from ..seeding import seeded_generator
 
 
-AccuracyRule = Literal["ground_truth", "reference", "none"]
+AccuracyRule = TrainingVelocityTarget
 ACCURACY_RULES: tuple[str, ...] = get_args(AccuracyRule)
 
 
@@ -47,31 +47,7 @@ class PairScores:
         return {rule: self.chosen[rule] - self.rejected[rule] for rule in self.chosen}
 
 
-def rule_targets(
-    rules: Sequence[AccuracyRule],
-    policy: FlowPolicy,
-    reference: ModelMixin,
-    noisy: torch.Tensor,
-    velocity: torch.Tensor,
-    sigma: torch.Tensor,
-    prompt_embeds: PromptEmbeddings,
-) -> dict[AccuracyRule, torch.Tensor | None]:
-    """
-    Velocity target of each rule: `"ground_truth"`, the paper's, is x1 - x0, which holds the clean latent and cannot be
-    had in a rollout; `"reference"` is the velocity of the frozen base model at x_sigma; `"none"` is no target.
-    """
-    targets: dict[AccuracyRule, torch.Tensor | None] = {}
-    for rule in rules:
-        if rule == "ground_truth":
-            targets[rule] = velocity
-        elif rule == "reference":
-            with torch.no_grad():
-                targets[rule] = policy.velocity(reference, noisy, sigma, prompt_embeds)
-        elif rule == "none":
-            targets[rule] = None
-        else:
-            raise ValueError(f"Unknown rule {rule!r}: choose among {list(ACCURACY_RULES)}.")
-    return targets
+rule_targets = training_targets
 
 
 @torch.no_grad()
@@ -106,8 +82,8 @@ def score_pairs(
         dataset ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, see [`prepare_preference_dataset`].
         sigmas (`Sequence[float]`, *optional*): noise levels; one that is named twice counts once.
         rules (`Sequence[str]`, *optional*):
-            velocity targets of the score: `"ground_truth"` (the paper's rule, which leaks the clean latent), and
-            `"reference"` and `"none"`, which a rollout can use. Do not compare the first with the others as equals. Defaults
+            velocity targets of the score: `"ground_truth"` (the ground-truth target of the paper, which reveals the clean
+            latent), and `"reference"` and `"none"`, which exist at inference time, too. Do not compare the first with the others as equals. Defaults
             to the first two for an SLRM. Other reward models compare no velocities and have `"none"` alone.
         resolution (`int`, *optional*): height and width in pixels, unless those are given.
         height (`int`, *optional*): height in pixels. Defaults to that of the SLRM's training.
@@ -127,8 +103,8 @@ def score_pairs(
     """
     slrm.check_compatible(policy)
     if rules is None:
-        rules = ("ground_truth", "reference") if slrm.compares_velocities else ("none",)
-    if not slrm.compares_velocities and set(rules) != {"none"}:
+        rules = ("ground_truth", "reference") if slrm.uses_velocity_target else ("none",)
+    if not slrm.uses_velocity_target and set(rules) != {"none"}:
         raise ValueError(
             f"`rules={list(rules)}` names velocity targets, but a {slrm.label} compares no velocities: leave it unset."
         )
@@ -164,7 +140,7 @@ def score_pairs(
             sigma = torch.full((len(clean),), level, device=device)
             noisy = (1 - level) * clean + level * noise
             output = slrm(**slrm.forward_inputs(policy, noisy, sigma, batch["prompt"] * 2, embeds))
-            targets = rule_targets(rules, policy, policy.transformer, noisy, noise - clean, sigma, embeds)
+            targets = training_targets(rules, policy, policy.transformer, noisy, noise - clean, sigma, embeds)
             for rule, target in targets.items():
                 of_batch[rule].append(slrm.score_output(output, sigma, target).cpu())
         for rule, levels in of_batch.items():

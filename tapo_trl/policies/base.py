@@ -1,106 +1,102 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What every model family offers to rollouts, losses and trainers: [`FlowPolicy`]."""
+"""Interface of model families: [`FlowPolicy`]."""
 
-import hashlib
-import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils.torch_utils import randn_tensor
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
+from ..networks.fingerprints import signs_fingerprint, update_with_weights, weights_fingerprint  # noqa: F401
 from ..schedulers import FlowMatchSDEScheduler
+from .embeddings import PromptEmbeddings
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+# Times, guidance and positions, which a transformer reads in float32
+FLOAT32_INPUTS = ("timestep", "t", "guidance", "img_ids", "txt_ids")
 
 
-def update_with_weights(digest: "hashlib._Hash", model: torch.nn.Module) -> None:
+def cast_inputs(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Cast the floating-point arguments of a transformer, and lists of them, but for [`FLOAT32_INPUTS`]."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cast(part) for part in value]
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return {name: value if name in FLOAT32_INPUTS else cast(value) for name, value in inputs.items()}
+
+
+@dataclass(frozen=True)
+class Defaults:
     """
-    Feed a hash with the shape of every parameter, its start and the sum of its bits as an integer, which is exact in any order
-    and moves with any of its values, such as the embedding of a single token.
-    """
-    for parameter in model.parameters():
-        parameter = parameter.detach()
-        bits = parameter.view(_INTEGERS[parameter.element_size()]).sum(dtype=torch.int64).item()
-        digest.update(f"{tuple(parameter.shape)} {bits}".encode())
-        digest.update(parameter.flatten()[:16].float().cpu().numpy().tobytes())
-
-
-@dataclass
-class PromptEmbeddings:
-    """
-    Encoded prompts, as the transformer takes them.
+    What a pipeline samples with unless told otherwise.
 
     Args:
-        prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`):
-            Embeddings of the tokens.
-        pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`, *optional*):
-            Pooled embeddings, for the families that have them.
+        height, width (`int`): size in pixels.
+        num_inference_steps (`int`): sampling steps.
+        guidance_scale (`float`): the pipeline's own number.
+        num_frames (`int`, *optional*): frames of a video.
+        negative_prompt (`str`, *optional*, defaults to `""`): prompt of the unconditional half of the guidance.
     """
 
-    prompt_embeds: torch.Tensor
-    pooled_prompt_embeds: torch.Tensor | None = None
-
-    def _map(self, function) -> "PromptEmbeddings":
-        pooled = self.pooled_prompt_embeds
-        return PromptEmbeddings(function(self.prompt_embeds), None if pooled is None else function(pooled))
-
-    def __len__(self) -> int:
-        return len(self.prompt_embeds)
-
-    def __getitem__(self, index: slice | list[int] | torch.Tensor) -> "PromptEmbeddings":
-        return self._map(lambda tensor: tensor[index])
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "PromptEmbeddings":
-        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
-
-    def repeat(self, times: int) -> "PromptEmbeddings":
-        """`[a, b] -> [a, b, a, b]`."""
-        return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
-
-    def repeat_interleave(self, times: int) -> "PromptEmbeddings":
-        """`[a, b] -> [a, a, b, b]`."""
-        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
-
-    def expand(self, batch_size: int) -> "PromptEmbeddings":
-        """One prompt, as a view of `batch_size` of them."""
-        return self._map(lambda tensor: tensor.expand(batch_size, *tensor.shape[1:]))
-
-    @staticmethod
-    def cat(parts: Sequence["PromptEmbeddings"]) -> "PromptEmbeddings":
-        pooled = [part.pooled_prompt_embeds for part in parts]
-        return PromptEmbeddings(
-            torch.cat([part.prompt_embeds for part in parts]), None if pooled[0] is None else torch.cat(pooled)
-        )
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_frames: int | None = None
+    negative_prompt: str = ""
 
 
 class FlowPolicy(ABC):
     """
-    A text-to-image or text-to-video flow-matching pipeline, seen as a policy.
+    A text-to-image or text-to-video flow-matching pipeline as a policy.
 
-    A policy holds what differs between model families and nothing of an algorithm. The network is always passed to
+    A policy holds all that differs between model families, and nothing of an algorithm. The network is always passed to
     [`~FlowPolicy.velocity`], because the trainer wraps it (PEFT, accelerate); `policy.transformer` is the bare one.
-    Latents are the normalised ones that the transformer sees, in float32.
+    Latents are unpacked, normalised and float32. A family is a subclass and a line in `policies/families.py`.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             Pipeline with all of its components.
+
+    Attributes:
+        modality (`str`): `"image"` or `"video"`.
+        text_encoder_names (`list[str]`): components that encode text.
+        max_sequence_length (`int`): tokens of a prompt, unless told otherwise.
+        lora_target_modules (`list[str]`): layers that get a LoRA, unless told otherwise.
+        guidance (`str`):
+            What `guidance_scale` is. `"classifier_free"`: a second forward with the negative prompt. `"embedded"`: an input
+            of the network. `"none"`: it has no effect.
+        guidance_off (`float`): largest `guidance_scale` that turns classifier-free guidance off.
+        joint_text (`bool`): whether blocks transform the prompt's tokens beside those of the latents.
+        component_dtypes (`dict[str, torch.dtype]`): precision of components that lose detail in half precision.
+        known_configs (`dict[str, dict]`): for released repositories, class and configuration of each component.
+        licenses (`dict[str, tuple]`): `license` and `license_name` of released weights, by the start of their repository.
     """
 
     modality: Literal["image", "video"]
-    max_sequence_length: int  # tokens of a prompt, unless told otherwise
+    text_encoder_names: list[str]
+    max_sequence_length: int
     lora_target_modules: list[str]
+    guidance: Literal["classifier_free", "embedded", "none"] = "classifier_free"
+    guidance_off: float = 1.0
+    joint_text: bool = True
+    component_dtypes: ClassVar[dict[str, torch.dtype]] = {}
+    known_configs: ClassVar[dict[str, dict[str, tuple[str, dict[str, Any]]]]] = {}
+    licenses: ClassVar[dict[str, tuple[str, str | None]]] = {}
     revision: str | None = None  # of the repository, and variant of its files, that were asked for
     variant: str | None = None
 
@@ -116,29 +112,28 @@ class FlowPolicy(ABC):
     def vae(self) -> ModelMixin:
         return self.pipeline.vae
 
+    # What a family says
+
     @property
     @abstractmethod
-    def text_encoder_names(self) -> list[str]:
-        """Components that encode text."""
+    def defaults(self) -> Defaults:
+        """What the pipeline samples with unless told otherwise."""
 
-    @abstractmethod
-    def build_scheduler(
-        self, num_inference_steps: int, latent_shape: tuple[int, ...], device: torch.device | str = "cpu", **overrides
-    ) -> FlowMatchSDEScheduler:
+    @classmethod
+    def tiny(cls, seed: int = 0, **transformer_config) -> DiffusionPipeline:
         """
-        A scheduler on the grid that the pipeline itself uses for `num_inference_steps` and `latent_shape`.
+        A pipeline with random weights that runs on a CPU in milliseconds. Seeds PyTorch.
 
         Args:
-            num_inference_steps (`int`): number of sampling steps T.
-            latent_shape (`tuple[int, ...]`): shape of one latent, see [`~FlowPolicy.latent_shape`].
-            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where the grid lies.
-            overrides: fields of [`FlowMatchSDEScheduler`], such as `noise_level` or `sde_type`.
+            seed (`int`, *optional*, defaults to `0`): seed of the weights.
+            transformer_config: fields of the transformer's configuration.
         """
+        raise NotImplementedError(f"`{cls.__name__}` has no tiny pipeline.")
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str], max_sequence_length: int | None = None) -> PromptEmbeddings:
         """
-        Run the text encoders on `prompts`. Needs them loaded, see [`~FlowPolicy.unload_text_encoders`].
+        Run the text encoders on `prompts`, without gradients. Needs them loaded, see [`~FlowPolicy.unload_text_encoders`].
 
         Args:
             prompts (`list[str]`): texts.
@@ -159,13 +154,156 @@ class FlowPolicy(ABC):
             ValueError: if the model cannot make that size.
         """
 
-    @abstractmethod
-    def forward(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: PromptEmbeddings
-    ) -> torch.Tensor:
-        """Call `model` once, without guidance. `timestep` is float32 in [0, 1000]."""
+    def num_tokens(self, latent_shape: Sequence[int], max_sequence_length: int = 0) -> tuple[int, int]:
+        """
+        Tokens of a sample and of a prompt in the transformer.
 
+        Args:
+            latent_shape (`Sequence[int]`): shape of one latent.
+            max_sequence_length (`int`, *optional*, defaults to `0`): see [`~FlowPolicy.encode_prompts`].
+        """
+        _, *sides = latent_shape
+        patch = self.transformer.config.patch_size
+        patches = [patch] * len(sides) if isinstance(patch, int) else patch
+        return math.prod(side // size for side, size in zip(sides, patches, strict=True)), max_sequence_length
+
+    def prompt_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor of one prompt's [`PromptEmbeddings`], without the batch dimension."""
+        raise NotImplementedError(f"`{type(self).__name__}` does not say which shapes its prompts have.")
+
+    def sigmas(self, num_inference_steps: int) -> Sequence[float] | None:
+        """Noise levels that the pipeline gives to its scheduler, before the shift. `None`: the scheduler's own."""
+        return None
+
+    def mu(self, num_inference_steps: int, latent_shape: Sequence[int]) -> float | None:
+        """Shift of the noise levels that depends on the size, if the scheduler has one."""
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return None
+        bounds = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        return calculate_shift(self.num_tokens(latent_shape)[0], *bounds)
+
+    @staticmethod
     @abstractmethod
+    def model_inputs(
+        config: Mapping[str, Any],
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        prompts: PromptEmbeddings,
+        guidance_scale: float | None = None,
+    ) -> dict[str, Any]:
+        """
+        Arguments of the transformer's forward.
+
+        Args:
+            config (`Mapping`): the transformer's configuration.
+            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): noisy latents, float32.
+            sigma (`torch.Tensor` of shape `(batch_size,)`): their noise levels in [0, 1], float32.
+            prompts ([`PromptEmbeddings`]): one per latent.
+            guidance_scale (`float`, *optional*): of embedded guidance. Defaults to the family's.
+        """
+
+    @staticmethod
+    def velocity_of(config: Mapping[str, Any], output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The velocity x1 - x0 at `latents`, in their shape, from the transformer's output."""
+        return output
+
+    def guide(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """Classifier-free guidance of velocities."""
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def to_latents(self, encoded: torch.Tensor) -> torch.Tensor:
+        """Normalise what the VAE encodes."""
+        return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def from_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """The way back of [`~FlowPolicy.to_latents`]."""
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    # What follows from it
+
+    def build_scheduler(
+        self, num_inference_steps: int, latent_shape: tuple[int, ...], device: torch.device | str = "cpu", **overrides
+    ) -> FlowMatchSDEScheduler:
+        """
+        A scheduler on the grid that the pipeline itself uses for `num_inference_steps` and `latent_shape`.
+
+        Args:
+            num_inference_steps (`int`): number of sampling steps T.
+            latent_shape (`tuple[int, ...]`): shape of one latent, see [`~FlowPolicy.latent_shape`].
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where the grid lies.
+            overrides: fields of [`FlowMatchSDEScheduler`], such as `noise_level` or `sde_type`.
+        """
+        config = self.pipeline.scheduler.config
+        if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            scheduler = FlowMatchSDEScheduler.from_config(config, **overrides)
+        else:  # `from_config` would drop the `flow_shift` of a multistep solver
+            scheduler = FlowMatchSDEScheduler(config.num_train_timesteps, shift=config.flow_shift, **overrides)
+        sigmas, mu = self.sigmas(num_inference_steps), self.mu(num_inference_steps, latent_shape)
+        scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu)
+        return scheduler
+
+    def forward(
+        self,
+        model: torch.nn.Module,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        prompt_embeds: PromptEmbeddings,
+        guidance_scale: float | None = None,
+    ) -> torch.Tensor:
+        """Call `model` once. Arguments are those of [`~FlowPolicy.model_inputs`]."""
+        config = self.transformer.config
+        inputs = self.model_inputs(config, latents, sigma, prompt_embeds, guidance_scale)
+        output = model(**cast_inputs(inputs, self.transformer.dtype), return_dict=False)[0]
+        return self.velocity_of(config, output, latents).float()
+
+    def is_guided(self, guidance_scale: float | None) -> bool:
+        """Whether `guidance_scale` takes a second forward, with the negative prompt."""
+        return self.guidance == "classifier_free" and guidance_scale is not None and guidance_scale > self.guidance_off
+
+    def unguided(self, guidance_scale: float | None) -> float | None:
+        """The same scale without classifier-free guidance: embedded guidance is part of the network, and stays."""
+        return guidance_scale if self.guidance == "embedded" else None
+
+    def velocity(
+        self,
+        model: torch.nn.Module,
+        latents: torch.Tensor,
+        sigma: float | torch.Tensor,
+        prompt_embeds: PromptEmbeddings,
+        negative_prompt_embeds: PromptEmbeddings | None = None,
+        guidance_scale: float | None = None,
+    ) -> torch.Tensor:
+        """
+        Velocity x1 - x0 that `model` predicts, with classifier-free guidance in one batched forward.
+
+        Args:
+            model (`torch.nn.Module`): the family's transformer, wrapped or not.
+            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): noisy latents, float32.
+            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): their noise levels in [0, 1].
+            prompt_embeds ([`PromptEmbeddings`]): one prompt per latent.
+            negative_prompt_embeds ([`PromptEmbeddings`], *optional*):
+                one per latent, or a single one for all; needed if [`~FlowPolicy.is_guided`].
+            guidance_scale (`float`, *optional*):
+                the pipeline's own number. By default no classifier-free guidance, or the family's embedded guidance.
+
+        Returns:
+            `torch.Tensor`: velocity, float32, shaped as `latents`.
+        """
+        batch_size = len(latents)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(batch_size)
+        if not self.is_guided(guidance_scale):
+            return self.forward(model, latents, sigma, prompt_embeds, self.unguided(guidance_scale))
+        if negative_prompt_embeds is None:
+            raise ValueError(f"`guidance_scale={guidance_scale}` needs `negative_prompt_embeds`.")
+        if len(negative_prompt_embeds) == 1:
+            negative_prompt_embeds = negative_prompt_embeds.expand(batch_size)
+        both = PromptEmbeddings.cat([negative_prompt_embeds, prompt_embeds])
+        output = self.forward(model, torch.cat([latents] * 2), sigma.repeat(2), both)
+        unconditional, conditional = output.chunk(2)
+        return self.guide(conditional, unconditional, guidance_scale)
+
+    @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """
         Pixels to latents, the mode of the VAE's posterior.
@@ -178,48 +316,20 @@ class FlowPolicy(ABC):
         Returns:
             `torch.Tensor` of shape `(batch_size, *latent_shape)`, float32.
         """
+        if self.modality == "video":  # the VAE would drop frames that are too many
+            self.latent_shape(*pixels.shape[3:], pixels.shape[2])
+        pixels = (pixels * 2 - 1).to(self.vae.device, self.vae.dtype)
+        with self._vae_precision():
+            encoded = self.vae.encode(pixels).latent_dist.mode().float()
+        return self.to_latents(encoded)
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to pixels, the other way round: the shapes and ranges are those of [`~FlowPolicy.encode`]."""
-
-    def velocity(
-        self,
-        model: torch.nn.Module,
-        latents: torch.Tensor,
-        sigma: float | torch.Tensor,
-        prompt_embeds: PromptEmbeddings,
-        negative_prompt_embeds: PromptEmbeddings | None = None,
-        guidance_scale: float = 1.0,
-    ) -> torch.Tensor:
-        """
-        Velocity x1 - x0 that `model` predicts, with classifier-free guidance in one batched forward.
-
-        Args:
-            model (`torch.nn.Module`): the family's transformer, wrapped or not.
-            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): noisy latents, float32.
-            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): their noise levels in [0, 1].
-            prompt_embeds ([`PromptEmbeddings`]): one prompt per latent.
-            negative_prompt_embeds ([`PromptEmbeddings`], *optional*):
-                one per latent, or a single one for all; needed if `guidance_scale > 1`.
-            guidance_scale (`float`, *optional*, defaults to `1.0`): no guidance if at most 1.
-
-        Returns:
-            `torch.Tensor`: velocity, float32, shaped as `latents`.
-        """
-        batch_size = len(latents)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)
-        timestep = (sigma * 1000).expand(batch_size)
-        if guidance_scale <= 1:
-            return self.forward(model, latents, timestep, prompt_embeds).float()
-        if negative_prompt_embeds is None:
-            raise ValueError(f"`guidance_scale={guidance_scale}` needs `negative_prompt_embeds`.")
-        if len(negative_prompt_embeds) == 1:
-            negative_prompt_embeds = negative_prompt_embeds.expand(batch_size)
-        both = PromptEmbeddings.cat([negative_prompt_embeds, prompt_embeds])
-        output = self.forward(model, torch.cat([latents] * 2), timestep.repeat(2), both).float()
-        unconditional, conditional = output.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        latents = self.from_latents(latents).to(self.vae.device, self.vae.dtype)
+        with self._vae_precision():
+            pixels = self.vae.decode(latents, return_dict=False)[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def sample(
@@ -239,13 +349,13 @@ class FlowPolicy(ABC):
         Args:
             latent_shape (`tuple[int, ...]`): shape of one latent.
             num_inference_steps (`int`): number of sampling steps.
-            guidance_scale (`float`): scale of classifier-free guidance, none if at most 1.
+            guidance_scale (`float`): see [`~FlowPolicy.velocity`].
             generators (`list[torch.Generator]`): one per prompt, for its initial noise.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, *latent_shape)`, float32.
         """
-        device = prompt_embeds.prompt_embeds.device
+        device = prompt_embeds.device
         scheduler = self.build_scheduler(num_inference_steps, latent_shape, device)
         latents = randn_tensor((len(prompt_embeds), *latent_shape), generator=generators, device=device)
         for index in range(num_inference_steps):
@@ -310,19 +420,11 @@ class FlowPolicy(ABC):
 
     def transformer_fingerprint(self) -> str:
         """Short hash of the transformer: its configuration, its precision and its weights."""
-        config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
-        digest = hashlib.sha256(f"{json.dumps(config, sort_keys=True, default=str)} {self.transformer.dtype}".encode())
-        update_with_weights(digest, self.transformer)
-        return digest.hexdigest()[:16]
+        return weights_fingerprint(self.transformer)
 
     def vae_fingerprint(self) -> str:
         """Short hash of the VAE: its configuration and the signs of its weights, which no change of dtype moves."""
-        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().signbit().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return signs_fingerprint(self.vae)
 
     def save_lora_weights(
         self, save_directory: str | Path, model: PeftModel, state_dict: dict[str, torch.Tensor] | None = None

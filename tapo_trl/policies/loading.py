@@ -8,18 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, WanPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 
 from .base import FlowPolicy
-from .sd3 import SD3Policy
-from .wan import WanPolicy
+from .families import FAMILIES, family_of
 
-
-PIPELINES = {pipeline.__name__: pipeline for pipeline in (StableDiffusion3Pipeline, WanPipeline)}
 
 RUNS_CODE = ("custom_pipeline", "trust_remote_code")
 
@@ -135,7 +133,7 @@ def load_policy(
             Hub id or folder of a pipeline, a pipeline, or a policy, which is returned as it is.
         torch_dtype (`torch.dtype`, `str` or `dict` of those, *optional*):
             Precision of the weights when they are loaded, see [`parse_dtype`], or one for each component. `dtype` is another
-            name for it. Defaults to float32, in which Wan's VAE always stays unless a `dict` names it.
+            name for it. Defaults to float32, in which a family's `component_dtypes` stay unless a `dict` names them.
         model_init_kwargs:
             Further arguments of [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision`, `variant`, `token` or
             `text_encoder_3=None`; and `subfolder`, for a pipeline in a folder of a folder.
@@ -165,30 +163,28 @@ def load_policy(
                 raise ValueError(f"There is no folder {model}, and it cannot be the name of a repository.") from error
         # A component that was saved as absent has to be passed as `None` to diffusers.
         components = DiffusionPipeline.load_config(model, **hub_arguments)
-        pipeline_class = PIPELINES.get(str(components["_class_name"]), DiffusionPipeline)  # a list if it has own code
+        family = family_of(str(components["_class_name"]))  # a list if it has own code
+        pipeline_class = getattr(diffusers, family.pipeline) if family else DiffusionPipeline
         check_arguments(model_init_kwargs, [*components, *inspect.signature(pipeline_class.__init__).parameters])
         absent = {name: None for name, value in components.items() if value == [None, None]}
         if dtype == AUTO:
             dtype = _saved_dtype(model, absent | model_init_kwargs)
         dtype = dtype or torch.float32
-        if components["_class_name"] == WanPipeline.__name__:  # its VAE loses detail in half precision
-            dtype = {"vae": torch.float32, **(dtype if isinstance(dtype, dict) else {"default": dtype})}
+        if family and family.policy_class.component_dtypes:
+            named = dtype if isinstance(dtype, dict) else {"default": dtype}
+            dtype = family.policy_class.component_dtypes | named
         options = {"dtype": dtype, "use_safetensors": True}
         pipeline = DiffusionPipeline.from_pretrained(model, **absent | options | model_init_kwargs)
-    policy = _policy_of(pipeline)
+    family = family_of(pipeline)
+    if family is None:
+        supported = " and ".join(f"`{family.pipeline}`" for family in FAMILIES)
+        raise ValueError(
+            f"`model` is a `{type(pipeline).__name__}`, which no policy supports. Supported: {supported}. To add a family, "
+            "subclass `FlowPolicy` and pass an instance of it as `model`."
+        )
+    policy = family.policy_class(pipeline)
     policy.revision, policy.variant = model_init_kwargs.get("revision"), model_init_kwargs.get("variant")
     return policy
-
-
-def _policy_of(pipeline: DiffusionPipeline) -> FlowPolicy:
-    if isinstance(pipeline, StableDiffusion3Pipeline):
-        return SD3Policy(pipeline)
-    if isinstance(pipeline, WanPipeline):
-        return WanPolicy(pipeline)
-    raise ValueError(
-        f"`model` is a `{type(pipeline).__name__}`, which no policy supports. Supported: `StableDiffusion3Pipeline` and "
-        "`WanPipeline`. To add a family, subclass `FlowPolicy` and pass an instance of it as `model`."
-    )
 
 
 def _folder(name: str, subfolder: str | None) -> str:

@@ -5,11 +5,14 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 
-from ..schedulers import FlowMatchSDEScheduler
-from .base import FlowPolicy, PromptEmbeddings
+from .base import Defaults, FlowPolicy, PromptEmbeddings
 
 
 class SD3Policy(FlowPolicy):
@@ -31,6 +34,47 @@ class SD3Policy(FlowPolicy):
         "to_add_out",
     ]
     text_encoder_names = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    licenses = {"stabilityai/stable-diffusion-3": ("other", "stabilityai-ai-community")}
+    known_configs = {
+        # `scripts/convert_sd3_to_diffusers.py` of diffusers: 64 channels per head, as many heads as layers, positions of 384,
+        # a second attention in the first 13 blocks and the normalisation of "sd3.5 2b"; the autoencoder on SDXL's.
+        "stabilityai/stable-diffusion-3.5-medium": {
+            "transformer": (
+                "SD3Transformer2DModel",
+                {
+                    "sample_size": 128,
+                    "patch_size": 2,
+                    "in_channels": 16,
+                    "out_channels": 16,
+                    "num_layers": 24,
+                    "attention_head_dim": 64,
+                    "num_attention_heads": 24,
+                    "joint_attention_dim": 4096,
+                    "caption_projection_dim": 1536,
+                    "pooled_projection_dim": 2048,
+                    "pos_embed_max_size": 384,
+                    "dual_attention_layers": list(range(13)),
+                    "qk_norm": "rms_norm",
+                },
+            ),
+            "vae": (
+                "AutoencoderKL",
+                {
+                    "down_block_types": ["DownEncoderBlock2D"] * 4,
+                    "up_block_types": ["UpDecoderBlock2D"] * 4,
+                    "block_out_channels": [128, 256, 512, 512],
+                    "layers_per_block": 2,
+                    "latent_channels": 16,
+                    "sample_size": 1024,
+                    "use_quant_conv": False,
+                    "use_post_quant_conv": False,
+                    "scaling_factor": 1.5305,
+                    "shift_factor": 0.0609,
+                },
+            ),
+            "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        },
+    }
 
     def __init__(self, pipeline: StableDiffusion3Pipeline):
         super().__init__(pipeline)
@@ -40,24 +84,10 @@ class SD3Policy(FlowPolicy):
                 "`FlowMatchEulerDiscreteScheduler` is needed, since steps of a multistep method have no density."
             )
 
-    def build_scheduler(
-        self, num_inference_steps: int, latent_shape: tuple[int, ...], device: torch.device | str = "cpu", **overrides
-    ) -> FlowMatchSDEScheduler:
-        config = self.pipeline.scheduler.config
-        scheduler = FlowMatchSDEScheduler.from_config(config, **overrides)
-        mu = None
-        if config.use_dynamic_shifting:
-            patch_size = self.transformer.config.patch_size
-            _, height, width = latent_shape
-            mu = calculate_shift(
-                (height // patch_size) * (width // patch_size),
-                config.base_image_seq_len,
-                config.max_image_seq_len,
-                config.base_shift,
-                config.max_shift,
-            )
-        scheduler.set_timesteps(num_inference_steps, device=device, mu=mu)
-        return scheduler
+    @property
+    def defaults(self) -> Defaults:
+        size = self.transformer.config.sample_size * self.pipeline.vae_scale_factor
+        return Defaults(height=size, width=size, num_inference_steps=40, guidance_scale=4.5)  # of SD3.5-medium
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], max_sequence_length: int | None = None) -> PromptEmbeddings:
@@ -116,28 +146,72 @@ class SD3Policy(FlowPolicy):
             raise ValueError(f"The transformer has positions for at most {largest} pixels, got {height} x {width}.")
         return (self.transformer.config.in_channels, height // scale, width // scale)
 
-    def forward(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: PromptEmbeddings
-    ) -> torch.Tensor:
-        dtype = self.transformer.dtype
-        return model(
-            hidden_states=latents.to(dtype),
-            timestep=timestep,
-            encoder_hidden_states=prompt_embeds.prompt_embeds.to(dtype),
-            pooled_projections=prompt_embeds.pooled_prompt_embeds.to(dtype),
-            return_dict=False,
-        )[0]
+    def num_tokens(self, latent_shape, max_sequence_length: int = 0) -> tuple[int, int]:
+        return super().num_tokens(latent_shape, self.pipeline.tokenizer_max_length + max_sequence_length)
 
-    @torch.no_grad()
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        pixels = (pixels * 2 - 1).to(self.vae.device, self.vae.dtype)
-        with self._vae_precision():
-            latents = self.vae.encode(pixels).latent_dist.mode().float()
-        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+    def prompt_shapes(self, max_sequence_length):
+        config, length = self.transformer.config, self.pipeline.tokenizer_max_length + max_sequence_length
+        return {
+            "prompt_embeds": (length, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        with self._vae_precision():
-            pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+    @staticmethod
+    def model_inputs(config, latents, sigma, prompts, guidance_scale=None):
+        return {
+            "hidden_states": latents,
+            "timestep": sigma * 1000,
+            "encoder_hidden_states": prompts.prompt_embeds,
+            "pooled_projections": prompts.pooled_prompt_embeds,
+        }
+
+    @classmethod
+    def tiny(cls, seed: int = 0, **transformer_config) -> StableDiffusion3Pipeline:
+        """SD3.5's architecture (qk-norm, dual attention layers, a context-only last block) at 32 x 32 pixels."""
+        from .tiny import spread, tiny_clip, tiny_clip_tokenizer
+
+        torch.manual_seed(seed)
+        tokenizer = tiny_clip_tokenizer()
+        transformer = SD3Transformer2DModel(
+            **{
+                "sample_size": 8,
+                "patch_size": 2,
+                "in_channels": 4,
+                "out_channels": 4,
+                "num_layers": 3,
+                "attention_head_dim": 8,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 24,
+                "caption_projection_dim": 16,
+                "pooled_projection_dim": 20,
+                "pos_embed_max_size": 8,
+                "dual_attention_layers": (0,),
+                "qk_norm": "rms_norm",
+            }
+            | transformer_config
+        )
+        spread(transformer)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=2,
+            sample_size=32,
+            scaling_factor=1.5,
+            shift_factor=0.06,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        return StableDiffusion3Pipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae.eval(),
+            text_encoder=tiny_clip(tokenizer, 8),
+            tokenizer=tokenizer,
+            text_encoder_2=tiny_clip(tokenizer, 12),
+            tokenizer_2=tiny_clip_tokenizer(),
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )

@@ -4,10 +4,40 @@
 """Wan2.1 text-to-video."""
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
-from ..schedulers import FlowMatchSDEScheduler
-from .base import FlowPolicy, PromptEmbeddings
+from .base import Defaults, FlowPolicy, PromptEmbeddings
+
+
+# `scripts/convert_wan_to_diffusers.py` of diffusers: `get_transformer_config("Wan-T2V-1.3B")` and `("Wan-T2V-14B")`, whose
+# autoencoder is `AutoencoderKLWan` with its defaults.
+_TRANSFORMER = {
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "freq_dim": 256,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "qk_norm": "rms_norm_across_heads",
+    "text_dim": 4096,
+}
+_SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+def _wan21(**transformer: int) -> dict:
+    return {
+        "transformer": ("WanTransformer3DModel", _TRANSFORMER | transformer),
+        "vae": ("AutoencoderKLWan", {}),
+        "scheduler": ("UniPCMultistepScheduler", _SCHEDULER),
+    }
 
 
 class WanPolicy(FlowPolicy):
@@ -23,6 +53,13 @@ class WanPolicy(FlowPolicy):
     max_sequence_length = 512
     lora_target_modules = ["to_q", "to_k", "to_v", "to_out.0"]
     text_encoder_names = ["text_encoder"]
+    joint_text = False
+    component_dtypes = {"vae": torch.float32}
+    licenses = {"Wan-AI/": ("apache-2.0", None)}
+    known_configs = {
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan21(num_attention_heads=12, num_layers=30, ffn_dim=8960),
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan21(num_attention_heads=40, num_layers=40, ffn_dim=13824),
+    }
 
     def __init__(self, pipeline: WanPipeline):
         super().__init__(pipeline)
@@ -46,17 +83,9 @@ class WanPolicy(FlowPolicy):
                 "`use_flow_sigmas=True` and a `flow_shift`, or must be a `FlowMatchEulerDiscreteScheduler`."
             )
 
-    def build_scheduler(
-        self, num_inference_steps: int, latent_shape: tuple[int, ...], device: torch.device | str = "cpu", **overrides
-    ) -> FlowMatchSDEScheduler:
-        config = self.pipeline.scheduler.config
-        if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            scheduler = FlowMatchSDEScheduler.from_config(config, **overrides)
-        else:
-            # `from_config` would drop `flow_shift`.
-            scheduler = FlowMatchSDEScheduler(config.num_train_timesteps, shift=config.flow_shift, **overrides)
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        return scheduler
+    @property
+    def defaults(self) -> Defaults:
+        return Defaults(height=480, width=832, num_frames=81, num_inference_steps=50, guidance_scale=5.0)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], max_sequence_length: int | None = None) -> PromptEmbeddings:
@@ -86,34 +115,24 @@ class WanPolicy(FlowPolicy):
             )
         return (self.transformer.config.in_channels, (num_frames - 1) // time + 1, height // space, width // space)
 
-    def forward(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: PromptEmbeddings
-    ) -> torch.Tensor:
-        dtype = self.transformer.dtype
-        return model(
-            hidden_states=latents.to(dtype),
-            timestep=timestep,
-            encoder_hidden_states=prompt_embeds.prompt_embeds.to(dtype),
-            return_dict=False,
-        )[0]
+    def prompt_shapes(self, max_sequence_length):
+        return {"prompt_embeds": (max_sequence_length, self.transformer.config.text_dim)}
 
-    @torch.no_grad()
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        _, _, num_frames, height, width = pixels.shape
-        self.latent_shape(height, width, num_frames)  # the VAE would drop frames that are too many
-        pixels = (pixels * 2 - 1).to(self.vae.device, self.vae.dtype)
-        with self._vae_precision():
-            latents = self.vae.encode(pixels).latent_dist.mode().float()
-        mean, std = self._latent_statistics(latents.device)
-        return (latents - mean) / std
+    @staticmethod
+    def model_inputs(config, latents, sigma, prompts, guidance_scale=None):
+        return {
+            "hidden_states": latents,
+            "timestep": sigma * 1000,
+            "encoder_hidden_states": prompts.prompt_embeds,
+        }
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def to_latents(self, encoded: torch.Tensor) -> torch.Tensor:
+        mean, std = self._latent_statistics(encoded.device)
+        return (encoded - mean) / std
+
+    def from_latents(self, latents: torch.Tensor) -> torch.Tensor:
         mean, std = self._latent_statistics(latents.device)
-        latents = latents * std + mean
-        with self._vae_precision():
-            pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return latents * std + mean
 
     def _latent_statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the VAE's latents, per channel."""
@@ -121,4 +140,42 @@ class WanPolicy(FlowPolicy):
         return tuple(
             torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, config.latents_std)
+        )
+
+    @classmethod
+    def tiny(cls, seed: int = 0, **transformer_config) -> WanPipeline:
+        """Wan2.1's architecture and its UniPC scheduler, for example at 5 frames of 32 x 32 pixels."""
+        from .tiny import spread, tiny_t5_tokenizer, tiny_umt5
+
+        torch.manual_seed(seed)
+        tokenizer = tiny_t5_tokenizer()
+        transformer = WanTransformer3DModel(
+            **{
+                "patch_size": (1, 2, 2),
+                "num_attention_heads": 2,
+                "attention_head_dim": 12,
+                "in_channels": 4,
+                "out_channels": 4,
+                "text_dim": 16,
+                "freq_dim": 16,
+                "ffn_dim": 32,
+                "num_layers": 3,
+                "rope_max_seq_len": 32,
+            }
+            | transformer_config
+        )
+        spread(transformer)
+        vae = AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            num_res_blocks=1,
+            latents_mean=[-0.76, -0.71, 0.11, 0.97],
+            latents_std=[2.82, 1.45, 2.33, 1.22],
+        )
+        return WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=tiny_umt5(tokenizer, transformer.config.text_dim),
+            vae=vae.eval(),
+            scheduler=UniPCMultistepScheduler(num_train_timesteps=1000, **_SCHEDULER),
+            transformer=transformer.eval(),
         )

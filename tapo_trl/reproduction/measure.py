@@ -33,7 +33,7 @@ def measure_reward_model(folder: str | Path, pairs: str) -> dict[str, dict]:
     model = load_reward_model(folder)
     policy = load_policy(model.config.base_model_name_or_path)
     dataset = load_dataset("parquet", data_files=pairs, split="train")
-    rules = ("ground_truth", "reference", "none") if model.compares_velocities else None
+    rules = ("ground_truth", "reference", "none") if model.uses_velocity_target else None
     return diagnose_scores(score_pairs(model, policy, dataset, SIGMAS, rules, batch_size=BATCH_SIZE))
 
 

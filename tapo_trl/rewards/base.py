@@ -1,21 +1,19 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
-"""What all reward models of noisy latents have in common: [`LatentRewardModel`]."""
 
-from abc import abstractmethod
-from typing import Any
+"""Reward models that read noisy latents: [`LatentRewardModel`]."""
+
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from ..networks.sharing import base_fingerprint
-from ..policies import FlowPolicy, PromptEmbeddings
+from ..policies import FAMILIES, FlowPolicy, PromptEmbeddings
+from ..policies.base import cast_inputs
+from ..policies.families import family_of_transformer
 from .backbones.base import RewardBackboneMixin
 from .step_reward import StepRewardModel
-
-
-DEFAULT_MAX_SEQUENCE_LENGTH = 256
-DEFAULT_RESOLUTION = 512
 
 
 class LatentRewardModel(StepRewardModel):
@@ -23,9 +21,21 @@ class LatentRewardModel(StepRewardModel):
     A reward model of noisy latents on the transformer of a policy. Make one with [`~LatentRewardModel.from_policy`] or
     [`~LatentRewardModel.from_pretrained`]; train it with [`SLRMTrainer`]; rate latents with [`~LatentRewardModel.score`].
 
-    A subclass has the backbone in `transformer`, and further modules and buffers beside it. Its configuration holds what
-    that of a [`StepRewardModel`] does, `transformer_class` and `transformer_config`, see [`SLRMModel`].
+    A subclass has the backbone in `transformer`, and further modules and buffers beside it.
+
+    Args:
+        transformer_class (`str`): class name of the policy's transformer in diffusers.
+        transformer_config (`dict`): arguments that rebuild it.
+
+    The others are those of [`StepRewardModel`].
+
+    Attributes:
+        backbone_kind (`str`): which backbone of [`~policies.families.Family`], `"score"` or `"features"`.
+        unsupported (`str`): message where a family has none.
     """
+
+    backbone_kind: ClassVar[Literal["score", "features"]] = "features"
+    unsupported: ClassVar[str]
 
     transformer: RewardBackboneMixin
 
@@ -34,7 +44,6 @@ class LatentRewardModel(StepRewardModel):
         return self.transformer
 
     @classmethod
-    @abstractmethod
     def backbone_class(cls, transformer_class: str) -> type[RewardBackboneMixin]:
         """
         What `transformer` is on a policy whose transformer has this class.
@@ -42,21 +51,22 @@ class LatentRewardModel(StepRewardModel):
         Raises:
             ValueError: if this kind of reward model cannot be made of such a transformer.
         """
+        family = family_of_transformer(transformer_class)
+        backbone_class = None if family is None else family.backbone_class(cls.backbone_kind)
+        if backbone_class is None:
+            supported = [f"`{family.transformer}`" for family in FAMILIES if getattr(family, cls.backbone_kind)]
+            raise ValueError(
+                f"{cls.unsupported.format(transformer_class)}. Supported backbones: {' and '.join(supported)}."
+            )
+        return backbone_class
 
     @classmethod
     def without_weights(cls, policy: FlowPolicy, **config) -> "LatentRewardModel":
         """The model for a policy on the meta device, see [`~LatentRewardModel.from_policy`]."""
-        transformer_class = type(policy.transformer).__name__
-        backbone_class = cls.backbone_class(transformer_class)
+        backbone_class = cls.backbone_class(type(policy.transformer).__name__)
+        transformer_config = backbone_class.base_config(policy.transformer)
         with torch.device("meta"):
-            return cls(
-                transformer_class=transformer_class,
-                transformer_config=backbone_class.base_config(policy.transformer),
-                base_model_name_or_path=policy.name_or_path,
-                base_revision=policy.revision,
-                base_variant=policy.variant,
-                **{"trained": False, **config},
-            )
+            return cls(transformer_config=transformer_config, **cls._facts(policy) | config)
 
     @classmethod
     def from_policy(cls, policy: FlowPolicy, **config) -> "LatentRewardModel":
@@ -78,18 +88,21 @@ class LatentRewardModel(StepRewardModel):
             "base_fingerprint": base_fingerprint(policy.transformer),
         }
         model = cls.without_weights(policy, **fingerprints, **config)
-        model._take_base(policy.transformer)
+        model._attach_base(policy.transformer)
         return model.eval()
 
-    def _prompt_arguments(
-        self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """Embeddings of prompts as the backbone takes them."""
-        dtype = self.transformer.backbone_dtype
-        prompt = {"encoder_hidden_states": prompt_embeds.to(dtype)}
-        if pooled_prompt_embeds is not None:
-            prompt["pooled_projections"] = pooled_prompt_embeds.to(dtype)
-        return prompt
+    @property
+    def policy_class(self) -> type[FlowPolicy]:
+        """The family's policy, which knows what the backbone reads."""
+        return family_of_transformer(self.config.transformer_class).policy_class
+
+    def _run_backbone(
+        self, latents: torch.Tensor, sigma: float | torch.Tensor, prompts: PromptEmbeddings, **kwargs
+    ) -> Any:
+        """What the backbone returns for noisy latents."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
+        inputs = self.policy_class.model_inputs(self.transformer.config, latents, sigma, prompts)
+        return self.transformer(**cast_inputs(inputs, self.transformer.backbone_dtype), **kwargs)
 
     def score(
         self,
@@ -98,6 +111,7 @@ class LatentRewardModel(StepRewardModel):
         prompt_embeds: torch.Tensor,
         pooled_prompt_embeds: torch.Tensor | None = None,
         velocity_target: torch.Tensor | None = None,
+        **prompts: torch.Tensor,
     ) -> torch.Tensor:
         """
         Rate noisy latents. Higher is better; only differences between latents of the same prompt at the same noise level
@@ -111,6 +125,7 @@ class LatentRewardModel(StepRewardModel):
             pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`, *optional*):
                 pooled embeddings, for the families that have them.
             velocity_target (`torch.Tensor` of the shape of `latents`, *optional*): for [`SLRMModel`] alone.
+            prompts: further tensors of [`PromptEmbeddings`].
 
         Returns:
             `torch.Tensor` of shape `(batch_size,)`, float32. Gradients flow unless you disable them.
@@ -118,7 +133,7 @@ class LatentRewardModel(StepRewardModel):
         Raises:
             ValueError: if there is a `velocity_target`, but nothing to compare it to.
         """
-        output = self(latents, sigma, prompt_embeds, pooled_prompt_embeds)
+        output = self(latents, sigma, prompt_embeds, pooled_prompt_embeds, **prompts)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)
         return self.score_output(output, sigma, velocity_target)
 
@@ -144,17 +159,7 @@ class LatentRewardModel(StepRewardModel):
         if max_sequence_length is not None:
             trained_on["`max_sequence_length`"] = self.config.max_sequence_length
             found["`max_sequence_length`"] = max_sequence_length
-        differences = [
-            f"{name}: {value} in the {self.label}, {found[name]} in the policy"
-            for name, value in trained_on.items()
-            if value != found[name]
-        ]
-        if differences:
-            raise ValueError(
-                f"The {self.label} was trained on `{self.config.base_model_name_or_path}` and does not fit the policy "
-                f"`{policy.name_or_path}`. {'; '.join(differences)}. Train a reward model on this policy, or change what "
-                "is named above."
-            )
+        self._check_same(policy, trained_on, found)
 
     def forward_inputs(
         self,
@@ -164,12 +169,7 @@ class LatentRewardModel(StepRewardModel):
         prompts: list[str],
         prompt_embeds: PromptEmbeddings,
     ) -> dict[str, torch.Tensor]:
-        return {
-            "latents": latents,
-            "sigma": sigma,
-            "prompt_embeds": prompt_embeds.prompt_embeds,
-            "pooled_prompt_embeds": prompt_embeds.pooled_prompt_embeds,
-        }
+        return {"latents": latents, "sigma": sigma, **prompt_embeds.tensors}
 
     @classmethod
     def lora_target_modules(cls, policy: FlowPolicy) -> list[str]:

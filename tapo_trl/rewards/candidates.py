@@ -73,15 +73,8 @@ class Candidates:
 
 class CleanSamples(Candidates):
     """
-    Samples at the end of their trajectories, as candidates at noise level 0: they are their own clean estimates, and no
-    network is asked for a velocity.
-
-    Args:
-        latents (`torch.Tensor` of shape `(num_samples, *latent_shape)`): clean latents, float32.
-        initial_noise (`torch.Tensor`, shaped as `latents`): x_T of each trajectory.
-        prompts (`list[str]`): prompt of each sample.
-        prompt_embeds ([`PromptEmbeddings`]): their embeddings.
-        columns (`dict[str, list]`): the dataset's further columns, one value per sample.
+    Final samples, as candidates at noise level 0: they are their own clean estimates, and no velocity is predicted. Arguments
+    are those of [`Candidates`].
     """
 
     def __init__(
@@ -92,17 +85,9 @@ class CleanSamples(Candidates):
         prompt_embeds: PromptEmbeddings,
         columns: dict[str, list[Any]],
     ):
-        super().__init__(
-            latents=latents,
-            sigma=torch.zeros((), device=latents.device),
-            clean_estimate=latents,
-            initial_noise=initial_noise,
-            prompts=prompts,
-            prompt_embeds=prompt_embeds,
-            columns=columns,
-            predict_velocity=_no_velocity,
-            predict_reference_velocity=_no_velocity,
-        )
+        sigma = torch.zeros((), device=latents.device)
+        of_prompts = (prompts, prompt_embeds, columns)
+        super().__init__(latents, sigma, latents, initial_noise, *of_prompts, _no_velocity, _no_velocity)
 
     @property
     def denoised(self) -> torch.Tensor:

@@ -1,23 +1,148 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
+
 """DiNa-LRM: a reward model that reads several early blocks of the diffusion transformer with a head of its own."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, SD3Transformer2DModel, WanTransformer3DModel
+import torch.nn.functional as F
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
+from torch import nn
 
-from .backbones.features import FeatureTransformerMixin, check_layers, proportional_layers
-from .backbones.sd3 import SD3FeatureTransformer2DModel
-from .backbones.wan import WanFeatureTransformer3DModel
-from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel
-from .dina_head import DiNaHead
-from .step_reward import RewardOutput
+from ..policies import PromptEmbeddings
+from .backbones.features import Features, check_layers, proportional_layers
+from .base import LatentRewardModel
+from .step_reward import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, RewardOutput
 
 
 DEFAULT_DEPTHS = (1 / 6, 1 / 3, 1 / 2)  # blocks 4, 8 and 12 of the 24 of SD3
 DEFAULT_NUM_QUERIES = 4
+MAX_HEADS = 8
+
+
+class FiLMAdapter(nn.Module):
+    """
+    Brings the tokens of one block to the width of the head's input: scaled and shifted by the noise level, an embedding of
+    the block added, then projected. At the start the noise level has no influence.
+
+    Args:
+        dim (`int`): width of the tokens and of the embedding of the noise level.
+        out_dim (`int`): width of the result.
+    """
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.modulation = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, 2 * dim))
+        self.layer_embedding = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.projection = nn.Linear(dim, out_dim)
+        nn.init.zeros_(self.modulation[-1].weight)
+        nn.init.zeros_(self.modulation[-1].bias)
+
+    def forward(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.modulation(time).unsqueeze(1).chunk(2, dim=2)
+        return self.projection(tokens * (1 + scale) + shift + self.layer_embedding)
+
+
+class MultiLayerAdapter(nn.Module):
+    """One [`FiLMAdapter`] for each tapped block, to a quarter of the width, then a linear layer over all of them."""
+
+    def __init__(self, dim: int, num_layers: int):
+        super().__init__()
+        self.adapters = nn.ModuleList(FiLMAdapter(dim, dim // 4) for _ in range(num_layers))
+        self.merge = nn.Linear(num_layers * (dim // 4), dim)
+
+    def forward(self, tokens: Sequence[torch.Tensor], time: torch.Tensor) -> torch.Tensor:
+        adapted = [adapter(layer, time) for adapter, layer in zip(self.adapters, tokens, strict=True)]
+        return self.merge(torch.cat(adapted, dim=2))
+
+
+class ContextProjections(nn.Module):
+    """
+    Keys and values of the tokens that queries look at. With `gated`, each token's value is scaled by a number in (0, 1) that
+    the token itself decides, one half at the start.
+    """
+
+    def __init__(self, dim: int, gated: bool):
+        super().__init__()
+        self.norm = nn.RMSNorm(dim)
+        self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.gate = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1)) if gated else None
+        if gated:
+            nn.init.zeros_(self.gate[-1].weight)
+            nn.init.zeros_(self.gate[-1].bias)
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.norm(tokens)
+        value = self.value(tokens)
+        return self.key(tokens), value if self.gate is None else value * self.gate(tokens).sigmoid()
+
+
+class CrossAttention(nn.Module):
+    """Queries attend to one or more sets of tokens, to each on its own; the results are added."""
+
+    def __init__(self, dim: int, num_contexts: int, gated: bool):
+        super().__init__()
+        self.num_heads = math.gcd(dim, MAX_HEADS)
+        self.norm = nn.RMSNorm(dim)
+        self.query, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.contexts = nn.ModuleList(ContextProjections(dim, gated) for _ in range(num_contexts))
+
+    def forward(self, queries: torch.Tensor, *contexts: torch.Tensor) -> torch.Tensor:
+        query = self._heads(self.query(self.norm(queries)))
+        attended = 0
+        for projections, tokens in zip(self.contexts, contexts, strict=True):
+            key, value = projections(tokens)
+            attended = attended + F.scaled_dot_product_attention(query, self._heads(key), self._heads(value))
+        return queries + self.output(attended.transpose(1, 2).flatten(2))
+
+    def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class DiNaHead(nn.Module):
+    """
+    Learned queries look at the visual and the text tokens, then at the visual ones again; a feed-forward and a linear layer
+    make a score of each, whose mean is the logit.
+
+    Args:
+        dim (`int`): width of the features.
+        num_layers (`int`): number of tapped blocks.
+        num_queries (`int`): number of queries.
+    """
+
+    def __init__(self, dim: int, num_layers: int, num_queries: int):
+        super().__init__()
+        self.visual_adapter = MultiLayerAdapter(dim, num_layers)
+        self.text_adapter = MultiLayerAdapter(dim, num_layers)
+        self.queries = nn.Parameter(0.02 * torch.randn(1, num_queries, dim))
+        self.joint_attention = CrossAttention(dim, num_contexts=2, gated=True)
+        self.visual_attention = CrossAttention(dim, num_contexts=1, gated=False)
+        self.ff_norm = nn.RMSNorm(dim)
+        self.ff = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.readout = nn.Linear(dim, 1)
+
+    def forward(self, features: Features) -> torch.Tensor:
+        """
+        Args:
+            features ([`Features`]): hidden states after the tapped blocks.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, float32.
+        """
+        dtype = self.queries.dtype
+        time = features.time.to(dtype)
+        visual = self.visual_adapter([tokens.to(dtype) for tokens in features.visual], time)
+        text = self.text_adapter([tokens.to(dtype) for tokens in features.text], time)
+        queries = self.queries.expand(len(visual), -1, -1)
+        queries = self.joint_attention(queries, visual, text)
+        queries = self.visual_attention(queries, visual)
+        queries = queries + self.ff(self.ff_norm(queries))
+        # The readout is linear, so that the mean may come first. Not a matrix product, which autocast would round.
+        return (queries.float().mean(dim=1) * self.readout.weight.float()).sum(dim=1) + self.readout.bias.float()
 
 
 class DiNaModel(LatentRewardModel):
@@ -26,26 +151,18 @@ class DiNaModel(LatentRewardModel):
     [`DiNaHead`] reads the score.
 
     Args:
-        transformer_class (`str`): class name of the backbone in diffusers.
-        transformer_config (`dict`): arguments that rebuild the whole backbone.
-        base_model_name_or_path (`str`): where the pipeline of the backbone was loaded from, `""` if from memory.
-        vae_fingerprint (`str`): [`~FlowPolicy.vae_fingerprint`] of the VAE whose latents it rates.
         layers (`list[int]`, *optional*):
             blocks that are read, counted from 1, in ascending order; those behind the last are left out. Defaults to those at
             a sixth, a third and a half of the depth, 4, 8 and 12 of 24.
         num_queries (`int`, *optional*, defaults to `4`): number of learned queries.
-        max_sequence_length (`int`, *optional*, defaults to `256`): length at which prompts were encoded.
-        resolution (`int`, *optional*, defaults to `512`): size of the images in training, in pixels.
-        height, width, num_frames (`int`, *optional*): size of the videos in training, kept as a record.
-        lora (`bool`, *optional*, defaults to `False`): whether the backbone was trained with LoRA.
-        base_revision, base_variant (`str`, *optional*): revision and variant of the base that were asked for.
-        base_fingerprint (`str`, *optional*): hash of the backbone's weights before the training, `""` if it is not known.
-        trained (`bool`, *optional*, defaults to `True`): whether the values above are those of a training.
+
+    The others are those of [`LatentRewardModel`].
     """
 
     kind = "dina"
     label = "DiNa-LRM"
     trained_part = "head"
+    unsupported = "A DiNa-LRM cannot read a `{}`"
 
     @register_to_config
     def __init__(
@@ -76,21 +193,10 @@ class DiNaModel(LatentRewardModel):
         self._no_split_modules = backbone_class._no_split_modules
         self.head = self._make_head()
 
-    @classmethod
-    def backbone_class(cls, transformer_class: str) -> type[FeatureTransformerMixin]:
-        if transformer_class == SD3Transformer2DModel.__name__:
-            return SD3FeatureTransformer2DModel
-        if transformer_class == WanTransformer3DModel.__name__:
-            return WanFeatureTransformer3DModel
-        raise ValueError(
-            f"A DiNa-LRM cannot read a `{transformer_class}`. Supported backbones: `{SD3Transformer2DModel.__name__}` and "
-            f"`{WanTransformer3DModel.__name__}`."
-        )
-
     def _make_head(self) -> DiNaHead:
         return DiNaHead(self.transformer.feature_dim, len(self.config.layers), self.config.num_queries)
 
-    def _take_base(self, transformer: ModelMixin, share: bool = False) -> None:
+    def _attach_base(self, transformer: ModelMixin, share: bool = False) -> None:
         self.transformer = type(self.transformer).from_base(transformer, self.config.layers, share)
         with torch.device(transformer.device):
             self.head = self._make_head()
@@ -104,22 +210,8 @@ class DiNaModel(LatentRewardModel):
         sigma: float | torch.Tensor,
         prompt_embeds: torch.Tensor,
         pooled_prompt_embeds: torch.Tensor | None = None,
+        **prompts: torch.Tensor,
     ) -> RewardOutput:
-        """
-        Args:
-            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): noisy latents x_sigma.
-            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): their noise levels in [0, 1].
-            prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): see [`PromptEmbeddings`].
-            pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`, *optional*):
-                pooled embeddings, for the families that have them.
-
-        Returns:
-            [`RewardOutput`]
-        """
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
-        features = self.transformer(
-            hidden_states=latents.to(self.transformer.backbone_dtype),
-            timestep=sigma * 1000,
-            **self._prompt_arguments(prompt_embeds, pooled_prompt_embeds),
-        )
-        return RewardOutput(logits=self.head(features))
+        """The logits of noisy latents. Arguments are those of [`~LatentRewardModel.score`]."""
+        prompts = PromptEmbeddings(prompt_embeds, pooled_prompt_embeds, **prompts)
+        return RewardOutput(logits=self.head(self._run_backbone(latents, sigma, prompts)))

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin, SD3Transformer2DModel
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ..policies import FlowPolicy
-from .backbones.features import check_layers, proportional_layers
-from .backbones.sd3 import SD3FeatureTransformer2DModel
-from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel
-from .step_reward import RewardOutput
+from ..policies import FlowPolicy, PromptEmbeddings
+from ..policies.families import family_of_transformer
+from .backbones.features import FeatureTransformerMixin, check_layers, proportional_layers
+from .base import LatentRewardModel
+from .step_reward import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, RewardOutput
 
 
 DEFAULT_DEPTH = 0.75  # block 18 of the 24 of SD3
@@ -74,27 +74,19 @@ class LRMHead(nn.Module):
 
 class LRMModel(LatentRewardModel):
     """
-    Latent Reward Model of LPO (Zhang et al., 2025), on SD3: the mean over the image tokens after an intermediate joint block,
-    enhanced by classifier-free guidance, is compared to the pooled prompt embedding. Blocks behind that one are left out.
+    Latent Reward Model of LPO (Zhang et al., 2025), for families with pooled prompt embeddings: the mean over the image tokens
+    after an intermediate joint block, enhanced by classifier-free guidance, is compared to the pooled embedding. Blocks behind
+    that one are left out.
 
     Args:
-        transformer_class (`str`): class name of the backbone in diffusers.
-        transformer_config (`dict`): arguments that rebuild the whole backbone.
-        base_model_name_or_path (`str`): where the pipeline of the backbone was loaded from, `""` if from memory.
-        vae_fingerprint (`str`): [`~FlowPolicy.vae_fingerprint`] of the VAE whose latents it rates.
         layer (`int`, *optional*):
             the joint block whose image tokens are read, counted from 1. Defaults to that at three quarters of the depth, 18
             of 24.
         guidance_scale (`float`, *optional*, defaults to `7.5`):
             w of [`enhanced_feature`]. 1 is no enhancement, and half of the cost.
         null_prompt_length (`int`, *optional*, defaults to `0`): tokens of the empty prompt, whose embeddings are kept.
-        max_sequence_length (`int`, *optional*, defaults to `256`): length at which prompts were encoded.
-        resolution (`int`, *optional*, defaults to `512`): size of the images in training, in pixels.
-        height, width, num_frames (`int`, *optional*): size of the images in training, kept as a record.
-        lora (`bool`, *optional*, defaults to `False`): whether the backbone was trained with LoRA.
-        base_revision, base_variant (`str`, *optional*): revision and variant of the base that were asked for.
-        base_fingerprint (`str`, *optional*): hash of the backbone's weights before the training, `""` if it is not known.
-        trained (`bool`, *optional*, defaults to `True`): whether the values above are those of a training.
+
+    The others are those of [`LatentRewardModel`].
     """
 
     kind = "lrm"
@@ -134,14 +126,15 @@ class LRMModel(LatentRewardModel):
         self.register_buffer("null_pooled_prompt_embeds", torch.zeros(1, text_dim))
 
     @classmethod
-    def backbone_class(cls, transformer_class: str) -> type[SD3FeatureTransformer2DModel]:
-        if transformer_class != SD3Transformer2DModel.__name__:
+    def backbone_class(cls, transformer_class: str) -> type[FeatureTransformerMixin]:
+        family = family_of_transformer(transformer_class)
+        backbone_class = None if family is None else family.backbone_class("features")
+        if backbone_class is None or "pooled_projection_dim" not in backbone_class.interface_fields:
             raise ValueError(
                 "An LRM compares images with pooled prompt embeddings, as text encoders of CLIP give them, which a "
-                f"`{transformer_class}` does not have. It is for `{SD3Transformer2DModel.__name__}`: choose another kind of "
-                "reward model for this one."
+                f"`{transformer_class}` does not have: choose another kind of reward model, such as `slrm` or `dina`."
             )
-        return SD3FeatureTransformer2DModel
+        return backbone_class
 
     @classmethod
     def from_policy(cls, policy: FlowPolicy, **config) -> "LRMModel":
@@ -165,7 +158,7 @@ class LRMModel(LatentRewardModel):
         model.null_pooled_prompt_embeds.copy_(null.pooled_prompt_embeds)
         return model
 
-    def _take_base(self, transformer: ModelMixin, share: bool = False) -> None:
+    def _attach_base(self, transformer: ModelMixin, share: bool = False) -> None:
         self.transformer = type(self.transformer).from_base(transformer, [self.config.layer], share)
         with torch.device(transformer.device):
             self.head = LRMHead(self.transformer.feature_dim, transformer.config.pooled_projection_dim)
@@ -175,7 +168,7 @@ class LRMModel(LatentRewardModel):
     def trained_in_full(self) -> dict[str, torch.Tensor]:
         return dict(self.head.named_parameters(prefix="head")) | dict(self.named_buffers(recurse=False))
 
-    def _freeze_unread(self) -> None:
+    def _freeze_unused(self) -> None:
         """What the last block does to the prompt after its attention."""
         for name, parameter in self.transformer.transformer_blocks[-1].named_parameters():
             if name.startswith(("attn.to_add_out", "ff_context")):
@@ -196,16 +189,7 @@ class LRMModel(LatentRewardModel):
         prompt_embeds: torch.Tensor,
         pooled_prompt_embeds: torch.Tensor,
     ) -> RewardOutput:
-        """
-        Args:
-            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): noisy latents x_sigma.
-            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): their noise levels in [0, 1].
-            prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): see [`PromptEmbeddings`].
-            pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`): pooled embeddings.
-
-        Returns:
-            [`RewardOutput`]
-        """
+        """The logits of noisy latents. Arguments are those of [`~LatentRewardModel.score`]."""
         feature = self.visual_feature(latents, sigma, prompt_embeds, pooled_prompt_embeds)
         return RewardOutput(logits=self.head(feature, pooled_prompt_embeds))
 
@@ -218,34 +202,19 @@ class LRMModel(LatentRewardModel):
     ) -> torch.Tensor:
         """The pooled visual feature before its projection, of shape `(batch_size, dim)`, see [`~LRMModel.forward`]."""
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
+        prompts = PromptEmbeddings(prompt_embeds, pooled_prompt_embeds)
         if not self.is_enhanced:
-            return self._pooled_feature(latents, sigma, prompt_embeds, pooled_prompt_embeds)
+            return self._pooled_feature(latents, sigma, prompts)
         if prompt_embeds.shape[1:] != self.null_prompt_embeds.shape[1:]:
             raise ValueError(
                 f"The prompt embeddings have shape {tuple(prompt_embeds.shape[1:])}, but those of the empty prompt, which "
                 f"this LRM has since it was made, have {tuple(self.null_prompt_embeds.shape[1:])}: encode prompts with the "
                 "same `max_sequence_length`."
             )
-        null = self.null_prompt_embeds.expand_as(prompt_embeds).to(prompt_embeds)
-        null_pooled = self.null_pooled_prompt_embeds.expand_as(pooled_prompt_embeds).to(pooled_prompt_embeds)
-        both = self._pooled_feature(
-            torch.cat([latents, latents]),
-            torch.cat([sigma, sigma]),
-            torch.cat([null, prompt_embeds]),
-            torch.cat([null_pooled, pooled_prompt_embeds]),
-        )
-        return enhanced_feature(*both.chunk(2), self.config.guidance_scale)
+        null = PromptEmbeddings(self.null_prompt_embeds, self.null_pooled_prompt_embeds)
+        both = PromptEmbeddings.cat([null.to(dtype=prompt_embeds.dtype).expand(len(prompts)), prompts])
+        features = self._pooled_feature(torch.cat([latents, latents]), sigma.repeat(2), both)
+        return enhanced_feature(*features.chunk(2), self.config.guidance_scale)
 
-    def _pooled_feature(
-        self,
-        latents: torch.Tensor,
-        sigma: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        pooled_prompt_embeds: torch.Tensor,
-    ) -> torch.Tensor:
-        features = self.transformer(
-            hidden_states=latents.to(self.transformer.backbone_dtype),
-            timestep=sigma * 1000,
-            **self._prompt_arguments(prompt_embeds, pooled_prompt_embeds),
-        )
-        return features.visual[0].float().mean(dim=1)
+    def _pooled_feature(self, latents: torch.Tensor, sigma: torch.Tensor, prompts: PromptEmbeddings) -> torch.Tensor:
+        return self._run_backbone(latents, sigma, prompts).visual[0].float().mean(dim=1)

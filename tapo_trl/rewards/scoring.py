@@ -120,6 +120,11 @@ def _describe(returned: Any) -> str:
     return f"a `{type(returned).__name__}` of {', '.join(f'`{kind}`' for kind in kinds)}"
 
 
+def _chunks(length: int, size: int | None) -> list[slice]:
+    size = size or length
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
 class LatentReward:
     """
     The score of a latent reward model at each candidate's own noise level (log S_hat of an SLRM, Eq. 8 and 12).
@@ -139,20 +144,15 @@ class LatentReward:
     @torch.no_grad()
     def __call__(self, candidates: Candidates) -> torch.Tensor:
         target = velocity_target(candidates, self.velocity_target)
-        batch_size = self.batch_size or len(candidates)
-        scores = []
-        for start in range(0, len(candidates), batch_size):
-            chunk = slice(start, start + batch_size)
-            embeds = candidates.prompt_embeds[chunk]
-            scores.append(
-                self.model.score(
-                    candidates.latents[chunk],
-                    candidates.sigma,
-                    embeds.prompt_embeds,
-                    embeds.pooled_prompt_embeds,
-                    velocity_target=None if target is None else target[chunk],
-                )
+        scores = [
+            self.model.score(
+                candidates.latents[chunk],
+                candidates.sigma,
+                velocity_target=None if target is None else target[chunk],
+                **candidates.prompt_embeds[chunk].tensors,
             )
+            for chunk in _chunks(len(candidates), self.batch_size)
+        ]
         return torch.cat(scores)
 
 
@@ -201,11 +201,8 @@ class EstimateReward:
     @torch.no_grad()
     def __call__(self, candidates: Candidates) -> torch.Tensor:
         estimate = candidates.denoised
-        text = self._encode(candidates.prompts, estimate.device)
-        batch_size = self.batch_size or len(candidates)
-        scores = []
-        for start in range(0, len(candidates), batch_size):
-            chunk = slice(start, start + batch_size)
+        text, scores = self._encode(candidates.prompts, estimate.device), []
+        for chunk in _chunks(len(candidates), self.batch_size):
             pixel_values = self.model.pixel_values(self.policy.decode(estimate[chunk]))
             features = self.model.image_features(pixel_values, candidates.sigma)
             scores.append(self.model.similarity(features, text[chunk]))

@@ -10,19 +10,16 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin, SD3Transformer2DModel, WanTransformer3DModel
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from .backbones.score_stream import ScoreTransformerMixin
-from .backbones.sd3 import SD3ScoreTransformer2DModel
-from .backbones.wan import WanScoreTransformer3DModel
-from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, LatentRewardModel
-from .step_reward import RewardOutput
-from .targets import MIN_SIGMA, ROLLOUT_TARGETS
+from ..policies import PromptEmbeddings
+from .base import LatentRewardModel
+from .step_reward import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, RewardOutput
+from .targets import MIN_SIGMA, ROLLOUT_TARGETS, TrainingVelocityTarget
 
 
 ScoreLink = Literal["exp", "softplus"]
-TrainingVelocityTarget = Literal["ground_truth", "reference", "none"]
 
 DEFAULT_NUM_TASK_TOKENS = 8
 DEFAULT_RHO = math.log(4)
@@ -85,18 +82,6 @@ def enhanced_log_score(
     return torch.where(sigma >= MIN_SIGMA, log_scores - rho * distance, log_scores)
 
 
-def score_transformer_class(transformer_class: str) -> type[ScoreTransformerMixin]:
-    """The class that adds the score stream to transformers of this class."""
-    if transformer_class == SD3Transformer2DModel.__name__:
-        return SD3ScoreTransformer2DModel
-    if transformer_class == WanTransformer3DModel.__name__:
-        return WanScoreTransformer3DModel
-    raise ValueError(
-        f"SLRM has no score stream for `{transformer_class}`. Supported backbones: "
-        f"`{SD3Transformer2DModel.__name__}` and `{WanTransformer3DModel.__name__}`."
-    )
-
-
 class SLRMModel(LatentRewardModel):
     """
     Score-based Latent Reward Model: a pretrained diffusion transformer with learnable score tokens, whose last states
@@ -106,29 +91,22 @@ class SLRMModel(LatentRewardModel):
     latents with [`~SLRMModel.score`].
 
     Args:
-        transformer_class (`str`): class name of the backbone in diffusers.
-        transformer_config (`dict`): arguments that rebuild the backbone.
-        base_model_name_or_path (`str`): where the pipeline of the backbone was loaded from, `""` if from memory.
-        vae_fingerprint (`str`): [`~FlowPolicy.vae_fingerprint`] of the VAE whose latents it rates.
         num_task_tokens (`int`, *optional*, defaults to `8`): number of score tokens n_s.
         task_projection_rank (`int`, *optional*):
             if set, the projections P^S of Eq. 5 are low-rank updates of the backbone's, else full matrices.
         score_link (`str`, *optional*, defaults to `"exp"`): `"exp"` or `"softplus"`, how a logit becomes S > 0.
         rho (`float`, *optional*, defaults to `ln 4`): weight of the distance in Eq. 7.
         velocity_target (`str`, *optional*, defaults to `"reference"`): v_target in training, kept as a record.
-        max_sequence_length (`int`, *optional*, defaults to `256`): length at which prompts were encoded.
-        resolution (`int`, *optional*, defaults to `512`): size of the images in training, in pixels.
-        height, width, num_frames (`int`, *optional*): size of the videos in training, kept as a record.
-        lora (`bool`, *optional*, defaults to `False`): whether the backbone was trained with LoRA.
-        base_revision, base_variant (`str`, *optional*): revision and variant of the base that were asked for.
-        base_fingerprint (`str`, *optional*): hash of the backbone's weights before the training, `""` if it is not known.
-        trained (`bool`, *optional*, defaults to `True`): whether the values above are those of a training.
+
+    The others are those of [`LatentRewardModel`].
     """
 
     kind = "slrm"
     label = "SLRM"
     trained_part = "score stream"
-    compares_velocities = True
+    uses_velocity_target = True
+    backbone_kind = "score"
+    unsupported = "SLRM has no score stream for `{}`"
 
     @register_to_config
     def __init__(
@@ -154,15 +132,11 @@ class SLRMModel(LatentRewardModel):
         trained: bool = True,
     ):
         super().__init__()
-        score_class = score_transformer_class(transformer_class)
+        score_class = self.backbone_class(transformer_class)
         self.transformer = score_class(num_task_tokens, task_projection_rank, **transformer_config)
         self._no_split_modules = score_class._no_split_modules
 
-    @classmethod
-    def backbone_class(cls, transformer_class: str) -> type[ScoreTransformerMixin]:
-        return score_transformer_class(transformer_class)
-
-    def _take_base(self, transformer: ModelMixin, share: bool = False) -> None:
+    def _attach_base(self, transformer: ModelMixin, share: bool = False) -> None:
         self.transformer = type(self.transformer).from_base(
             transformer, self.config.num_task_tokens, self.config.task_projection_rank, share
         )
@@ -180,27 +154,22 @@ class SLRMModel(LatentRewardModel):
         prompt_embeds: torch.Tensor,
         pooled_prompt_embeds: torch.Tensor | None = None,
         mask_task_tokens: bool = False,
+        **prompts: torch.Tensor,
     ) -> SLRMOutput:
         """
         Args:
-            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): noisy latents x_sigma.
-            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): their noise levels in [0, 1].
-            prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): see [`PromptEmbeddings`].
-            pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`, *optional*):
-                pooled embeddings, for the families that have them.
             mask_task_tokens (`bool`, *optional*, defaults to `False`):
                 hide the score tokens from the image and the text: the velocity is then that of the backbone alone.
+
+        The others are those of [`~LatentRewardModel.score`].
 
         Returns:
             [`SLRMOutput`]
         """
-        dtype = self.transformer.backbone_dtype
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
-        prompt = self._prompt_arguments(prompt_embeds, pooled_prompt_embeds)
-        with self._mixed_precision(latents.device, dtype):
-            velocity, logits = self.transformer(
-                hidden_states=latents.to(dtype), timestep=sigma * 1000, mask_task_tokens=mask_task_tokens, **prompt
-            )
+        prompts = PromptEmbeddings(prompt_embeds, pooled_prompt_embeds, **prompts)
+        with self._mixed_precision(latents.device, self.transformer.backbone_dtype):
+            output, logits = self._run_backbone(latents, sigma, prompts, mask_task_tokens=mask_task_tokens)
+        velocity = self.policy_class.velocity_of(self.transformer.config, output, latents)
         return SLRMOutput(logits=logits.float(), velocity=velocity.float())
 
     def _mixed_precision(self, device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
@@ -216,24 +185,17 @@ class SLRMModel(LatentRewardModel):
         prompt_embeds: torch.Tensor,
         pooled_prompt_embeds: torch.Tensor | None = None,
         velocity_target: torch.Tensor | None = None,
+        **prompts: torch.Tensor,
     ) -> torch.Tensor:
         r"""
         Rate noisy latents: Eq. 8 in the log domain, \\( \log \hat{S} = \log S(x_\sigma, c) - \rho d \\) with d the mean
-        squared distance between the model's velocity and `velocity_target`. Higher is better; only differences
-        between latents of the same prompt at the same noise level have a meaning.
+        squared distance between the model's velocity and `velocity_target`.
 
         Args:
-            latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`):
-                normalised latents at noise level `sigma`, as the transformer sees them.
-            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): their noise levels in [0, 1].
-            prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): see [`PromptEmbeddings`].
-            pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`, *optional*):
-                pooled embeddings, for the families that have them.
             velocity_target (`torch.Tensor` of the shape of `latents`, *optional*):
                 an estimate of x1 - x0. Without it, or where `sigma < 0.01`, the score is log S alone.
 
-        Returns:
-            `torch.Tensor` of shape `(batch_size,)`: log S_hat, float32. Gradients flow unless you disable them.
+        The others, and what is returned, are those of [`~LatentRewardModel.score`].
 
         Raises:
             ValueError: if `velocity_target` has another shape than `latents`.
@@ -243,7 +205,7 @@ class SLRMModel(LatentRewardModel):
                 f"`velocity_target` has shape {tuple(velocity_target.shape)}, but the latents have shape "
                 f"{tuple(latents.shape)}."
             )
-        return super().score(latents, sigma, prompt_embeds, pooled_prompt_embeds, velocity_target)
+        return super().score(latents, sigma, prompt_embeds, pooled_prompt_embeds, velocity_target, **prompts)
 
     def score_output(
         self, output: SLRMOutput, sigma: torch.Tensor, velocity_target: torch.Tensor | None = None
@@ -252,3 +214,6 @@ class SLRMModel(LatentRewardModel):
             return log_score(output.logits, self.config.score_link)
         distance = score_distance(output.velocity, velocity_target.float())
         return enhanced_log_score(output.logits, distance, sigma, self.config.rho, self.config.score_link)
+
+
+score_transformer_class = SLRMModel.backbone_class

@@ -16,9 +16,14 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ..networks.sharing import base_fingerprint
 from ..policies import FlowPolicy, PromptEmbeddings
-from .base import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION
 from .clip_modulation import NoiseModulation, clip_pixel_values, modulated_image_features
-from .step_reward import HUB_ARGUMENTS, RewardOutput, StepRewardModel
+from .step_reward import (
+    DEFAULT_MAX_SEQUENCE_LENGTH,
+    DEFAULT_RESOLUTION,
+    HUB_ARGUMENTS,
+    RewardOutput,
+    StepRewardModel,
+)
 
 
 DEFAULT_CLIP_MODEL = "yuvalkirstain/PickScore_v1"
@@ -38,21 +43,14 @@ class SPMModel(StepRewardModel):
         image_mean (`list[float]`, *optional*): mean of each channel, as the CLIP's image processor has it.
         image_std (`list[float]`, *optional*): standard deviation of each channel.
         transformer_class (`str`): class name of the policy's transformer, whose estimates it rates.
-        base_model_name_or_path (`str`): where the policy was loaded from, `""` if from memory.
-        vae_fingerprint (`str`): [`~FlowPolicy.vae_fingerprint`] of the VAE that decodes.
-        max_sequence_length (`int`, *optional*, defaults to `256`): length at which the policy's prompts were encoded.
-        resolution (`int`, *optional*, defaults to `512`): size of the images in training, in pixels.
-        height, width, num_frames (`int`, *optional*): size of the images in training, kept as a record.
-        lora (`bool`, *optional*, defaults to `False`): whether the CLIP was trained with LoRA.
-        base_revision, base_variant (`str`, *optional*): revision and variant of the base that were asked for.
-        base_fingerprint (`str`, *optional*): hash of the backbone's weights before the training, `""` if it is not known.
-        trained (`bool`, *optional*, defaults to `True`): whether the values above are those of a training.
+
+    The others are those of [`StepRewardModel`].
     """
 
     kind = "spm"
     label = "SPM"
     trained_part = "modulation"
-    reads_estimates = True
+    scores_x0_prediction = True
 
     @register_to_config
     def __init__(
@@ -107,11 +105,7 @@ class SPMModel(StepRewardModel):
             return cls(
                 clip_config=_plain_config(CLIPConfig.from_dict(clip_config)),
                 clip_model_name_or_path=str(clip_model_name_or_path),
-                transformer_class=type(policy.transformer).__name__,
-                base_model_name_or_path=policy.name_or_path,
-                base_revision=policy.revision,
-                base_variant=policy.variant,
-                **{"trained": False, **config},
+                **cls._facts(policy) | config,
             )
 
     @classmethod
@@ -142,10 +136,10 @@ class SPMModel(StepRewardModel):
         model.tokenizer = CLIPTokenizer.from_pretrained(clip_model_name_or_path)
         base = model._load_base(None, policy.transformer.dtype)
         model.register_to_config(base_fingerprint=base_fingerprint(base))
-        model._take_base(base)
+        model._attach_base(base)
         return model.to(policy.transformer.device).eval()
 
-    def _take_base(self, base: CLIPModel, share: bool = False) -> None:
+    def _attach_base(self, base: CLIPModel, share: bool = False) -> None:
         if share:
             raise ValueError(
                 f"`share_base=True` is for reward models on a policy's transformer, but an {self.label} is on a CLIP."
@@ -199,20 +193,15 @@ class SPMModel(StepRewardModel):
         Raises:
             ValueError: if the policy is of another family, or decodes with another VAE, than in the model's training.
         """
-        trained_on = (self.config.transformer_class, self.config.vae_fingerprint)
-        found = (type(policy.transformer).__name__, policy.vae_fingerprint())
-        names = ("transformer class", "VAE (fingerprint)")
-        differences = [
-            f"{name}: {left} in the {self.label}, {right} in the policy"
-            for name, left, right in zip(names, trained_on, found, strict=True)
-            if left != right
-        ]
-        if differences:
-            raise ValueError(
-                f"The {self.label} was trained on `{self.config.base_model_name_or_path}` and does not fit the policy "
-                f"`{policy.name_or_path}`. {'; '.join(differences)}. Train a reward model on this policy, or change what "
-                "is named above."
-            )
+        trained_on = {
+            "transformer class": self.config.transformer_class,
+            "VAE (fingerprint)": self.config.vae_fingerprint,
+        }
+        found = {
+            "transformer class": type(policy.transformer).__name__,
+            "VAE (fingerprint)": policy.vae_fingerprint(),
+        }
+        self._check_same(policy, trained_on, found)
 
     # Scores
 

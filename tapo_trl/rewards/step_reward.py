@@ -1,6 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
-"""What all reward models of samples at a noise level have in common: [`StepRewardModel`]."""
+
+"""Interface of reward models of samples at a noise level: [`StepRewardModel`]."""
 
 import functools
 import inspect
@@ -28,6 +29,8 @@ from ..policies.loading import HUB_ARGUMENTS as EVERY_REQUEST
 
 
 HUB_ARGUMENTS = (*EVERY_REQUEST, "subfolder")
+DEFAULT_MAX_SEQUENCE_LENGTH = 256
+DEFAULT_RESOLUTION = 512
 BASE_ARGUMENTS = tuple(name for name in EVERY_REQUEST if name != "revision")  # the base is in another repository
 
 
@@ -49,24 +52,33 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
     [`~StepRewardModel.from_pretrained`] and train it with [`SLRMTrainer`]. A [`LatentRewardModel`] reads the noisy latents
     themselves; an [`SPMModel`] reads the image that they would become.
 
-    A subclass has a pretrained network, its backbone, and further modules and buffers beside it. Its configuration holds
-    `base_model_name_or_path`, `base_revision`, `base_variant`, `base_fingerprint`, `vae_fingerprint`, `max_sequence_length`,
-    `resolution`, `height`, `width`, `num_frames`, `lora` and `trained`, see [`SLRMModel`].
+    A subclass has a pretrained network, its backbone, and further modules and buffers beside it.
+
+    Args:
+        base_model_name_or_path (`str`): where the policy's pipeline was loaded from, `""` if from memory.
+        vae_fingerprint (`str`): [`~FlowPolicy.vae_fingerprint`] of the policy's VAE.
+        max_sequence_length (`int`, *optional*, defaults to `256`): length at which prompts were encoded.
+        resolution (`int`, *optional*, defaults to `512`): size of the images in training, in pixels.
+        height, width, num_frames (`int`, *optional*): size of the samples in training, kept as a record.
+        lora (`bool`, *optional*, defaults to `False`): whether the backbone was trained with LoRA.
+        base_revision, base_variant (`str`, *optional*): revision and variant of the base that were asked for.
+        base_fingerprint (`str`, *optional*): hash of the backbone's weights before the training, `""` if it is not known.
+        trained (`bool`, *optional*, defaults to `True`): whether the values above are those of a training.
 
     Attributes:
         kind (`str`): the word for it, as in `reward_model_type` of [`SLRMConfig`].
         label (`str`): its name in messages.
         trained_part (`str`): what is trained in full beside a LoRA, in messages.
-        compares_velocities (`bool`): whether the score depends on a velocity of its own, see [`SLRMModel`].
-        reads_estimates (`bool`):
+        uses_velocity_target (`bool`): whether the score compares a velocity of its own to a target, see [`SLRMModel`].
+        scores_x0_prediction (`bool`):
             whether it reads the decoded one-step estimate, for which the policy predicts a velocity and its VAE decodes.
     """
 
     kind: ClassVar[str]
     label: ClassVar[str]
     trained_part: ClassVar[str]
-    compares_velocities: ClassVar[bool] = False
-    reads_estimates: ClassVar[bool] = False
+    uses_velocity_target: ClassVar[bool] = False
+    scores_x0_prediction: ClassVar[bool] = False
 
     _supports_gradient_checkpointing = True
 
@@ -107,6 +119,31 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
             ValueError: if it was trained for another one.
         """
 
+    @classmethod
+    def _facts(cls, policy: FlowPolicy) -> dict[str, Any]:
+        """Fields of the configuration of an untrained model that follow from the policy."""
+        return {
+            "transformer_class": type(policy.transformer).__name__,
+            "base_model_name_or_path": policy.name_or_path,
+            "base_revision": policy.revision,
+            "base_variant": policy.variant,
+            "trained": False,
+        }
+
+    def _check_same(self, policy: FlowPolicy, trained_on: dict[str, Any], found: dict[str, Any]) -> None:
+        """Refuse a policy whose facts, by name, are not those of the training."""
+        differences = [
+            f"{name}: {value} in the {self.label}, {found[name]} in the policy"
+            for name, value in trained_on.items()
+            if value != found[name]
+        ]
+        if differences:
+            raise ValueError(
+                f"The {self.label} was trained on `{self.config.base_model_name_or_path}` and does not fit the policy "
+                f"`{policy.name_or_path}`. {'; '.join(differences)}. Train a reward model on this policy, or change what "
+                "is named above."
+            )
+
     @abstractmethod
     def forward_inputs(
         self,
@@ -117,14 +154,13 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         prompt_embeds: PromptEmbeddings,
     ) -> dict[str, torch.Tensor]:
         """
-        What the forward reads of noisy latents, by name, without gradients.
+        Arguments of the forward for noisy latents, by name, without gradients.
 
         Args:
             policy ([`FlowPolicy`]): the base model, whose transformer is frozen; on the device of the latents.
             latents (`torch.Tensor` of shape `(batch_size, *latent_shape)`): noisy latents, float32.
             sigma (`torch.Tensor` of shape `(batch_size,)`): their noise levels in [0, 1], float32.
-            prompts (`list[str]`): one prompt per latent.
-            prompt_embeds ([`PromptEmbeddings`]): their embeddings.
+            prompts (`list[str]`): one prompt per latent, and `prompt_embeds`, their embeddings.
         """
 
     @classmethod
@@ -137,18 +173,12 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         """Cast the weights of the backbone, but for those that lose too much."""
 
     @abstractmethod
-    def _take_base(self, base: torch.nn.Module, share: bool = False) -> None:
-        """
-        Put a copy of the backbone's base, or one that shares its weights, in the place of one without weights, and
-        initialise all else beside it.
-        """
+    def _attach_base(self, base: torch.nn.Module, share: bool = False) -> None:
+        """Make the backbone a copy of its base, or let it share the base's weights, and initialise all else."""
 
     @abstractmethod
     def _load_base(self, base_model: Any, dtype: torch.dtype, **kwargs) -> torch.nn.Module:
-        """
-        The base that a LoRA was trained on: `base_model` or, if `None`, the one that the configuration names. `kwargs` are
-        arguments of its `from_pretrained`.
-        """
+        """The base that a LoRA was trained on: `base_model` or, if `None`, the one that the configuration names."""
 
     def base_files(self) -> dict[str, str]:
         """Which files of the base's repository the model was made of: arguments of `from_pretrained`."""
@@ -157,8 +187,8 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
 
     def check_base(self, base: torch.nn.Module) -> None:
         """
-        Check that a LoRA comes back on the weights that it was trained on, in whatever precision they are. Folders that were
-        saved before there was a fingerprint are not checked.
+        Check that a LoRA comes back on the weights that it was trained on, in any precision. Folders without a fingerprint
+        are not checked.
 
         Raises:
             ValueError: if they are others.
@@ -179,30 +209,17 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
     def score_output(
         self, output: RewardOutput, sigma: torch.Tensor, velocity_target: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """
-        Scores of a forward: the logits, where nothing else enters them.
-
-        Args:
-            output ([`RewardOutput`]): what the forward returned.
-            sigma (`torch.Tensor` of shape `()` or `(batch_size,)`): noise levels of the latents.
-            velocity_target (`torch.Tensor` of the shape of the latents, *optional*): see [`~SLRMModel.score`].
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size,)`.
-        """
+        """Scores, of shape `(batch_size,)`, of what the forward returned for latents at `sigma`, see [`~SLRMModel.score`]."""
         if velocity_target is not None:
             raise ValueError(f"A {self.label} predicts no velocity to compare `velocity_target` to: leave it out.")
         return output.logits
 
     def rollout_target(self, velocity_target: str | None) -> str:
         """
-        The `velocity_target` with which candidates of a rollout are scored.
-
-        Args:
-            velocity_target (`str`, *optional*): what the configuration of the rollout asks for.
+        The inference-time target with which candidates of a rollout are scored, from what the user asks for.
 
         Raises:
-            ValueError: if this model can do nothing with it.
+            ValueError: if the model compares no velocities.
         """
         if velocity_target not in (None, "none"):
             raise ValueError(
@@ -238,21 +255,21 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
                 f"trained in full, has {adapted[0].split('.lora_')[0]!r}."
             )
         self._train_in_full()
-        self._freeze_unread()
+        self._freeze_unused()
         cast_training_params(self, dtype=torch.float32)
         self.register_to_config(lora=True)
 
     def train_whole(self) -> None:
         """Make every weight that the score depends on trainable, in float32."""
         self.float().requires_grad_(True)
-        self._freeze_unread()
+        self._freeze_unused()
 
     def freeze_backbone(self) -> None:
         """Leave nothing trainable but what is beside the backbone."""
         self.backbone.requires_grad_(False)
         self._train_in_full()
 
-    def _freeze_unread(self) -> None:
+    def _freeze_unused(self) -> None:
         """Freeze what no score depends on: DDP expects a gradient of all that is trainable. Nothing, by default."""
 
     def _train_in_full(self) -> None:
@@ -364,7 +381,7 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
                 model = cls.from_config({**config, "lora": False})
             base = model._load_base(base_model, torch_dtype or torch.float32, **_only(kwargs, BASE_ARGUMENTS))
             model.check_base(base)
-            model._take_base(base, share_base)
+            model._attach_base(base, share_base)
             shared = {id(tensor) for _, tensor in all_tensors(base)} if share_base else set()
             local = functools.partial(_local_file, str(pretrained_model_name_or_path), **_only(kwargs, HUB_ARGUMENTS))
             lora_config = LoraConfig.from_pretrained(os.path.dirname(local("adapter_config.json")))

@@ -121,7 +121,7 @@ class FlowGRPOSampler(RolloutSampler):
         generators: list[torch.Generator],
         columns: dict[str, list[Any]] | None = None,
     ) -> TrajectoryGroups:
-        device = prompt_embeds.prompt_embeds.device
+        device = prompt_embeds.device
         one_each = (self.num_generations, *self.latent_shape)
         noise = randn(generators, one_each, device).transpose(0, 1)
         latents = noise  # (K, B, *latent_shape)

@@ -169,7 +169,7 @@ class TAPOSampler(RolloutSampler):
         Returns:
             [`TrajectoryPairs`]
         """
-        batch_size, device = len(prompts), prompt_embeds.prompt_embeds.device
+        batch_size, device = len(prompts), prompt_embeds.device
         noise = randn(generators, self.latent_shape, device)
         latents = noise.unsqueeze(0)  # (branches, B, *latent_shape): one branch until the first stochastic step
         velocity = None
@@ -258,7 +258,8 @@ class TAPOSampler(RolloutSampler):
 
         def predict_reference() -> torch.Tensor:
             with self.reference(model) as network:
-                return predict(network)  # without guidance, as the target of an SLRM's training
+                # Without classifier-free guidance, as the target of an SLRM's training
+                return predict(network, None, self.policy.unguided(self.guidance_scale))
 
         def per_candidate(values: list) -> list:
             return [value for value in values * branches for _ in range(self.num_candidates)]

@@ -67,8 +67,11 @@ def load_rollouts(folder: str | Path, process: int, device: torch.device) -> lis
         target = location if location == "cpu" else str(device)
         return torch.serialization.default_restore_location(storage, target)
 
-    written_by_0_1 = (TrajectoryPairs, "tapo_trl.rollouts.trajectory.TrajectoryPairs")
-    classes = [TrajectoryPairs, written_by_0_1, SamplePairs, TrajectoryGroups, PromptEmbeddings]
+    written_by_0_1 = [
+        (TrajectoryPairs, "tapo_trl.rollouts.trajectory.TrajectoryPairs"),
+        (PromptEmbeddings, "tapo_trl.policies.base.PromptEmbeddings"),
+    ]
+    classes = [TrajectoryPairs, SamplePairs, TrajectoryGroups, PromptEmbeddings, *written_by_0_1]
     with torch.serialization.safe_globals(classes):
         return torch.load(file, map_location=place, weights_only=True)
 

@@ -122,7 +122,7 @@ class OnlineDPOSampler(RolloutSampler):
         generators: list[torch.Generator],
         columns: dict[str, list[Any]] | None = None,
     ) -> SamplePairs:
-        device = prompt_embeds.prompt_embeds.device
+        device = prompt_embeds.device
         storage = self.store_on or device
         noise = randn(generators, (self.num_generations, *self.latent_shape), device).transpose(0, 1)
         latents = noise  # (num_generations, B, *latent_shape)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..policies.families import base_license
 from ..version import __version__
 
 
@@ -23,12 +24,6 @@ TRL_CITATION = """@software{vonwerra2020trl,
   url     = {https://github.com/huggingface/trl},
   year    = {2020}
 }"""
-
-# Licences of the base models by the start of their names, which fine-tuned weights inherit: `license`, `license_name`.
-BASE_LICENSES = {
-    "stabilityai/stable-diffusion-3": ("other", "stabilityai-ai-community"),
-    "Wan-AI/": ("apache-2.0", None),
-}
 
 # Options of the training that the card of a policy shows.
 TAPO_OPTIONS = (
@@ -325,9 +320,7 @@ def write_model_card(
     base_on_hub, data_on_hub = is_hub_id(base_model), is_hub_id(dataset_name)
     license_name = None
     if license is None and base_on_hub:
-        known = [value for prefix, value in BASE_LICENSES.items() if base_model.startswith(prefix)]
-        if known:
-            license, license_name = known[0]
+        license, license_name = base_license(base_model) or (license, license_name)
 
     kind, template = _KINDS[trainer_name]
     is_policy = "reward-model" not in kind

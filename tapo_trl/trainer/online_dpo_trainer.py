@@ -97,9 +97,10 @@ class OnlineDiffusionDPOTrainer(RolloutTrainer):
     def transition_losses(
         self, model: torch.nn.Module, inputs: NoisedPairs
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        # [best; worst] in one forward each, without guidance
+        # [best; worst] in one forward each, without classifier-free guidance
         noisy, target = inputs.noisy_latents.flatten(0, 1), inputs.velocities.flatten(0, 1)
-        arguments = (noisy, inputs.sigmas.repeat(2), inputs.prompt_embeds.repeat(2))
+        guidance_scale = self.policy.unguided(self.args.guidance_scale)
+        arguments = (noisy, inputs.sigmas.repeat(2), inputs.prompt_embeds.repeat(2), None, guidance_scale)
         with self.timer.stage("policy, training", latents=len(noisy)):
             velocity = self.policy.velocity(model, *arguments)
         ref_velocity = self.reference_velocity(inputs, *arguments)

@@ -377,7 +377,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         sigma: torch.Tensor,
         prompt_embeds: PromptEmbeddings,
         negative_prompt_embeds: PromptEmbeddings | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
     ) -> torch.Tensor:
         """
         Velocity of the reference at the latents of `inputs`, without gradient. Computed once for all updates from the same

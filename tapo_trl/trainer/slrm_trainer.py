@@ -131,7 +131,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         self.policy, model = _load_model(model, args, peft_config)
         check_precision(args, self.policy)
         self.latent_shape = fill_in_sizes(args, self.policy)
-        recorded = ("rho", "score_link", "velocity_target") if model.compares_velocities else ()
+        recorded = ("rho", "score_link", "velocity_target") if model.uses_velocity_target else ()
         for name in (*recorded, "max_sequence_length", "resolution", "height", "width", "num_frames"):
             model.register_to_config(**{name: getattr(args, name)})
         model.register_to_config(trained=True)
@@ -152,7 +152,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         # Data: prompts and pixels are encoded once, then the encoders leave the accelerator
         train_dataset, eval_dataset = self._prepare_splits(train_dataset, eval_dataset, args)
         self.policy.move_text_encoders("cpu")
-        if args.cache_latents and not model.reads_estimates:
+        if args.cache_latents and not model.scores_x0_prediction:
             self.policy.vae.to("cpu")
 
         _BaseTrainer.__init__(
@@ -177,8 +177,8 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             self.maybe_activation_offload_context = contextlib.nullcontext()
 
         self.reference = self.policy.transformer
-        compares_reference = model.compares_velocities and "reference" in (args.velocity_target, *args.eval_rules)
-        if model.reads_estimates or compares_reference:
+        compares_reference = model.uses_velocity_target and "reference" in (args.velocity_target, *args.eval_rules)
+        if model.scores_x0_prediction or compares_reference:
             self.reference.to(self.accelerator.device).eval()
         self._add_run_callbacks()
 
@@ -241,11 +241,11 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         # By name: DeepSpeed casts what is passed by position to float16, in which noise levels collapse
         output = model(**read)
 
-        own_rule = args.velocity_target if self.model.compares_velocities else "none"
+        own_rule = args.velocity_target if self.model.uses_velocity_target else "none"
         rules = {own_rule} if mode == "train" else {own_rule, *args.eval_rules}
         with self.accelerator.autocast():  # as the model's own forward
             targets = rule_targets(sorted(rules), self.policy, self.reference, noisy, velocity, sigmas, embeds)
-        if self.model.compares_velocities:
+        if self.model.uses_velocity_target:
             scores, penalty, velocity_metrics = self._enhanced_scores(output, targets[own_rule], velocity, sigmas)
         else:
             scores, penalty, velocity_metrics = output.logits, 0.0, {}
@@ -350,7 +350,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         names = (
             "reward_model_type",
             "loss_type",
-            *(SLRM_FIELDS if self.model.compares_velocities else ()),
+            *(SLRM_FIELDS if self.model.uses_velocity_target else ()),
             "eta",
             "freeze_backbone",
             "timestep_sampling",

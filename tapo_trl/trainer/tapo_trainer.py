@@ -130,7 +130,9 @@ class TAPOTrainer(RolloutTrainer):
         indices = inputs.step_indices.repeat(inputs.num_parents)
         embeds = inputs.prompt_embeds.repeat(inputs.num_parents)
         sigma = self.scheduler.sigma(indices.to(self.scheduler.sigmas.device))
-        guidance_scale = self.args.guidance_scale if self.args.train_cfg else 1.0
+        guidance_scale = self.args.guidance_scale
+        if not self.args.train_cfg:
+            guidance_scale = self.policy.unguided(guidance_scale)
         arguments = (latents, sigma, embeds, self.negative_prompt_embeds, guidance_scale)
 
         # One forward each for the parents of both sides, [win; lose]

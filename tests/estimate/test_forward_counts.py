@@ -21,9 +21,9 @@ from tests.testing_utils import tiny_sd3_pipeline
 class CountingPolicy(SD3Policy):
     """Counts the latents that go through each network."""
 
-    def forward(self, model, latents, timestep, prompt_embeds):
+    def forward(self, model, latents, *args):
         self.latents.append(len(latents))
-        return super().forward(model, latents, timestep, prompt_embeds)
+        return super().forward(model, latents, *args)
 
 
 class TestForwards:

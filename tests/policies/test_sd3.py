@@ -102,11 +102,12 @@ class TestSampling:
         )
         assert velocity.dtype == torch.float32 and velocity.isfinite().all()
 
-    def test_timesteps_reach_the_model_in_float32(self, tiny_sd3_policy, monkeypatch):
+    def test_timesteps_reach_the_model_in_float32(self, tiny_sd3_policy):
         seen = []
-        monkeypatch.setattr(SD3Policy, "forward", lambda self, model, x, timestep, embeds: seen.append(timestep) or x)
+        model = tiny_sd3_policy.transformer.to(torch.bfloat16)
+        model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
         embeds = PromptEmbeddings(torch.zeros(1, 2, 24), torch.zeros(1, 20))
-        tiny_sd3_policy.velocity(None, torch.zeros(1, 4, 8, 8), 0.8333, embeds)
+        tiny_sd3_policy.velocity(model, torch.zeros(1, 4, 8, 8), 0.8333, embeds)
         assert seen[0].dtype == torch.float32 and seen[0].item() == pytest.approx(833.3)
 
     def test_guidance_needs_negative_prompts(self, tiny_sd3_policy):

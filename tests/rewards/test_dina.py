@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tapo_trl.policies import SD3Policy, WanPolicy
 from tapo_trl.rewards import DiNaModel
 from tapo_trl.rewards.backbones.features import Features
-from tapo_trl.rewards.dina_head import CrossAttention, DiNaHead, FiLMAdapter
+from tapo_trl.rewards.dina import CrossAttention, DiNaHead, FiLMAdapter
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 
 

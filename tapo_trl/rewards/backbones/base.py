@@ -1,10 +1,11 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all latent reward models ask of the diffusion transformer that they read latents with."""
+"""Backbone interface of latent reward models."""
 
 import inspect
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -20,10 +21,27 @@ class RewardBackboneMixin(ABC):
     Attributes:
         base_class (`type`): the transformer as diffusers has it.
         interface_fields (`tuple[str, ...]`): fields of its configuration that latents and prompts depend on.
+        blocks_name (`str`): name of its list of blocks.
     """
 
     base_class: type[ModelMixin]
     interface_fields: tuple[str, ...]
+    blocks_name: str = "transformer_blocks"
+
+    @property
+    def block_list(self) -> nn.ModuleList:
+        return getattr(self, self.blocks_name)
+
+    @property
+    def dim(self) -> int:
+        """Width of the transformer."""
+        return self.config.num_attention_heads * self.config.attention_head_dim
+
+    def run_block(self, block: nn.Module, *args: Any) -> Any:
+        """Call a block, or checkpoint it."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
 
     @property
     @abstractmethod
@@ -54,6 +72,7 @@ class RewardBackboneMixin(ABC):
             share (`bool`, *optional*, defaults to `False`): take its tensors themselves, not copies.
         """
         nn.Module.to(self, transformer.dtype)
+        self._fill_attributes(transformer)
         source = dict(all_tensors(transformer))
         own = dict(all_tensors(self))
         unexpected = source.keys() - own.keys() - unused
@@ -72,3 +91,10 @@ class RewardBackboneMixin(ABC):
         own = dict(all_tensors(self))  # buffers are new ones
         for name in source.keys() - unused:
             own[name].data = source[name].detach().clone()
+
+    def _fill_attributes(self, transformer: ModelMixin) -> None:
+        """Copy tensors that are neither parameters nor buffers, such as tables of rotary embeddings."""
+        for name, module in self.named_modules():
+            for attribute, value in vars(module).items():
+                if isinstance(value, torch.Tensor) and value.is_meta:
+                    setattr(module, attribute, getattr(transformer.get_submodule(name), attribute).clone())

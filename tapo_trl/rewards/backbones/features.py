@@ -1,5 +1,6 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
+
 """Diffusion transformers that stop at an intermediate block and return what it and earlier ones have made."""
 
 from abc import abstractmethod
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
 
 from ...networks.sharing import all_tensors
 from .base import RewardBackboneMixin
@@ -36,20 +36,24 @@ class FeatureTransformerMixin(RewardBackboneMixin):
     Mixed into a diffusers transformer, of which only the blocks up to the last tapped one are left. They compute what they
     compute in the whole transformer.
 
+    Args:
+        feature_layers (`Sequence[int]`): blocks to tap, counted from 1, in ascending order.
+        transformer_config: arguments of the whole transformer.
+
     Attributes:
         unused_layers (`tuple[str, ...]`): modules behind the blocks, which are left out.
-        feature_layers (`list[int]`): tapped blocks, counted from 1, in ascending order.
         feature_dim (`int`): width of the features.
     """
 
     unused_layers: tuple[str, ...]
-    feature_layers: list[int]
-    feature_dim: int
 
-    @property
-    @abstractmethod
-    def block_list(self) -> nn.ModuleList:
-        """The blocks that run."""
+    def __init__(self, feature_layers: Sequence[int], **transformer_config):
+        super().__init__(**transformer_config)
+        self.feature_layers = list(feature_layers)
+        self.feature_dim = self.dim
+        setattr(self, self.blocks_name, self.block_list[: self.feature_layers[-1]])
+        for name in self.unused_layers:
+            delattr(self, name)
 
     @classmethod
     @abstractmethod
@@ -71,9 +75,10 @@ class FeatureTransformerMixin(RewardBackboneMixin):
         return model
 
     def _is_unused(self, name: str) -> bool:
-        blocks_name = next(child_name for child_name, child in self.named_children() if child is self.block_list)
-        first, second = name.split(".")[0], name.partition(".")[2].partition(".")[0]
-        return first in self.unused_layers or (first == blocks_name and int(second) >= len(self.block_list))
+        first, _, rest = name.partition(".")
+        if first == self.blocks_name:
+            return int(rest.partition(".")[0]) >= len(self.block_list)
+        return first in self.unused_layers
 
 
 def check_layers(feature_layers: Sequence[int], last: int, name: str) -> list[int]:

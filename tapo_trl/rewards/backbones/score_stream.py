@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the score streams of all backbones have in common: projections, head, and making one from its backbone."""
+"""Score tokens: their projections, their head, and making a transformer with score tokens from a plain one."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -58,6 +58,29 @@ class ScoreProjections(nn.Module):
         if self.rank is None:
             return projected
         return tuple(update + source(score_tokens) for update, source in zip(projected, sources, strict=True))
+
+
+class ScoreLinear(nn.Linear):
+    """
+    A projection whose first rows are score tokens and have weights of their own: P^S without an attention processor. The
+    names of the base's parameters stay, so that its weights are copied or shared, and its LoRA goes on to the other rows.
+
+    Args:
+        base (`nn.Linear`): the projection.
+        num_task_tokens (`int`): number of score tokens, which come first.
+    """
+
+    def __init__(self, base: nn.Linear, num_task_tokens: int):
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.score_projections = nn.Linear(base.in_features, base.out_features, base.bias is not None)
+        self.num_task_tokens = num_task_tokens
+
+    def init_from_base(self) -> None:
+        self.score_projections.load_state_dict(dict(self.named_parameters(recurse=False)))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        score = self.score_projections(hidden_states[:, : self.num_task_tokens])
+        return torch.cat([score, super().forward(hidden_states[:, self.num_task_tokens :])], dim=1)
 
 
 class ScoreHead(nn.Module):

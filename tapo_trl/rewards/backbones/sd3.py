@@ -1,48 +1,47 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The first blocks of the SD3 / SD3.5 transformer."""
-
-from collections.abc import Sequence
+"""SD3 and SD3.5 as backbones of reward models."""
 
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import FeedForward, JointTransformerBlock
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
+from .base import RewardBackboneMixin
 from .features import Features, FeatureTransformerMixin
 from .score_stream import ScoreHead, ScoreProjections, ScoreTransformerMixin
 
 
-class SD3FeatureTransformer2DModel(FeatureTransformerMixin, SD3Transformer2DModel):
-    """
-    The joint blocks of SD3 up to the last tapped one.
-
-    Args:
-        feature_layers (`Sequence[int]`): blocks to tap, counted from 1, in ascending order.
-        transformer_config: arguments of [`~diffusers.SD3Transformer2DModel`], of the whole transformer.
-    """
+class SD3Backbone(RewardBackboneMixin):
+    """What the backbones on SD3 share."""
 
     base_class = SD3Transformer2DModel
     interface_fields = ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim")
-    unused_layers = ("norm_out", "proj_out")
-
-    def __init__(self, feature_layers: Sequence[int], **transformer_config):
-        super().__init__(**transformer_config)
-        self.feature_layers = list(feature_layers)
-        self.feature_dim = self.inner_dim
-        self.transformer_blocks = self.transformer_blocks[: self.feature_layers[-1]]
-        for name in self.unused_layers:
-            delattr(self, name)
-
-    @property
-    def block_list(self) -> nn.ModuleList:
-        return self.transformer_blocks
 
     @property
     def backbone_dtype(self) -> torch.dtype:
         return self.pos_embed.proj.weight.dtype
+
+    def embed(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens of the image and the text, and the embedding of the noise level and the pooled text."""
+        image = self.pos_embed(hidden_states).contiguous()
+        temb = self.time_text_embed(timestep, pooled_projections)
+        return image, self.context_embedder(encoder_hidden_states), temb
+
+
+class SD3FeatureTransformer2DModel(FeatureTransformerMixin, SD3Backbone, SD3Transformer2DModel):
+    """The joint blocks of SD3 up to the last tapped one, see [`FeatureTransformerMixin`]."""
+
+    unused_layers = ("norm_out", "proj_out")
 
     @classmethod
     def last_layer_with_text(cls, num_layers: int) -> int:
@@ -55,27 +54,11 @@ class SD3FeatureTransformer2DModel(FeatureTransformerMixin, SD3Transformer2DMode
         encoder_hidden_states: torch.Tensor,
         pooled_projections: torch.Tensor,
     ) -> Features:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, channels, height, width)`): noisy latents.
-            timestep (`torch.Tensor` of shape `(batch_size,)`): 1000 sigma, float32.
-            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, joint_attention_dim)`):
-                prompt embeddings.
-            pooled_projections (`torch.Tensor` of shape `(batch_size, pooled_projection_dim)`):
-                pooled prompt embeddings.
-
-        Returns:
-            [`Features`]
-        """
-        image = self.pos_embed(hidden_states).contiguous()
-        temb = self.time_text_embed(timestep, pooled_projections)
-        text = self.context_embedder(encoder_hidden_states)
+        """Arguments are those of [`~diffusers.SD3Transformer2DModel`]."""
+        image, text, temb = self.embed(hidden_states, timestep, encoder_hidden_states, pooled_projections)
         features = Features(visual=[], text=[], time=temb)
         for number, block in enumerate(self.transformer_blocks, start=1):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                text, image = self._gradient_checkpointing_func(block, image, text, temb)
-            else:
-                text, image = block(image, text, temb)
+            text, image = self.run_block(block, image, text, temb)
             if number in self.feature_layers:
                 features.visual.append(image)
                 features.text.append(text)
@@ -114,6 +97,7 @@ class JointScoreBlock(JointTransformerBlock):
         super().__init__(dim=dim, context_pre_only=context_pre_only, **block_config)
         self.score_projections = ScoreProjections(dim, task_projection_rank)
         self.score_output = ScoreOutputPath(dim) if context_pre_only else None
+        self.attn.processor._attention_backend = None  # which `set_attention_backend` sets
 
     @property
     def score_sources(self) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -165,14 +149,14 @@ class JointScoreBlock(JointTransformerBlock):
         attn = self.attn
 
         def heads(tokens: torch.Tensor) -> torch.Tensor:
-            return tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return tokens.unflatten(-1, (attn.heads, -1))
 
         def qk_norm(query, key, norm_query, norm_key):
             return (query, key) if norm_query is None else (norm_query(query), norm_key(key))
 
         def attention(query, key, value):
-            output = F.scaled_dot_product_attention(query, key, value)
-            return output.transpose(1, 2).flatten(2).to(query.dtype)
+            output = dispatch_attention_fn(query, key, value, backend=attn.processor._attention_backend)
+            return output.flatten(2).to(query.dtype)
 
         query, key, value = heads(attn.to_q(image)), heads(attn.to_k(image)), heads(attn.to_v(image))
         query, key = qk_norm(query, key, attn.norm_q, attn.norm_k)
@@ -181,14 +165,14 @@ class JointScoreBlock(JointTransformerBlock):
         score_query, score_key, score_value = map(heads, self.score_projections(score, self.score_sources))
         score_query, score_key = qk_norm(score_query, score_key, attn.norm_added_q, attn.norm_added_k)
 
-        query = torch.cat([query, text_query], dim=2)
-        key = torch.cat([key, text_key], dim=2)
-        value = torch.cat([value, heads(attn.add_v_proj(text))], dim=2)
-        all_keys, all_values = torch.cat([key, score_key], dim=2), torch.cat([value, score_value], dim=2)
+        query = torch.cat([query, text_query], dim=1)
+        key = torch.cat([key, text_key], dim=1)
+        value = torch.cat([value, heads(attn.add_v_proj(text))], dim=1)
+        all_keys, all_values = torch.cat([key, score_key], dim=1), torch.cat([value, score_value], dim=1)
         if mask_task_tokens:
             output = torch.cat([attention(query, key, value), attention(score_query, all_keys, all_values)], dim=1)
         else:
-            output = attention(torch.cat([query, score_query], dim=2), all_keys, all_values)
+            output = attention(torch.cat([query, score_query], dim=1), all_keys, all_values)
         return output.split([image.shape[1], text.shape[1], score.shape[1]], dim=1)
 
 
@@ -200,7 +184,7 @@ def _residual_update(tokens, attention, modulation, to_out, norm, ff):
     return tokens + gate_mlp.unsqueeze(1) * ff(normed)
 
 
-class SD3ScoreTransformer2DModel(ScoreTransformerMixin, SD3Transformer2DModel):
+class SD3ScoreTransformer2DModel(ScoreTransformerMixin, SD3Backbone, SD3Transformer2DModel):
     """
     SD3's transformer with learnable score tokens as a third stream in every joint attention. It returns the velocity,
     which the score tokens influence, and one logit per sample.
@@ -211,8 +195,6 @@ class SD3ScoreTransformer2DModel(ScoreTransformerMixin, SD3Transformer2DModel):
         transformer_config: arguments of [`~diffusers.SD3Transformer2DModel`].
     """
 
-    base_class = SD3Transformer2DModel
-    interface_fields = ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim")
     _no_split_modules = ["JointScoreBlock"]
     _supports_gradient_checkpointing = True
 
@@ -236,10 +218,6 @@ class SD3ScoreTransformer2DModel(ScoreTransformerMixin, SD3Transformer2DModel):
         )
         self.score_head = ScoreHead(self.inner_dim)
 
-    @property
-    def backbone_dtype(self) -> torch.dtype:
-        return self.pos_embed.proj.weight.dtype
-
     def init_score_stream(self) -> None:
         """Start the score tokens at random, as `nn.Embedding` does, and their stream's weights at the text stream's."""
         nn.init.normal_(self.task_tokens)
@@ -258,31 +236,19 @@ class SD3ScoreTransformer2DModel(ScoreTransformerMixin, SD3Transformer2DModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, channels, height, width)`): noisy latents.
-            timestep (`torch.Tensor` of shape `(batch_size,)`): 1000 sigma, float32.
-            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, joint_attention_dim)`):
-                prompt embeddings.
-            pooled_projections (`torch.Tensor` of shape `(batch_size, pooled_projection_dim)`):
-                pooled prompt embeddings.
             mask_task_tokens (`bool`, *optional*, defaults to `False`):
                 hide the score tokens from the image and the text, so that the velocity is the base transformer's.
+
+        The others are those of [`~diffusers.SD3Transformer2DModel`].
 
         Returns:
             `tuple`: velocity, shaped as `hidden_states`, and logits of shape `(batch_size,)`, float32.
         """
         batch_size, _, height, width = hidden_states.shape
-        image = self.pos_embed(hidden_states).contiguous()
-        temb = self.time_text_embed(timestep, pooled_projections)
-        text = self.context_embedder(encoder_hidden_states)
+        image, text, temb = self.embed(hidden_states, timestep, encoder_hidden_states, pooled_projections)
         score = self.context_embedder(self.task_tokens).expand(batch_size, -1, -1)
-
         for block in self.transformer_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                image, text, score = self._gradient_checkpointing_func(
-                    block, image, text, score, temb, mask_task_tokens
-                )
-            else:
-                image, text, score = block(image, text, score, temb, mask_task_tokens)
+            image, text, score = self.run_block(block, image, text, score, temb, mask_task_tokens)
 
         patches = self.proj_out(self.norm_out(image, temb))
         patch_size = self.config.patch_size

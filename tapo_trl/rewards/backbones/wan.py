@@ -1,9 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The first blocks of the Wan transformer."""
-
-from collections.abc import Sequence
+"""Wan2.1 as backbone of reward models."""
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -11,39 +9,39 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 
+from .base import RewardBackboneMixin
 from .features import Features, FeatureTransformerMixin
 from .score_stream import ScoreHead, ScoreProjections, ScoreTransformerMixin
 
 
-class WanFeatureTransformer3DModel(FeatureTransformerMixin, WanTransformer3DModel):
-    """
-    The blocks of Wan up to the last tapped one. They look at the prompt and do not change it: its features are the same at
-    all of them.
-
-    Args:
-        feature_layers (`Sequence[int]`): blocks to tap, counted from 1, in ascending order.
-        transformer_config: arguments of [`~diffusers.WanTransformer3DModel`], of the whole transformer.
-    """
+class WanBackbone(RewardBackboneMixin):
+    """What the backbones on Wan share."""
 
     base_class = WanTransformer3DModel
     interface_fields = ("in_channels", "patch_size", "text_dim")
-    unused_layers = ("norm_out", "proj_out", "scale_shift_table")
-
-    def __init__(self, feature_layers: Sequence[int], **transformer_config):
-        super().__init__(**transformer_config)
-        self.feature_layers = list(feature_layers)
-        self.feature_dim = self.config.num_attention_heads * self.config.attention_head_dim
-        self.blocks = self.blocks[: self.feature_layers[-1]]
-        for name in self.unused_layers:
-            delattr(self, name)
-
-    @property
-    def block_list(self) -> nn.ModuleList:
-        return self.blocks
+    blocks_name = "blocks"
 
     @property
     def backbone_dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
+
+    def embed(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Tokens of the video and the text, embeddings of the noise level for the output and the blocks, and rotations."""
+        rotary_emb = self.rope(hidden_states)
+        video = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        temb, block_temb, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
+        return video, text, temb, block_temb.unflatten(1, (6, -1)), rotary_emb
+
+
+class WanFeatureTransformer3DModel(FeatureTransformerMixin, WanBackbone, WanTransformer3DModel):
+    """
+    The blocks of Wan up to the last tapped one, see [`FeatureTransformerMixin`]. They look at the prompt and do not change it:
+    its features are the same at all of them.
+    """
+
+    unused_layers = ("norm_out", "proj_out", "scale_shift_table")
 
     @classmethod
     def last_layer_with_text(cls, num_layers: int) -> int:
@@ -52,26 +50,11 @@ class WanFeatureTransformer3DModel(FeatureTransformerMixin, WanTransformer3DMode
     def forward(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> Features:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, channels, frames, height, width)`): noisy latents.
-            timestep (`torch.Tensor` of shape `(batch_size,)`): 1000 sigma, float32.
-            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, text_dim)`):
-                prompt embeddings.
-
-        Returns:
-            [`Features`]
-        """
-        rotary_emb = self.rope(hidden_states)
-        video = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        temb, block_temb, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
-        block_temb = block_temb.unflatten(1, (6, -1))
+        """Arguments are those of [`~diffusers.WanTransformer3DModel`]."""
+        video, text, temb, block_temb, rotary_emb = self.embed(hidden_states, timestep, encoder_hidden_states)
         features = Features(visual=[], text=[], time=temb)
         for number, block in enumerate(self.blocks, start=1):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                video = self._gradient_checkpointing_func(block, video, text, block_temb, rotary_emb)
-            else:
-                video = block(video, text, block_temb, rotary_emb)
+            video = self.run_block(block, video, text, block_temb, rotary_emb)
             if number in self.feature_layers:
                 features.visual.append(video)
                 features.text.append(text)
@@ -159,7 +142,7 @@ def _rotate(tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return rotated.flatten(-2).type_as(tokens)
 
 
-class WanScoreTransformer3DModel(ScoreTransformerMixin, WanTransformer3DModel):
+class WanScoreTransformer3DModel(ScoreTransformerMixin, WanBackbone, WanTransformer3DModel):
     """
     Wan's text-to-video transformer with learnable score tokens in every self-attention. It returns the velocity, which
     the score tokens influence, and one logit per sample.
@@ -170,19 +153,16 @@ class WanScoreTransformer3DModel(ScoreTransformerMixin, WanTransformer3DModel):
         transformer_config: arguments of [`~diffusers.WanTransformer3DModel`].
     """
 
-    base_class = WanTransformer3DModel
-    interface_fields = ("in_channels", "patch_size", "text_dim")
     _no_split_modules = ["WanScoreBlock"]
     _repeated_blocks = ["WanScoreBlock"]
 
     def __init__(self, num_task_tokens: int, task_projection_rank: int | None = None, **transformer_config):
         super().__init__(**transformer_config)
         config = self.config
-        dim = config.num_attention_heads * config.attention_head_dim
         self.task_tokens = nn.Parameter(torch.empty(1, num_task_tokens, config.text_dim))
         self.blocks = nn.ModuleList(
             WanScoreBlock(
-                dim=dim,
+                dim=self.dim,
                 ffn_dim=config.ffn_dim,
                 num_heads=config.num_attention_heads,
                 qk_norm=config.qk_norm,
@@ -192,11 +172,7 @@ class WanScoreTransformer3DModel(ScoreTransformerMixin, WanTransformer3DModel):
             )
             for _ in range(config.num_layers)
         )
-        self.score_head = ScoreHead(dim)
-
-    @property
-    def backbone_dtype(self) -> torch.dtype:
-        return self.patch_embedding.weight.dtype
+        self.score_head = ScoreHead(self.dim)
 
     def init_score_stream(self) -> None:
         """
@@ -220,31 +196,20 @@ class WanScoreTransformer3DModel(ScoreTransformerMixin, WanTransformer3DModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, channels, frames, height, width)`): noisy latents.
-            timestep (`torch.Tensor` of shape `(batch_size,)`): 1000 sigma, float32.
-            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, text_dim)`):
-                prompt embeddings.
             mask_task_tokens (`bool`, *optional*, defaults to `False`):
                 hide the score tokens from the video, so that the velocity is the base transformer's.
+
+        The others are those of [`~diffusers.WanTransformer3DModel`].
 
         Returns:
             `tuple`: velocity, shaped as `hidden_states`, and logits of shape `(batch_size,)`, float32.
         """
         batch_size, _, *size = hidden_states.shape
         patch_size = self.config.patch_size
-        rotary_emb = self.rope(hidden_states)
-        video = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        temb, block_temb, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
-        block_temb = block_temb.unflatten(1, (6, -1))
+        video, text, temb, block_temb, rotary_emb = self.embed(hidden_states, timestep, encoder_hidden_states)
         score = self.condition_embedder.text_embedder(self.task_tokens).expand(batch_size, -1, -1)
-
         for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                video, score = self._gradient_checkpointing_func(
-                    block, video, score, text, block_temb, rotary_emb, mask_task_tokens
-                )
-            else:
-                video, score = block(video, score, text, block_temb, rotary_emb, mask_task_tokens)
+            video, score = self.run_block(block, video, score, text, block_temb, rotary_emb, mask_task_tokens)
 
         shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         patches = self.proj_out((self.norm_out(video.float()) * (1 + scale) + shift).type_as(video))

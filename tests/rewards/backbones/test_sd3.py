@@ -163,3 +163,16 @@ class TestGradients:
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, expected_logits, atol=0.02, rtol=0.05)
         torch.testing.assert_close(velocity.float(), expected_velocity, atol=0.1, rtol=0.1)
+
+
+@torch.no_grad()
+def test_attention_backends():
+    _, model = score_transformer()
+    expected = model(**inputs())[1]
+    model.set_attention_backend("_native_math")
+    try:
+        backends = {str(block.attn.processor._attention_backend.value) for block in model.transformer_blocks}
+        assert backends == {"_native_math"}
+        torch.testing.assert_close(model(**inputs())[1], expected)
+    finally:
+        model.set_attention_backend("native")
