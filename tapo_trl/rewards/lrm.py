@@ -169,9 +169,8 @@ class LRMModel(LatentRewardModel):
         return dict(self.head.named_parameters(prefix="head")) | dict(self.named_buffers(recurse=False))
 
     def _freeze_unused(self) -> None:
-        """What the last block does to the prompt after its attention."""
-        for name, parameter in self.transformer.transformer_blocks[-1].named_parameters():
-            if name.startswith(("attn.to_add_out", "ff_context")):
+        for name, parameter in self.transformer.block_list[-1].named_parameters():
+            if name.startswith(self.transformer.text_output_layers):
                 parameter.requires_grad_(False)
 
     @property

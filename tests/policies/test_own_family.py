@@ -75,10 +75,14 @@ def test_masked_score_tokens_leave_the_velocity_of_the_base():
     assert not torch.allclose(slrm(latents, sigma, **prompts.tensors).velocity, expected, atol=1e-4)
 
 
+def make_lora():
+    return LoraConfig(r=2, lora_alpha=6, target_modules=FluxPolicy.lora_target_modules)
+
+
 def train_slrm(tmp_path):
     options = {"eval_sigmas": [0.5], "output_dir": str(tmp_path / "slrm"), "cache_dir": str(tmp_path / "cache")}
     args = tapo_trl.SLRMConfig(**COMMON, **options)
-    trainer = tapo_trl.SLRMTrainer(FluxPolicy.tiny(), args, train_dataset=color_pairs(4))
+    trainer = tapo_trl.SLRMTrainer(FluxPolicy.tiny(), args, train_dataset=color_pairs(4), peft_config=make_lora())
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     trainer.save_model()
@@ -100,10 +104,9 @@ def test_training(tmp_path, method):
     elif method == "TAPO":
         reward, unchanged = train_slrm(tmp_path)
         assert not [name for name in unchanged if "score" in name or "task" in name]
-        rewards = [[tapo_trl.load_reward_model(reward), redness]]
-    lora = LoraConfig(r=2, lora_alpha=6, target_modules=FluxPolicy.lora_target_modules)
+        rewards = [[tapo_trl.load_reward_model(reward, base_model=FluxPolicy.tiny()), redness]]
     trainer = getattr(tapo_trl, f"{method}Trainer")(
-        FluxPolicy.tiny(), *rewards, args=args, train_dataset=dataset, peft_config=lora
+        FluxPolicy.tiny(), *rewards, args=args, train_dataset=dataset, peft_config=make_lora()
     )
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]

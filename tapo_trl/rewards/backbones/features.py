@@ -42,10 +42,12 @@ class FeatureTransformerMixin(RewardBackboneMixin):
 
     Attributes:
         unused_layers (`tuple[str, ...]`): modules behind the blocks, which are left out.
+        text_output_layers (`tuple[str, ...]`): layers of a block after its attention that the text alone goes through.
         feature_dim (`int`): width of the features.
     """
 
     unused_layers: tuple[str, ...]
+    text_output_layers: tuple[str, ...] = ()
 
     def __init__(self, feature_layers: Sequence[int], **transformer_config):
         super().__init__(**transformer_config)

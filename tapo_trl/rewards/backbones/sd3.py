@@ -42,6 +42,7 @@ class SD3FeatureTransformer2DModel(FeatureTransformerMixin, SD3Backbone, SD3Tran
     """The joint blocks of SD3 up to the last tapped one, see [`FeatureTransformerMixin`]."""
 
     unused_layers = ("norm_out", "proj_out")
+    text_output_layers = ("attn.to_add_out", "ff_context")
 
     @classmethod
     def last_layer_with_text(cls, num_layers: int) -> int:
