@@ -18,6 +18,7 @@ include_patterns = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "benchmarks/*.md",
     "benchmarks/**/*.md",
     "examples/*/README.md",
     "examples/*/LICENSES.md",
@@ -39,6 +40,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 default_role = "code"  # `x` is code in Markdown
 
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\]")
+WEB_LINK = re.compile(r"\[`?([^\]`]+)`?\]\((https?://[^)]+)\)")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 MATH = re.compile(r"(?<!\$)\$(?!\$)([^$\n]+)\$")
 UNDERSCORE = re.compile(r"(`+[^`]*`+)|(?<=\w)_(?!\w)")  # outside of code, the end of a reST reference
@@ -58,6 +60,7 @@ def markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
         body = "\n".join(f"    {line}" if line.strip() else "" for line in match[3].splitlines())
         return f"{match[1]}.. code-block:: {match[2] or 'text'}\n\n{body}\n"
 
+    text = WEB_LINK.sub(r"`\1 <\2>`__", text)
     text = FENCE.sub(fence, REFERENCE.sub(reference, text))
     text = MATH.sub(r":math:`\1`", text)
     lines[:] = UNDERSCORE.sub(lambda match: match[1] or r"\_", text).split("\n")
