@@ -51,7 +51,7 @@ def pickapic() -> Dataset:
 @pytest.fixture
 def warnings(monkeypatch):
     messages = []
-    monkeypatch.setattr("tapo_trl.data.pairs.logger.warning", messages.append)
+    monkeypatch.setattr("tapo_trl.data.pair_tables.logger.warning", messages.append)
     return messages
 
 
