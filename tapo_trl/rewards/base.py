@@ -124,15 +124,21 @@ class LatentRewardModel(StepRewardModel):
             prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): see [`PromptEmbeddings`].
             pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`, *optional*):
                 pooled embeddings, for the families that have them.
-            velocity_target (`torch.Tensor` of the shape of `latents`, *optional*): for [`SLRMModel`] alone.
+            velocity_target (`torch.Tensor` of the shape of `latents`, *optional*):
+                for [`SLRMModel`] alone: an estimate of x1 - x0, to which the model's own velocity is compared, Eq. 8.
             prompts: further tensors of [`PromptEmbeddings`].
 
         Returns:
             `torch.Tensor` of shape `(batch_size,)`, float32. Gradients flow unless you disable them.
 
         Raises:
-            ValueError: if there is a `velocity_target`, but nothing to compare it to.
+            ValueError: if `velocity_target` has another shape than `latents`, or nothing is compared to it.
         """
+        if velocity_target is not None and velocity_target.shape != latents.shape:
+            raise ValueError(
+                f"`velocity_target` has shape {tuple(velocity_target.shape)}, but the latents have shape "
+                f"{tuple(latents.shape)}."
+            )
         output = self(latents, sigma, prompt_embeds, pooled_prompt_embeds, **prompts)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)
         return self.score_output(output, sigma, velocity_target)

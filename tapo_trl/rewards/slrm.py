@@ -178,38 +178,10 @@ class SLRMModel(LatentRewardModel):
             return nullcontext()
         return torch.autocast(device.type, dtype=dtype)
 
-    def score(
-        self,
-        latents: torch.Tensor,
-        sigma: float | torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        pooled_prompt_embeds: torch.Tensor | None = None,
-        velocity_target: torch.Tensor | None = None,
-        **prompts: torch.Tensor,
-    ) -> torch.Tensor:
-        r"""
-        Rate noisy latents: Eq. 8 in the log domain, \\( \log \hat{S} = \log S(x_\sigma, c) - \rho d \\) with d the mean
-        squared distance between the model's velocity and `velocity_target`.
-
-        Args:
-            velocity_target (`torch.Tensor` of the shape of `latents`, *optional*):
-                an estimate of x1 - x0. Without it, or where `sigma < 0.01`, the score is log S alone.
-
-        The others, and what is returned, are those of [`~LatentRewardModel.score`].
-
-        Raises:
-            ValueError: if `velocity_target` has another shape than `latents`.
-        """
-        if velocity_target is not None and velocity_target.shape != latents.shape:
-            raise ValueError(
-                f"`velocity_target` has shape {tuple(velocity_target.shape)}, but the latents have shape "
-                f"{tuple(latents.shape)}."
-            )
-        return super().score(latents, sigma, prompt_embeds, pooled_prompt_embeds, velocity_target, **prompts)
-
     def score_output(
         self, output: SLRMOutput, sigma: torch.Tensor, velocity_target: torch.Tensor | None = None
     ) -> torch.Tensor:
+        r"""Eq. 8 in the log domain, \\( \log S - \rho d \\), or log S alone without a target and where `sigma < 0.01`."""
         if velocity_target is None:
             return log_score(output.logits, self.config.score_link)
         distance = score_distance(output.velocity, velocity_target.float())
