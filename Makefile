@@ -3,6 +3,7 @@
 # make test      install into .venv, then run the tests that take seconds
 # make test-all  all tests: those, the slow ones (among them every command of the documentation), and make test-distributed
 # make test-distributed  install DeepSpeed, then train on two processes under every engine
+# make test-wheel  install the built wheel into a new environment, and train with it
 # make docs      the documentation as a site, into site/; warnings are errors
 # make lint      check style and formatting;  make format  repairs them
 # make install   create .venv (only when it is missing or pyproject.toml changed)
@@ -33,7 +34,7 @@ demo demo-video: export TRANSFORMERS_VERBOSITY = error
 demo demo-video: export DIFFUSERS_VERBOSITY = error
 demo demo-video: export PYTHONWARNINGS = ignore
 
-.PHONY: install demo demo-video test test-all test-distributed docs lint format clean
+.PHONY: install demo demo-video test test-all test-distributed test-wheel docs lint format clean
 
 install: $(STAMP)
 
@@ -77,6 +78,13 @@ test-all: test
 test-distributed: install
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[deepspeed]"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m distributed tests/distributed $(PYTEST_FLAGS)
+
+# The wheel alone: no extras, not beside the checkout
+test-wheel: install
+	rm -rf $(VENV)-wheel && $(BIN)/python -m venv $(VENV)-wheel
+	$(BIN)/python -m pip wheel --quiet $(PIP_FLAGS) --no-deps --wheel-dir $(VENV)-wheel/dist .
+	$(VENV)-wheel/bin/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)" $(VENV)-wheel/dist/*.whl
+	cd $(VENV)-wheel && bin/python -I $(abspath tests/check_wheel.py)
 
 docs: install
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[docs]"
