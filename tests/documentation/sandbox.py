@@ -3,6 +3,7 @@
 
 """A copy of the repository's examples and recipes with small models and data, and what runs documented blocks in it."""
 
+import json
 import os
 import re
 import runpy
@@ -49,6 +50,9 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
+    if page.suffix == ".ipynb":
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        return [Block("python", "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
     found = re.findall(r"^( *)```(\w*)\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     return [Block(language, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)) for indent, language, text in found]
 

@@ -18,8 +18,8 @@ from tests.documentation.substitutions import reason_not_to_run
 from tests.processes import start
 
 
-FOLDERS = (".", "docs", "examples/emoji", "examples/moving_emoji", "benchmarks")
-PAGES = {str(page.relative_to(ROOT)): blocks_of(page) for folder in FOLDERS for page in (ROOT / folder).glob("*.md")}
+FILES = ("*.md", "docs/*.md", "examples/*.ipynb", "examples/*/*.md", "benchmarks/*.md")
+PAGES = {str(page.relative_to(ROOT)): blocks_of(page) for pattern in FILES for page in sorted(ROOT.glob(pattern))}
 BASH = {
     f"{page} {number}": list(commands_of(block.text))
     for page, blocks in PAGES.items()
