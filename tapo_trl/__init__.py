@@ -16,9 +16,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".policies": ("FlowPolicy", "load_policy"),
         ".rewards": ("DiNaModel", "LRMModel", "SLRMModel", "SPMModel", "load_reward_model"),
         ".schedulers": ("FlowMatchSDEScheduler",),
-        ".callbacks.gradient_share": ("GradientShareCallback",),
         ".callbacks": (
             "EMACallback",
+            "GradientShareCallback",
             "PolicyCallback",
             "RewardHackingGuardCallback",
             "SampleGridCallback",
@@ -43,12 +43,12 @@ sys.meta_path.append(MovedModules(__name__))
 if TYPE_CHECKING:
     from .callbacks import (
         EMACallback,
+        GradientShareCallback,
         PolicyCallback,
         RewardHackingGuardCallback,
         SampleGridCallback,
         TAPOCallback,
     )
-    from .callbacks.gradient_share import GradientShareCallback
     from .data import PAIR_PRESETS, to_preference_pairs
     from .policies import FlowPolicy, load_policy
     from .rewards import DiNaModel, LRMModel, SLRMModel, SPMModel, load_reward_model

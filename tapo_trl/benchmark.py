@@ -20,14 +20,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .losses import tapo_loss
-from .networks.sharing import all_tensors, tie
-from .networks.speed import check_speed_options, compile_blocks, shrink_and_speed_up
+from .networks.compilation import compile_blocks
+from .networks.sharing import all_tensors, share_parameters
 from .policies import FlowPolicy, PromptEmbeddings
 from .profiling import StageTimer, on_forward
 from .rewards import LatentReward, SLRMModel, WeightedReward
 from .rollouts import TAPOSampler, TrajectoryPairs
+from .runs.option_checks import check_speed_options
 from .schedulers import sde_step_indices
-from .trainer.reward_loading import check_rewards, check_sharing, place_rewards
+from .trainer.policy_setup import apply_memory_options
+from .trainer.reward_setup import check_rewards, check_sharing, move_rewards
 from .trainer.rollout_config import RolloutConfig
 
 
@@ -117,15 +119,17 @@ class Bench:
         if self.options.share_backbone:
             slrm.add_lora(self._lora())
             slrm.requires_grad_(False)
-            tie(slrm.transformer, transformer)
+            share_parameters(slrm.transformer, transformer)
         self.reward = WeightedReward([LatentReward(slrm, "parent", self.score_batch_size)])
         check_rewards([slrm], self.options)
         check_sharing([slrm], self.options, self._lora())
         check_speed_options(self.options, self._lora())
         self.model = get_peft_model(transformer, self._lora())
-        shrink_and_speed_up(self.policy, None, self.reward.rewards, self.options)
-        place_rewards(self.reward.rewards, self.policy, self.options)
-        compile_blocks(self.options, [transformer, slrm.transformer])
+        apply_memory_options(self.policy, None, self.reward.rewards, self.options)
+        move_rewards(self.reward.rewards, self.policy, self.options)
+        if self.options.torch_compile:
+            options = (self.options.torch_compile_backend, self.options.torch_compile_mode)
+            compile_blocks([transformer, slrm.transformer], *options)
         transformer.enable_gradient_checkpointing()
 
     @property

@@ -4,10 +4,13 @@
 """Import paths of version 0.1. They work with a `DeprecationWarning` until version 0.3."""
 
 import importlib
+import sys
 import warnings
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 # Old module: the modules that now hold its names. All names are below `tapo_trl`
@@ -31,6 +34,11 @@ MOVED = {
     "rollouts.sampler": ("rollouts.base",),
     "rollouts.tapo": ("rollouts.pairs",),
     "rollouts.trajectory": ("rollouts.pairs",),
+    "trainer.base": (
+        "policies.lora",
+        "runs.option_checks",
+        "trainer.policy_setup",
+    ),
     "trainer.callbacks": ("callbacks", "callbacks.reward_guard"),
     "trainer.checkpoints": ("runs.checkpoints",),
     "trainer.generation": ("policies.sampling",),
@@ -44,12 +52,67 @@ MOVED = {
     "trainer.noise_levels": ("schedulers.noise_levels",),
     "trainer.nonfinite": ("runs.nonfinite",),
     "trainer.option_checks": ("runs.option_checks",),
+    "trainer.policy_trainer": ("trainer.base", "trainer.policy_setup", "policies.saving"),
+    "trainer.preference_data": ("trainer.preference_trainer",),
     "trainer.reward_curve": ("callbacks.reward_curve",),
+    "trainer.reward_loading": ("trainer.reward_setup",),
     "trainer.rollout_metrics": ("rollouts.metrics",),
     "trainer.rollout_reuse": ("rollouts.reuse",),
-    "trainer.speed": ("networks.speed",),
+    "trainer.slrm_trainer": ("trainer.slrm_loading",),
+    "trainer.speed": (
+        "networks.attention",
+        "networks.compilation",
+        "networks.float8",
+        "runs.option_checks",
+        "trainer.policy_setup",
+    ),
+    "trainer.tapo_metrics": ("rollouts.metrics",),
     "trainer.tracking": ("media.tracking",),
 }
+
+
+# Old names of what is called otherwise now
+RENAMED = {
+    "DiffusionTrainerMixin": "DiffusionTrainer",
+    "HubPushMixin": "HubUploads",
+    "PolicyTrainerMixin": "DiffusionTrainer",
+    "PreferenceDataMixin": "PreferenceTrainer",
+    "SealCallback": "Checkpoints",
+    "SealedCheckpointsMixin": "Checkpoints",
+    "TieCallback": "ShareCallback",
+    "place_reward": "move_reward",
+    "place_rewards": "move_rewards",
+    "rollout_metrics": "pair_metrics",
+    "shrink_and_speed_up": "apply_memory_options",
+    "tie": "share_parameters",
+    "tie_rewards": "share_with_rewards",
+}
+
+
+def moved_names(module: str) -> Callable[[str], Any]:
+    """
+    The `__getattr__` of a module all or some of whose names are elsewhere now.
+
+    Args:
+        module (`str`): its `__name__`.
+    """
+    package, _, old_name = module.partition(".")
+
+    def find(attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(f"module {module!r} has no attribute {attribute!r}")
+        names = [name for name in (attribute, RENAMED.get(attribute)) if name is not None]
+        own = vars(sys.modules[module])
+        for name in names:
+            if name in own:
+                return own[name]
+        for new in MOVED[old_name]:
+            for name in names:
+                if hasattr(importlib.import_module(f"{package}.{new}"), name):
+                    return getattr(importlib.import_module(f"{package}.{new}"), name)
+        raise AttributeError(f"module {module!r} has no attribute {attribute!r}")
+
+    return find
 
 
 class MovedModules(MetaPathFinder, Loader):
@@ -70,10 +133,4 @@ class MovedModules(MetaPathFinder, Loader):
         message = f"`{module.__name__}` is now {' and '.join(f'`{name}`' for name in modules)}; the old name goes with version 0.3."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
 
-        def find(name: str):
-            for new in map(importlib.import_module, modules):
-                if hasattr(new, name):
-                    return getattr(new, name)
-            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-
-        module.__getattr__ = find
+        module.__getattr__ = moved_names(module.__name__)

@@ -225,6 +225,7 @@ class TestDocumentation:
         configs = ("tapo_config.TAPOConfig", "slrm_config.SLRMConfig", "diffusion_dpo_config.DiffusionDPOConfig")
         configs += ("online_dpo_config.OnlineDiffusionDPOConfig", "flow_grpo_config.FlowGRPOConfig")
         shared = ("preference_config.PreferenceDataConfig", "rollout_config.RolloutConfig")
+        shared += ("base_config.DiffusionConfig", "base_config.PolicyConfig", "rollout_config.StochasticRolloutConfig")
         assert {f"trainer.{name}" for name in (*configs, *shared)} <= documented
         assert {"cli.script_arguments.TAPOScriptArguments", "cli.evaluation_arguments.EvaluateArguments"} <= documented
 

@@ -3,6 +3,7 @@
 
 from .base import PolicyCallback, TAPOCallback
 from .ema import EMACallback
+from .gradient_share import GradientShareCallback
 from .profile import ProfileCallback
 from .reward_guard import RewardHackingGuardCallback
 from .samples import SampleGridCallback

@@ -8,8 +8,8 @@ from transformers.utils import logging
 
 
 if TYPE_CHECKING:
-    from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
-    from ..trainer.tapo_trainer import TAPOTrainer
+    from ..trainer.base import DiffusionTrainer
+
 logger = logging.get_logger(__name__)
 
 
@@ -32,7 +32,7 @@ class PolicyCallback(TrainerCallback):
         self._trainer = None
 
     @property
-    def trainer(self) -> "TAPOTrainer | DiffusionDPOTrainer":
+    def trainer(self) -> "DiffusionTrainer":
         """The trainer that the callback is attached to."""
         if self._trainer is None:
             raise RuntimeError(
@@ -42,7 +42,7 @@ class PolicyCallback(TrainerCallback):
             )
         return self._trainer
 
-    def attach(self, trainer: "TAPOTrainer | DiffusionDPOTrainer") -> None:
+    def attach(self, trainer: "DiffusionTrainer") -> None:
         """Called once by the trainer, at the end of its `__init__`."""
         self._trainer = trainer
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..trainer.policy_trainer import save_policy
+from ..policies.saving import save_policy
 from .base import PolicyCallback
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""How much of the gradient comes from each stochastic step."""
+"""Share of the gradient that comes from each stochastic step."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -10,13 +10,11 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..trainer.flow_grpo_trainer import FlowGRPOTrainer
-from ..trainer.tapo_trainer import TAPOTrainer
 from .base import PolicyCallback
 
 
 if TYPE_CHECKING:
-    from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
+    from ..trainer.base import DiffusionTrainer
 
 PREFIX = "gradient_share/"
 
@@ -34,7 +32,7 @@ class GradientShareCallback(PolicyCallback):
     A measurement costs as much as the losses and backward passes of one optimizer step, without its rollout, and the memory
     of two more gradients. One that is not finite is left out. With `fp16` the loss is scaled as it is in training.
 
-    For [`TAPOTrainer`] and [`FlowGRPOTrainer`], in one process or under DDP.
+    For trainers with stochastic steps, [`TAPOTrainer`] and [`FlowGRPOTrainer`], in one process or under DDP.
 
     Args:
         every_n_steps (`int`, *optional*, defaults to `50`): Number of optimizer steps between two measurements. The first
@@ -47,8 +45,8 @@ class GradientShareCallback(PolicyCallback):
             raise ValueError(f"`every_n_steps` must be at least 1, but it is {every_n_steps}.")
         self.every_n_steps = every_n_steps
 
-    def attach(self, trainer: "TAPOTrainer | DiffusionDPOTrainer") -> None:
-        if not isinstance(trainer, (TAPOTrainer, FlowGRPOTrainer)):
+    def attach(self, trainer: "DiffusionTrainer") -> None:
+        if not trainer.has_stochastic_steps:
             raise ValueError(
                 f"`GradientShareCallback` needs stochastic steps, which `{type(trainer).__name__}` has none of: use it "
                 "with `TAPOTrainer` or `FlowGRPOTrainer`."
@@ -69,7 +67,7 @@ class GradientShareCallback(PolicyCallback):
         if norms.isfinite().all() and norms.sum() > 0:
             shares = norms / norms.sum()
             for index, share in zip(self.trainer.step_indices, shares, strict=True):
-                self.trainer._metrics["train"][f"{PREFIX}step_{index:02d}"].append(share)
+                self.trainer._record({f"{PREFIX}step_{index:02d}": share})
 
     def _norms(self) -> torch.Tensor:
         """Norm of the gradient of each stochastic step, of shape `(n,)`."""
@@ -96,7 +94,7 @@ class GradientShareCallback(PolicyCallback):
         """The loss of one step, in parts that are made one after the other and add up to it."""
         trainer, args = self.trainer, self.trainer.args
         chunk_size = args.transition_batch_size or args.per_device_train_batch_size
-        rollouts = [rollout for _, rollout in trainer._buffer]
+        rollouts = [rollout for _, rollout in trainer.buffer.rollouts]
         for rollout in rollouts:
             for chunk in rollout.of_step(step).transitions(chunk_size):
                 with trainer.compute_loss_context_manager():

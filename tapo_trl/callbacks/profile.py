@@ -2,18 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
 from ..profiling import StageTimer
-
-
-if TYPE_CHECKING:
-    pass
-logger = logging.get_logger(__name__)
 
 
 class ProfileCallback(TrainerCallback):

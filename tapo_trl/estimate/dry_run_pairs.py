@@ -12,7 +12,7 @@ from ..cli.model_arguments import DiffusionModelConfig
 from ..rewards import REWARD_MODELS, StepRewardModel
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
 from ..trainer.slrm_config import SLRMConfig
-from ..trainer.slrm_trainer import is_reward_model
+from ..trainer.slrm_loading import is_reward_model
 from .dry_run import ESTIMATE_NOTE, DryRun, Row
 from .forward_counts import dpo_forwards
 from .memory import TRAINED_BYTES, activation_rows, count_parameters, policy_memory, vae_memory

@@ -17,7 +17,7 @@ from ..policies.loading import pop_dtype
 from ..rollouts import PAIRINGS
 from ..trainer.flow_grpo_config import FlowGRPOConfig
 from ..trainer.online_dpo_config import OnlineDiffusionDPOConfig
-from ..trainer.reward_loading import check_has_transformer
+from ..trainer.reward_setup import check_has_transformer
 from ..trainer.rollout_config import RolloutConfig
 from ..trainer.tapo_config import TAPOConfig
 from .dry_run import ESTIMATE_NOTE, DryRun, Row

@@ -6,11 +6,11 @@
 from torch import nn
 
 from ..cli.model_arguments import DiffusionModelConfig
+from ..networks.float8 import store_base_in_float8
 from ..networks.sharing import base_tensors
-from ..networks.speed import store_base_in_float8
 from ..policies import FlowPolicy
 from ..rewards import LatentRewardModel, StepRewardModel
-from ..trainer.reward_loading import store_in_float8
+from ..trainer.reward_setup import store_in_float8
 from .dry_run import Row
 from .meta_models import add_meta_lora
 

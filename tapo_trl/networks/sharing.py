@@ -124,11 +124,11 @@ def _transformer_file(name_or_path: str, file: str, **kwargs) -> str:
     return hf_hub_download(name_or_path, file, subfolder="transformer", **kwargs)
 
 
-def tie(backbone: nn.Module, transformer: ModelMixin) -> int:
+def share_parameters(backbone: nn.Module, transformer: ModelMixin) -> int:
     """
     Put the transformer's base tensors in the place of a backbone's tensors of the same name. The objects are the same ones
     from then on, so that what moves or casts one of the two moves or casts both, but for buffers, of which PyTorch makes new
-    ones: tie again after it.
+    ones: share again after it.
 
     Args:
         backbone (`nn.Module`): backbone of a reward model, with or without LoRA.

@@ -9,7 +9,7 @@ import torch
 
 from ..profiling import on_forward
 from ..rewards.scoring import EstimateReward, LatentReward
-from ..trainer.policy_trainer import PolicyTrainerMixin
+from ..trainer.base import DiffusionTrainer
 from ..trainer.rollout_trainer import RolloutTrainer
 
 
@@ -36,7 +36,7 @@ class ForwardCounter:
         """Rows through the policy's network, in forwards: a backward counts as two of them."""
         return self.sampling + (1 + BACKWARD_COST) * self.training
 
-    def watch(self, trainer: PolicyTrainerMixin) -> None:
+    def watch(self, trainer: DiffusionTrainer) -> None:
         """
         Count the forwards of a trainer's policy, of its reference where that is a copy, and of its reward models.
 

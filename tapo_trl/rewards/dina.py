@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..method_card import MethodCard
 from ..policies import PromptEmbeddings
 from .backbones.features import Features, check_layers, proportional_layers
 from .base import LatentRewardModel
@@ -163,6 +164,14 @@ class DiNaModel(LatentRewardModel):
     label = "DiNa-LRM"
     trained_part = "head"
     unsupported = "A DiNa-LRM cannot read a `{}`"
+    card = MethodCard(
+        name=label,
+        tags=(kind,),
+        paper="liu2026beyond",
+        title="latent reward model (DiNa-LRM)",
+        text="The first blocks of the base model's transformer read the noisy latent and the prompt. A head with learned queries "
+        "reads the score out of several of them.",
+    )
 
     @register_to_config
     def __init__(

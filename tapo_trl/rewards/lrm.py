@@ -11,6 +11,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..method_card import MethodCard
 from ..policies import FlowPolicy, PromptEmbeddings
 from ..policies.families import family_of_transformer
 from .backbones.features import FeatureTransformerMixin, check_layers, proportional_layers
@@ -92,6 +93,14 @@ class LRMModel(LatentRewardModel):
     kind = "lrm"
     label = "LRM"
     trained_part = "head"
+    card = MethodCard(
+        name=label,
+        tags=(kind,),
+        paper="zhang2025diffusion",
+        title="latent reward model (LRM)",
+        text="The first blocks of the base model's transformer read the noisy latent and the prompt. The mean over their image "
+        "tokens, enhanced by classifier-free guidance, is compared with the pooled prompt embedding, as in CLIP.",
+    )
 
     @register_to_config
     def __init__(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from ..method_card import MethodCard
 from ..policies import PromptEmbeddings
 from .base import LatentRewardModel
 from .step_reward import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, RewardOutput
@@ -107,6 +108,17 @@ class SLRMModel(LatentRewardModel):
     uses_velocity_target = True
     backbone_kind = "score"
     unsupported = "SLRM has no score stream for `{}`"
+    card = MethodCard(
+        name=label,
+        tags=(kind,),
+        paper="xian2026consistent",
+        title="score-based latent reward model (SLRM)",
+        text="The base model's transformer reads the noisy latent, the prompt and a few score tokens, from which a linear layer "
+        "reads the score; the distance between the model's own velocity and a target enters the score, too "
+        '(`velocity_target`).\n\nWith `velocity_target="ground_truth"` (the paper\'s rule) the distance contains the clean '
+        "sample, which is known in training and in evaluation but not while sampling: compare the accuracy under this rule "
+        "with that under another rule only with this in mind.",
+    )
 
     @register_to_config
     def __init__(

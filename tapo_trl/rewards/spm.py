@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..method_card import MethodCard
 from ..networks.sharing import base_fingerprint
 from ..policies import FlowPolicy, PromptEmbeddings
 from .clip_modulation import NoiseModulation, clip_pixel_values, modulated_image_features
@@ -51,6 +52,14 @@ class SPMModel(StepRewardModel):
     label = "SPM"
     trained_part = "modulation"
     scores_x0_prediction = True
+    card = MethodCard(
+        name=label,
+        tags=(kind,),
+        paper="liang2024step",
+        title="step-aware preference model (SPM)",
+        text="The base model predicts in one step the image that the noisy latent would become, and its VAE decodes it. A CLIP "
+        "whose image tower is told the noise level, by adaptive layer norm, compares it with the prompt.",
+    )
 
     @register_to_config
     def __init__(

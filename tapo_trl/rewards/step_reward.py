@@ -22,6 +22,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
+from ..method_card import MethodCard
 from ..networks.sharing import all_tensors, base_fingerprint, check_base_stays
 from ..policies import FlowPolicy, PromptEmbeddings
 from ..policies.loading import AUTO, check_arguments, pop_dtype
@@ -69,6 +70,7 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         kind (`str`): the word for it, as in `reward_model_type` of [`SLRMConfig`].
         label (`str`): its name in messages.
         trained_part (`str`): what is trained in full beside a LoRA, in messages.
+        card ([`~method_card.MethodCard`]): what model cards say about it.
         uses_velocity_target (`bool`): whether the score compares a velocity of its own to a target, see [`SLRMModel`].
         scores_x0_prediction (`bool`):
             whether it reads the decoded one-step estimate, for which the policy predicts a velocity and its VAE decodes.
@@ -77,6 +79,7 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
     kind: ClassVar[str]
     label: ClassVar[str]
     trained_part: ClassVar[str]
+    card: ClassVar[MethodCard]
     uses_velocity_target: ClassVar[bool] = False
     scores_x0_prediction: ClassVar[bool] = False
 

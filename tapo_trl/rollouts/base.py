@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What every trainer with rollouts stores of one, and hands to its loss in chunks."""
+"""A stored rollout, its mini-batches, and the sampler that makes it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -44,22 +44,29 @@ class Rollout(ABC):
     reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
     ref_velocities: dict[tuple[int, int], torch.Tensor] | None = None
 
-    of_levels: ClassVar[
-        tuple[str, ...]
-    ]  # fields that have the n noise levels as their first dimension, beside `weights`
+    of_levels: ClassVar[tuple[str, ...]]  # fields whose first dimension is the n noise levels, beside `weights`
+    former_names: ClassVar[tuple[str, ...]] = ()  # of the class in the checkpoints of earlier versions
 
     @property
     def num_examples(self) -> int:
         """n x N."""
         return self.weights.numel()
 
-    def transitions(self, chunk_size: int, keep_reference: bool = False) -> Iterator["Transitions"]:
+    def transitions(
+        self,
+        chunk_size: int,
+        prompts: list[str] | None = None,
+        num_real: int | None = None,
+        keep_reference: bool = False,
+    ) -> Iterator["Transitions"]:
         """
         All n x N examples, noise level by noise level, in chunks of at most `chunk_size`. Each is made when it is asked
         for, where the rollout is stored.
 
         Args:
             chunk_size (`int`): examples in a chunk.
+            prompts (`list[str]`, *optional*): the B prompts, of which each chunk gets its own.
+            num_real (`int`, *optional*): how many of the prompts are not padding. All by default.
             keep_reference (`bool`, *optional*, defaults to `False`):
                 Whether chunks leave the velocities of the reference with the rollout, and find those that were left by
                 the same chunk of an earlier pass. As the latents are the same and so is the batch they are in, they are
@@ -68,6 +75,10 @@ class Rollout(ABC):
         for chunk in torch.arange(self.num_examples).split(chunk_size):
             level, row = chunk // self.weights.shape[1], chunk % self.weights.shape[1]
             transitions = replace(self._examples(level, row), share=len(chunk) / self.num_examples)
+            if prompts is not None:
+                transitions.prompts = [prompts[index] for index in row % len(prompts)]
+                if num_real is not None:
+                    transitions.is_real = row % len(prompts) < num_real
             if keep_reference:
                 key = (chunk[0].item(), chunk[-1].item())
                 transitions.ref_velocity = (self.ref_velocities or {}).get(key)
@@ -112,6 +123,8 @@ class Transitions(ABC):
         step_indices (`torch.LongTensor` of shape `(num_examples,)`, *optional*): sampling step of each, on the CPU, where
             the loss is one of sampling steps.
         share (`float`, *optional*, defaults to `1.0`): share of the rollout's examples that are in this chunk.
+        prompts (`list[str]`, *optional*): the prompt of each, for messages.
+        is_real (`torch.BoolTensor` of shape `(num_examples,)`, *optional*): which are not padding, on the CPU. All by default.
         ref_velocity (`torch.Tensor`, *optional*): velocity of the reference at the latents of the examples, if it is known.
         keep_ref_velocity (`Callable`, *optional*): takes that velocity for a later pass over the rollout.
     """
@@ -120,6 +133,8 @@ class Transitions(ABC):
     weights: torch.Tensor
     step_indices: torch.Tensor | None = None
     share: float = 1.0
+    prompts: list[str] | None = None
+    is_real: torch.Tensor | None = None
     ref_velocity: torch.Tensor | None = None
     keep_ref_velocity: Callable[[torch.Tensor], None] | None = None
 
@@ -132,9 +147,15 @@ class Transitions(ABC):
             moved["ref_velocity"] = self.ref_velocity.to(device)
         return replace(self, **moved)
 
+    @property
+    def counts(self) -> torch.Tensor:
+        """Which examples count, `torch.BoolTensor` of shape `(num_examples,)` on the CPU."""
+        counts = self.weights.cpu() > 0
+        return counts if self.is_real is None else counts & self.is_real
+
     @abstractmethod
-    def describe_loss(self, prompts: list[str], index: tuple[int, ...]) -> str:
-        """What the loss of an example is, in words. `prompts` are those of the examples."""
+    def describe_loss(self, index: tuple[int, ...]) -> str:
+        """What the loss of an example is, in words, with its prompt."""
 
 
 @dataclass(kw_only=True)

@@ -90,8 +90,8 @@ class GroupTransitions(Transitions):
 
     on_device: ClassVar[tuple[str, ...]] = ("latents", "next_latents", "means", "advantages")
 
-    def describe_loss(self, prompts: list[str], index: tuple[int, ...]) -> str:
-        return f"the loss for the prompt {prompts[index[0]]!r} at step {self.step_indices[index].item()}"
+    def describe_loss(self, index: tuple[int, ...]) -> str:
+        return f"the loss for the prompt {self.prompts[index[0]]!r} at step {self.step_indices[index].item()}"
 
 
 @dataclass(kw_only=True)

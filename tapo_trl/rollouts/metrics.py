@@ -1,11 +1,13 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What trainers with rollouts log of them and of their examples."""
+"""Metrics that online trainers log per rollout and per example."""
 
 import torch
 
-from . import Rollout
+from .base import Rollout
+from .pairing import LOSE, WIN
+from .pairs import TrajectoryPairs
 
 
 def group_metrics(rollout: Rollout) -> dict[str, torch.Tensor]:
@@ -30,6 +32,37 @@ def group_metrics(rollout: Rollout) -> dict[str, torch.Tensor]:
         for name, scores in rollout.reward_parts.items():
             metrics[f"rewards/{name}/mean"] = scores.mean(1)
             metrics[f"rewards/{name}/std"] = scores.std(1)
+    return metrics
+
+
+def pair_metrics(pairs: TrajectoryPairs) -> dict[str, torch.Tensor]:
+    """
+    Metrics of the rewards of preference pairs.
+
+    Args:
+        pairs ([`TrajectoryPairs`]): the rollout.
+
+    Returns:
+        `dict[str, torch.Tensor]` of shape `(B,)`: `reward` and `reward_std`, over candidates of one draw; `reward_gap`,
+            between the two sides of a pair; `pairs_kept`, the share of pairs that count; and mean and deviation of each
+            reward, if there are several.
+    """
+    num_prompts = pairs.rewards.shape[2]
+
+    def of_prompts(values: torch.Tensor) -> torch.Tensor:
+        """`(n, N)`, N being a multiple of B, to `(B,)`."""
+        return values.reshape(-1, num_prompts).mean(0)
+
+    metrics = {
+        "reward": pairs.rewards.mean(dim=(0, 1, 3)),
+        "reward_std": pairs.rewards.std(dim=-1).mean(dim=(0, 1)),
+        "reward_gap": of_prompts(pairs.pair_rewards[:, WIN] - pairs.pair_rewards[:, LOSE]),
+        "pairs_kept": of_prompts(pairs.weights),
+    }
+    if len(pairs.reward_parts) > 1:
+        for name, scores in pairs.reward_parts.items():
+            metrics[f"rewards/{name}/mean"] = scores.mean(dim=(0, 1, 3))
+            metrics[f"rewards/{name}/std"] = scores.std(dim=-1).mean(dim=(0, 1))
     return metrics
 
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from ..method_card import MethodCard
+
 
 WIN, LOSE = 0, 1
 
@@ -50,6 +52,8 @@ class Pairing:
             step, and so does the final sample of the first trajectory. For two trajectories that make one pair.
         beta (`float`, *optional*, defaults to `1000.0`):
             Strength of the regularisation towards the reference that the method's authors use.
+        card ([`~method_card.MethodCard`], *optional*):
+            What model cards say about the method.
     """
 
     num_branches: int
@@ -58,6 +62,7 @@ class Pairing:
     threshold: tuple[float, float] | None = None
     consistent: bool = False
     beta: float = 1000.0
+    card: MethodCard | None = None
 
     def select(self, scores: torch.Tensor, generators: list[torch.Generator]) -> Selection:
         """
@@ -136,11 +141,72 @@ class Pairing:
         return counts.to(gaps.dtype)
 
 
+_ONE_TRAJECTORY = (
+    "{} draws one trajectory for every prompt. At a few stochastic steps it draws several candidates, of which a reward model "
+    "picks the best and the worst, and goes on from one of them. Pairs that the reward model hardly tells apart do not "
+    "count{}. The policy is trained to prefer, at each of those steps, the best to the worst transition, relative to the base "
+    "model."
+)
+
 PAIRINGS = {
-    "tapo": Pairing(num_branches=2, shared_parent=False, continue_with="extremes"),
-    "tapo_within": Pairing(num_branches=2, shared_parent=True, continue_with="extremes"),
-    "spo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.3, 0.3), beta=10.0),
-    "lpo": Pairing(num_branches=1, shared_parent=True, continue_with="random", threshold=(0.35, 0.5), beta=500.0),
+    "tapo": Pairing(
+        num_branches=2,
+        shared_parent=False,
+        continue_with="extremes",
+        card=MethodCard(
+            name="TAPO",
+            tags=("tapo",),
+            paper="xian2026consistent",
+            title="**TAPO** (Trajectory Advantages Preference Optimization)",
+            text="TAPO draws, for every prompt, a winning and a losing trajectory that share their initial noise. At a few "
+            "stochastic steps each branch draws several candidates, and a reward model keeps the best of the one and the worst "
+            "of the other. The policy is then trained to prefer, at each of those steps, the winning transition to the losing "
+            "one, relative to the base model.",
+        ),
+    ),
+    "tapo_within": Pairing(
+        num_branches=2,
+        shared_parent=True,
+        continue_with="extremes",
+        card=MethodCard(
+            name="TAPO-within",
+            tags=("tapo-within",),
+            paper="xian2026consistent",
+            title="**TAPO** (Trajectory Advantages Preference Optimization) with pairs within each trajectory",
+            text="Two trajectories that share their initial noise are drawn for every prompt, as in TAPO. At a few stochastic "
+            "steps each of them draws several candidates, and a reward model picks the best and the worst of each. The policy "
+            "is then trained to prefer, at each of those steps, the best to the worst transition from the same latent, "
+            "relative to the base model.",
+        ),
+    ),
+    "spo": Pairing(
+        num_branches=1,
+        shared_parent=True,
+        continue_with="random",
+        threshold=(0.3, 0.3),
+        beta=10.0,
+        card=MethodCard(
+            name="SPO",
+            tags=("spo",),
+            paper="liang2024step",
+            title="**SPO** (Step-by-step Preference Optimization)",
+            text=_ONE_TRAJECTORY.format("SPO", ""),
+        ),
+    ),
+    "lpo": Pairing(
+        num_branches=1,
+        shared_parent=True,
+        continue_with="random",
+        threshold=(0.35, 0.5),
+        beta=500.0,
+        card=MethodCard(
+            name="LPO",
+            tags=("lpo",),
+            paper="zhang2025diffusion",
+            title="**LPO** (Latent Preference Optimization)",
+            text=_ONE_TRAJECTORY.format("LPO", ", with a threshold that grows with the noise"),
+        ),
+    ),
 }
 
 

@@ -53,6 +53,7 @@ class TrajectoryPairs(Rollout):
     final_latents: torch.Tensor
 
     of_levels: ClassVar[tuple[str, ...]] = ("step_indices", "latents", "next_latents")
+    former_names: ClassVar[tuple[str, ...]] = ("tapo_trl.rollouts.trajectory.TrajectoryPairs",)
 
     @property
     def num_pairs(self) -> int:
@@ -111,8 +112,8 @@ class TransitionPairs(Transitions):
         """Values of the parents, `(num_parents num_pairs, ...)`, as those of [win; lose], `(2 num_pairs, ...)`."""
         return values if self.num_parents == 2 else values.repeat(2, *[1] * (values.ndim - 1))
 
-    def describe_loss(self, prompts: list[str], index: tuple[int, ...]) -> str:
-        return f"the loss for the prompt {prompts[index[0]]!r} at step {self.step_indices[index].item()}"
+    def describe_loss(self, index: tuple[int, ...]) -> str:
+        return f"the loss for the prompt {self.prompts[index[0]]!r} at step {self.step_indices[index].item()}"
 
 
 @dataclass(kw_only=True)

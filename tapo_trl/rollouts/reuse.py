@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What `num_iterations > 1`, several updates from the same rollouts, takes to be resumed exactly."""
+"""Several updates from the same rollouts (`num_iterations > 1`), which a resumed run goes on with exactly."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from trl.trainer.utils import RepeatSampler
 
 from ..policies import PromptEmbeddings
-from . import Rollout, SamplePairs, TrajectoryGroups, TrajectoryPairs
+from .base import Rollout
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -31,6 +31,57 @@ class EpochRepeatSampler(RepeatSampler):
         return super().__iter__()
 
 
+class RolloutBuffer:
+    """
+    The rollouts of an optimizer step, one per batch, which `num_iterations` steps in a row are trained on.
+
+    Args:
+        num_iterations (`int`): optimizer steps per rollout.
+
+    Attributes:
+        rollouts (`list[tuple[list[int], Rollout]]`): rows of the dataset, and what grew from them.
+    """
+
+    def __init__(self, num_iterations: int):
+        self.num_iterations = num_iterations
+        self.rollouts: list[tuple[list[int], Rollout]] = []
+        self._step, self._next = -1, 0
+
+    def begin(self, step: int, load: Callable[[], list[tuple[list[int], Rollout]]]) -> bool:
+        """
+        Go on to an optimizer step, if it is a new one: drop what is used up, or `load` what an interrupted run left.
+
+        Returns:
+            `bool`: whether it is a new one.
+        """
+        if step == self._step:
+            return False
+        self._step, self._next = step, 0
+        if step % self.num_iterations == 0:
+            self.rollouts = []
+        elif not self.rollouts:
+            self.rollouts = load()
+        return True
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether the next batch needs a new rollout."""
+        return self._next == len(self.rollouts)
+
+    def take(self, rows: list[int]) -> Rollout:
+        """The rollout of the next batch, which has these rows of the dataset."""
+        stored_rows, rollout = self.rollouts[self._next]
+        self._next += 1
+        if stored_rows != rows:
+            raise RuntimeError(f"The rollout of rows {stored_rows} is up for reuse, but the batch has rows {rows}.")
+        return rollout
+
+    def forget_reference(self) -> None:
+        """Drop velocities of the reference, which has changed."""
+        for _, rollout in self.rollouts:
+            rollout.ref_velocities = None
+
+
 def save_rollouts(folder: str | Path, process: int, rollouts: list[tuple[list[int], Rollout]]) -> None:
     """
     Write the rollouts of a process into a checkpoint that lies between two updates from them.
@@ -43,7 +94,9 @@ def save_rollouts(folder: str | Path, process: int, rollouts: list[tuple[list[in
     torch.save(rollouts, _file(folder, process))
 
 
-def load_rollouts(folder: str | Path, process: int, device: torch.device) -> list[tuple[list[int], Rollout]]:
+def load_rollouts(
+    folder: str | Path, process: int, device: torch.device, rollout_class: type[Rollout]
+) -> list[tuple[list[int], Rollout]]:
     """
     Read what [`save_rollouts`] wrote. Tensors that were on the CPU stay there.
 
@@ -51,6 +104,7 @@ def load_rollouts(folder: str | Path, process: int, device: torch.device) -> lis
         folder (`str` or `Path`): the checkpoint.
         process (`int`): index of the process.
         device (`torch.device`): where the others go.
+        rollout_class (`type`): the class of the rollouts. No other is loaded.
 
     Raises:
         ValueError: if the checkpoint has none.
@@ -67,12 +121,9 @@ def load_rollouts(folder: str | Path, process: int, device: torch.device) -> lis
         target = location if location == "cpu" else str(device)
         return torch.serialization.default_restore_location(storage, target)
 
-    written_by_0_1 = [
-        (TrajectoryPairs, "tapo_trl.rollouts.trajectory.TrajectoryPairs"),
-        (PromptEmbeddings, "tapo_trl.policies.base.PromptEmbeddings"),
-    ]
-    classes = [TrajectoryPairs, SamplePairs, TrajectoryGroups, PromptEmbeddings, *written_by_0_1]
-    with torch.serialization.safe_globals(classes):
+    former = [(rollout_class, name) for name in rollout_class.former_names]
+    former.append((PromptEmbeddings, "tapo_trl.policies.base.PromptEmbeddings"))
+    with torch.serialization.safe_globals([rollout_class, PromptEmbeddings, *former]):
         return torch.load(file, map_location=place, weights_only=True)
 
 

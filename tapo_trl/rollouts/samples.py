@@ -88,8 +88,8 @@ class NoisedPairs(Transitions):
         """x_1 - x_0 of both sides, `(2, num_pairs, *latent_shape)`."""
         return self.noise - self.samples
 
-    def describe_loss(self, prompts: list[str], index: tuple[int, ...]) -> str:
-        return f"the loss for the prompt {prompts[index[0]]!r} at the noise level {self.sigmas[index].item():.3f}"
+    def describe_loss(self, index: tuple[int, ...]) -> str:
+        return f"the loss for the prompt {self.prompts[index[0]]!r} at the noise level {self.sigmas[index].item():.3f}"
 
 
 @dataclass(kw_only=True)

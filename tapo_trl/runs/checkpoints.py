@@ -2,18 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Checkpoints that are whole or not used. The last thing written into a checkpoint is its seal, a list of its files with
-their sizes and checksums: a folder without a seal was never finished, one that does not match it is damaged.
+Atomic checkpoints. The last thing written into a checkpoint is its seal, a list of its files with their sizes and checksums:
+a folder without a seal was never finished, one that does not match it is damaged.
 """
 
 import json
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
+from accelerate.utils import wait_for_everyone
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
@@ -194,79 +196,68 @@ def _crc32(path: Path) -> int:
     return checksum
 
 
-class SealCallback(TrainerCallback):
-    """Seals a checkpoint once every other callback has written into it, and only then lets go of older ones."""
+class Checkpoints(TrainerCallback):
+    """
+    The checkpoints of a run, which a trainer holds. Add it as the last callback: on a save, it seals the checkpoint once every
+    other callback has written into it, and only then deletes older ones.
 
-    def __init__(self, trainer: "SealedCheckpointsMixin"):
-        self.trainer = trainer
+    Args:
+        args ([`~transformers.TrainingArguments`]): the configuration.
+    """
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.trainer.accelerator.wait_for_everyone()
-        if args.should_save:
-            seal_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
-        self.trainer.accelerator.wait_for_everyone()
+    def __init__(self, args: TrainingArguments):
+        self.args = args
 
+    def folder(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
-class SealedCheckpointsMixin:
-    """Put before a `Trainer`, it seals every checkpoint and resumes from whole ones only."""
+    @contextmanager
+    def writing(self, step: int) -> Iterator[Path]:
+        """
+        Inside, all processes write the checkpoint of a step. One that cannot be written leaves nothing behind.
 
-    _resumed_from: str | None = None
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        Raises:
+            RuntimeError: if it cannot be written; earlier checkpoints are intact.
+        """
+        folder = self.folder(step)
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # of a run that was interrupted here
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # `SealCallback` rotates
+        wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go in `on_save`
         try:
-            super()._save_checkpoint(model, trial)
-            self._save_training_state(folder)
+            yield folder
         except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError, by who writes
             shutil.rmtree(folder, ignore_errors=True)
             raise RuntimeError(
-                f"The checkpoint of step {self.state.global_step} could not be written to {folder}: {error}. Earlier "
-                "checkpoints are intact. If the disk is full, free some space; then go on with "
-                "`resume_from_checkpoint=True`."
+                f"The checkpoint of step {step} could not be written to {folder}: {error}. Earlier checkpoints are intact. If "
+                "the disk is full, free some space; then go on with `resume_from_checkpoint=True`."
             ) from error
         finally:
             self.args.save_total_limit = limit
 
-    def _save_training_state(self, folder: Path) -> None:
-        """Write what else it takes to go on exactly, on every process."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        wait_for_everyone()
+        if args.should_save:
+            seal_checkpoint(self.folder(state.global_step))
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        wait_for_everyone()
 
-    def _load_training_state(self, folder: Path) -> None:
-        """Read what `_save_training_state` wrote."""
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
+    def to_resume(self, resume_from_checkpoint: str | bool | None, has_started: bool) -> Path | None:
         """
-        Train, or go on.
+        The checkpoint that a run goes on from, or `None`.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Folder of a checkpoint, or `True` for the last one of `args.output_dir` that is whole; without any, the
-                run starts from the beginning, so that a job that is restarted by a scheduler needs no other command.
-                Defaults to `args.resume_from_checkpoint`; `False` starts from the beginning in any case.
-            kwargs: further arguments of [`~transformers.Trainer.train`].
+                See [`checkpoint_to_resume`]. Defaults to `args.resume_from_checkpoint`.
+            has_started (`bool`): whether the trainer was trained before, and a second call goes on with its weights.
 
         Raises:
-            ValueError: if the folder that is named is not a whole checkpoint, or if a start from the beginning would
-                overwrite checkpoints of an earlier run.
+            ValueError: see [`checkpoint_to_resume`] and [`check_keeps_checkpoints`].
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        if self.state.global_step == 0:  # a second call goes on with the weights of the first
+        if not has_started:
             check_keeps_checkpoints(self.args, checkpoint)
-        self._resumed_from = None if checkpoint is None else str(checkpoint)
-        if self._resumed_from is not None:
-            self._load_training_state(checkpoint)
-        return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # `Trainer` would make one more step of a run that is complete
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+        return checkpoint

@@ -130,6 +130,18 @@ def _get(config: dict[str, Any], key: str) -> Any:
     return config.get(name)
 
 
+def check_dynamo_backend(environment: Mapping[str, str] = os.environ) -> None:
+    """
+    Raises:
+        ValueError: if the launcher is set to compile the whole network.
+    """
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ValueError(
+            "The accelerate configuration has a `dynamo_backend`, which compiles the policy but not its reference: set it to "
+            "'no', and `torch_compile: true` in the training configuration."
+        )
+
+
 def uses_fsdp(args: TrainingArguments, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the launcher or the configuration asks for FSDP."""
     return bool(args.fsdp) or environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -9,201 +9,20 @@ import sys
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..method_card import MethodCard
 from ..policies.families import base_license
 from ..version import __version__
 
 
-TRL_CITATION = """@software{vonwerra2020trl,
-  title   = {{TRL: Transformers Reinforcement Learning}},
-  author  = {von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and Thrush, Tristan and Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gallouédec, Quentin},
-  license = {Apache-2.0},
-  url     = {https://github.com/huggingface/trl},
-  year    = {2020}
-}"""
+if TYPE_CHECKING:
+    from ..rewards import StepRewardModel
+    from ..trainer.base import DiffusionTrainer
 
-# Options of the training that the card of a policy shows.
-TAPO_OPTIONS = (
-    "pairing",
-    "continue_with",
-    "pair_threshold",
-    "beta",
-    "loss_type",
-    "num_inference_steps",
-    "num_sde_steps",
-    "num_candidates",
-    "noise_level",
-    "sde_type",
-    "guidance_scale",
-    "velocity_target",
-    "height",
-    "width",
-    "num_frames",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-)
-
-DIFFUSION_DPO_OPTIONS = (
-    "variant",
-    "beta",
-    "label_smoothing",
-    "timestep_sampling",
-    "gamma",
-    "num_inference_steps",
-    "dimension_weights",
-    "height",
-    "width",
-    "num_frames",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-)
-
-ONLINE_DPO_OPTIONS = (
-    "beta",
-    "label_smoothing",
-    "num_generations",
-    "num_noise_levels",
-    "timestep_sampling",
-    "num_inference_steps",
-    "guidance_scale",
-    "height",
-    "width",
-    "num_frames",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-)
-
-FLOW_GRPO_OPTIONS = (
-    "beta",
-    "epsilon",
-    "scale_rewards",
-    "num_generations",
-    "num_iterations",
-    "num_inference_steps",
-    "num_sde_steps",
-    "noise_level",
-    "sde_type",
-    "guidance_scale",
-    "height",
-    "width",
-    "num_frames",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-)
-
-FLOW_GRPO_PAPER = {
-    "title": "Flow-GRPO: Training Flow Matching Models via Online RL",
-    "citation": """@article{liu2025flow,
-    title   = {{Flow-GRPO: Training Flow Matching Models via Online RL}},
-    author  = {Liu, Jie and Liu, Gongye and Liang, Jiajun and Li, Yangguang and Liu, Jiaheng and Wang, Xintao and Wan, Pengfei and Zhang, Di and Ouyang, Wanli},
-    journal = {arXiv preprint arXiv:2505.05470},
-    year    = {2025},
-}""",
-}
-
-# By `DiffusionDPOConfig.variant`
-DIFFUSION_DPO_PAPERS = {
-    "diffusion_dpo": {
-        "title": "Diffusion Model Alignment Using Direct Preference Optimization",
-        "citation": """@inproceedings{wallace2024diffusion,
-    title     = {{Diffusion Model Alignment Using Direct Preference Optimization}},
-    author    = {Wallace, Bram and Dang, Meihua and Rafailov, Rafael and Zhou, Linqi and Lou, Aaron and Purushwalkam, Senthil and Ermon, Stefano and Xiong, Caiming and Joty, Shafiq and Naik, Nikhil},
-    booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-    year      = {2024},
-}""",
-    },
-    "inversion_dpo": {
-        "title": "Inversion-DPO: Precise and Efficient Post-Training for Diffusion Models",
-        "citation": """@article{li2025inversion,
-    title   = {{Inversion-DPO: Precise and Efficient Post-Training for Diffusion Models}},
-    author  = {Li, Zejian and Li, Yize and Meng, Chenye and Liu, Zhongni and Yang, Ling and Zhang, Shengyuan and Yang, Guang and Yang, Changyuan and Yang, Zhiyuan and Sun, Lingyun},
-    journal = {arXiv preprint arXiv:2507.11554},
-    year    = {2025},
-}""",
-    },
-    "dense_reward": {
-        "title": "A Dense Reward View on Aligning Text-to-Image Diffusion with Preference",
-        "citation": """@article{yang2024dense,
-    title   = {{A Dense Reward View on Aligning Text-to-Image Diffusion with Preference}},
-    author  = {Yang, Shentao and Chen, Tianqi and Zhou, Mingyuan},
-    journal = {arXiv preprint arXiv:2402.08265},
-    year    = {2024},
-}""",
-    },
-}
-
-# By the kind of a reward model; that of SLRM is the trainer's own.
-REWARD_MODEL_PAPERS = {
-    "lrm": {
-        "title": "Diffusion Model as a Noise-Aware Latent Reward Model for Step-Level Preference Optimization",
-        "citation": """@article{zhang2025diffusion,
-    title   = {{Diffusion Model as a Noise-Aware Latent Reward Model for Step-Level Preference Optimization}},
-    author  = {Zhang, Tao and Da, Cheng and Ding, Kun and Yang, Huan and Jin, Kun and Li, Yan and Gao, Tingting and Zhang, Di and Xiang, Shiming and Pan, Chunhong},
-    journal = {arXiv preprint arXiv:2502.01051},
-    year    = {2025},
-}""",
-    },
-    "spm": {
-        "title": "Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference Optimization",
-        "citation": """@article{liang2024step,
-    title   = {{Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference Optimization}},
-    author  = {Liang, Zhanhao and Yuan, Yuhui and Gu, Shuyang and Chen, Bohan and Hang, Tiankai and Cheng, Mingxi and Li, Ji and Zheng, Liang},
-    journal = {arXiv preprint arXiv:2406.04314},
-    year    = {2024},
-}""",
-    },
-    "dina": {
-        "title": "Beyond VLM-Based Rewards: Diffusion-Native Latent Reward Modeling",
-        "citation": """@misc{liu2026beyond,
-    title  = {{Beyond VLM-Based Rewards: Diffusion-Native Latent Reward Modeling}},
-    author = {Liu, Gongye and Yang, Bo and Zhi, Yida and Zhong, Zhizhou and Ke, Lei and Deng, Didan and Gao, Han and Huang, Yongxiang and Zhang, Kaihao and Fu, Hongbo and Luo, Wenhan},
-    url    = {https://github.com/HKUST-C4G/diffusion-rm},
-    year   = {2026},
-}""",
-    },
-}
-
-# By `TAPOConfig.pairing`: name, tag and paper, `None` for TAPO's own
-PAIRING_METHODS = {
-    "tapo": ("TAPO", "tapo", None),
-    "tapo_within": ("TAPO-within", "tapo-within", None),
-    "spo": ("SPO", "spo", REWARD_MODEL_PAPERS["spm"]),
-    "lpo": ("LPO", "lpo", REWARD_MODEL_PAPERS["lrm"]),
-}
-
-# By `DiffusionDPOConfig.variant`
-DIFFUSION_DPO_NAMES = {
-    "diffusion_dpo": "Diffusion-DPO",
-    "inversion_dpo": "Inversion-DPO",
-    "dense_reward": "DenseReward",
-}
-
-# Tags and template of each trainer's card
-_KINDS = {
-    "TAPO": (["tapo"], "tapo_model_card.md"),
-    "TAPO-within": (["tapo-within"], "tapo_model_card.md"),
-    "SPO": (["spo"], "tapo_model_card.md"),
-    "LPO": (["lpo"], "tapo_model_card.md"),
-    "Diffusion-DPO": (["diffusion-dpo"], "tapo_model_card.md"),
-    "Inversion-DPO": (["diffusion-dpo", "inversion-dpo"], "tapo_model_card.md"),
-    "DenseReward": (["diffusion-dpo", "dense-reward"], "tapo_model_card.md"),
-    "Online-Diffusion-DPO": (["online-diffusion-dpo"], "tapo_model_card.md"),
-    "Flow-GRPO": (["flow-grpo"], "tapo_model_card.md"),
-    "SLRM": (["slrm", "reward-model"], "slrm_model_card.md"),
-    "LRM": (["lrm", "reward-model"], "slrm_model_card.md"),
-    "DiNa-LRM": (["dina", "reward-model"], "slrm_model_card.md"),
-    "SPM": (["spm", "reward-model"], "slrm_model_card.md"),
-}
-
-# Class of a reward model, for the code example
-_REWARD_CLASSES = {"SLRM": "SLRMModel", "LRM": "LRMModel", "DiNa-LRM": "DiNaModel", "SPM": "SPMModel"}
 
 # Access tokens, and absolute paths inside of a longer argument, of which the name of the file is kept.
 TOKEN = re.compile(r"\bhf_\w{8,}")
@@ -267,10 +86,20 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def citation(paper: str) -> str:
+    """The BibTeX entry of a paper that is one, or the key of one in `references.bib`."""
+    if paper.startswith("@"):
+        return paper
+    bibliography = resources.files("tapo_trl").joinpath("runs", "templates", "references.bib").read_text("utf-8")
+    return re.search(rf"^@\w+{{{re.escape(paper)},.*?^}}", bibliography, re.DOTALL | re.MULTILINE)[0]
+
+
 def write_model_card(
     path: str | Path,
     *,
-    trainer_name: str,
+    method: MethodCard,
+    template_file: str,
+    reward_model: "type[StepRewardModel] | None" = None,
     base_model: str | None,
     model_name: str,
     dataset_name: str | None,
@@ -285,7 +114,6 @@ def write_model_card(
     metrics: dict[str, float],
     images: list[Path],
     hub_model_id: str | None,
-    paper: dict[str, str],
     command: str | None,
 ) -> ModelCard:
     """
@@ -294,7 +122,9 @@ def write_model_card(
 
     Args:
         path (`str` or `Path`): Where the card goes, `<output folder>/README.md`.
-        trainer_name (`str`): Which card: that of a method that trains a policy, such as `"TAPO"`, or that of a reward model.
+        method ([`MethodCard`]): What it says about the method.
+        template_file (`str`): Template of the card, in `runs/templates`.
+        reward_model (`type`, *optional*): Class of the reward model, if one was trained.
         base_model (`str`, *optional*): Hub id or folder of the pipeline that was trained.
         model_name (`str`): Title of the card.
         dataset_name (`str`, *optional*): Hub id or path of the training data.
@@ -303,13 +133,12 @@ def write_model_card(
         modality (`"image"` or `"video"`): What the pipeline makes.
         fps (`int`, *optional*): Frames per second, for video.
         is_lora (`bool`): Whether LoRA weights were trained, or the transformer itself.
-        tags (`list[str]`): Tags beside those that every such model has.
+        tags (`list[str]`): Tags beside those of the method and those that every such model has.
         license (`str`, *optional*): Licence; by default that of the base model, if it is known.
         method_table (`dict[str, Any]`): Options of the training, for a table.
         metrics (`dict[str, float]`): Last logged values, for a table.
         images (`list[Path]`): Images (strips of frames for video) in the folder of the card, for a gallery.
         hub_model_id (`str`, *optional*): Repository of the trained model, for the code example.
-        paper (`dict[str, str]`): `title` and `citation` (BibTeX) of the paper.
         command (`str`, *optional*): Command that started the training.
 
     Returns:
@@ -322,10 +151,9 @@ def write_model_card(
     if license is None and base_on_hub:
         license, license_name = base_license(base_model) or (license, license_name)
 
-    kind, template = _KINDS[trainer_name]
-    is_policy = "reward-model" not in kind
-    if is_policy and is_lora:
-        kind = [*kind, "lora", "template:sd-lora"]
+    is_policy = reward_model is None
+    lora_tags = ["lora", "template:sd-lora"] if is_lora else []
+    own_tags = [*method.tags, *(lora_tags if is_policy else ["reward-model"])]
     task = f"text-to-{modality}"
     card_data = ModelCardData(
         base_model=base_model if base_on_hub else None,
@@ -337,7 +165,7 @@ def write_model_card(
         metrics=sorted(map(_one_line, metrics)) or None,
         model_name=_one_line(model_name),
         pipeline_tag=task if is_policy else None,
-        tags=list(dict.fromkeys(["trl", *kind, task, "diffusers", "diffusers-training", *map(_one_line, tags)])),
+        tags=list(dict.fromkeys(["trl", *own_tags, task, "diffusers", "diffusers-training", *map(_one_line, tags)])),
         widget=_gallery(images, path.parent) or None,
     )
     if base_on_hub:
@@ -352,17 +180,16 @@ def write_model_card(
 
     card = ModelCard.from_template(
         card_data,
-        template_path=str(resources.files("tapo_trl").joinpath("runs", "templates", template)),
-        trainer_name=trainer_name,
-        reward_class=_REWARD_CLASSES.get(trainer_name),
-        reward_kind=kind[0],
+        template_path=str(resources.files("tapo_trl").joinpath("runs", "templates", template_file)),
+        method=method,
+        reward_model=reward_model,
+        reads_pixels=not is_policy and reward_model.scores_x0_prediction,
         model_name=_one_line(model_name),
         base_model_link=base_link,
         base_model_argument=_in_code(base_model if base_on_hub else f"path/to/{base_name}"),
         model_argument=_in_code(hub_model_id or f"path/to/{model_name}"),
         dataset_name=dataset_name,
         dataset_link=data_link,
-        learns_from_pairs=trainer_name in DIFFUSION_DPO_NAMES.values(),
         is_lora=is_lora,
         is_video=modality == "video",
         fps=fps,
@@ -373,9 +200,41 @@ def write_model_card(
         metrics={_in_table(name): _in_table(value) for name, value in metrics.items()},
         command=public_command(command) if command else None,
         versions={"tapo_trl": __version__, **{package: version(package) for package in packages}},
-        paper_citation=paper["citation"],
-        trl_citation=TRL_CITATION,
+        paper_citation=citation(method.paper),
+        trl_citation=citation("vonwerra2020trl"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     card.save(path)
     return card
+
+
+def write_card_of(
+    trainer: "DiffusionTrainer", model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
+) -> None:
+    """Write the card of a trainer into its output folder, see [`~trainer.base.DiffusionTrainer.create_model_card`]."""
+    args, policy = trainer.args, trainer.policy
+    folder, hub_model_id = Path(args.output_dir), trainer.hub_model_id or args.hub_model_id
+    metrics = {}
+    for logs in trainer.state.log_history:
+        metrics |= {name: value for name, value in logs.items() if name.startswith(trainer._card_metrics)}
+    write_model_card(
+        folder / "README.md",
+        method=trainer.method_card,
+        template_file=trainer._template_file,
+        reward_model=trainer._reward_model_class,
+        base_model=trainer._base_model_name,
+        model_name=model_name or (hub_model_id or folder.resolve().name).split("/")[-1],
+        dataset_name=dataset_name or trainer.dataset_name,
+        pipeline_class=type(policy.pipeline).__name__,
+        transformer_class=policy.pipeline.config["transformer"][1],  # FSDP changes that of the object
+        modality=policy.modality,
+        fps=args.fps if policy.modality == "video" else None,
+        is_lora=is_peft_model(trainer.accelerator.unwrap_model(trainer.model)),
+        tags=[tags] if isinstance(tags, str) else tags or [],
+        license=None,
+        method_table=trainer._method_table(),
+        metrics=metrics,
+        images=sorted(folder.glob("samples/*.png"))[-4:],
+        hub_model_id=hub_model_id,
+        command=current_command(),
+    )

@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What happens when a reward, a loss or a gradient is not finite: the update is skipped, and soon the run stops."""
+"""NaN and Inf in a reward, a loss or a gradient: the update is skipped, and after several of them the run stops."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 
 if TYPE_CHECKING:
-    from ..trainer.base import DiffusionTrainerMixin
+    from ..trainer.base import DiffusionTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -57,13 +57,13 @@ class NonFiniteGuard(TrainerCallback):
     overflow while all losses are finite belong to the search for a loss scale, and do not count.
 
     Args:
-        trainer ([`DiffusionTrainerMixin`]): the trainer.
+        trainer ([`DiffusionTrainer`]): the trainer.
         stop_every_n_steps (`int`, *optional*, defaults to `1`):
             Stop only after steps that are a multiple of it, when rollouts that are used several times are used up: the
             resumed run makes new ones.
     """
 
-    def __init__(self, trainer: "DiffusionTrainerMixin", stop_every_n_steps: int = 1):
+    def __init__(self, trainer: "DiffusionTrainer", stop_every_n_steps: int = 1):
         self.trainer = trainer
         self.stop_every_n_steps = stop_every_n_steps
         self.grad_norm: torch.Tensor | float | None = None

@@ -1,11 +1,12 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What both trainers share: the paper, the model card, and checks that come before any work."""
+"""Base class of all trainers: [`DiffusionTrainer`]."""
 
-import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,145 +14,271 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from huggingface_hub.constants import HF_HOME
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitInfo
+from peft import PeftConfig
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.base_trainer import _BaseTrainer
 
+from ..callbacks.base import PolicyCallback
 from ..data.prompts import PromptCache
-from ..field_types import check_folder_name
-from ..policies import FlowPolicy
-from ..policies.loading import pop_dtype
-from ..runs.checkpoints import SealCallback, SealedCheckpointsMixin
-from ..runs.hub import HubPushMixin
+from ..method_card import MethodCard
+from ..moved import moved_names
+from ..policies import FlowPolicy, load_policy
+from ..policies.lora import check_no_adapter, check_peft_config
+from ..policies.sampling import eval_mode, generate_samples
+from ..policies.saving import TRANSFORMER_FOLDER, save_policy
+from ..rewards import StepRewardModel
+from ..runs.checkpoints import Checkpoints
+from ..runs.hub import HubUploads
 from ..runs.interruption import GracefulStopCallback, start_data_worker
-from ..runs.model_card import current_command, write_model_card
+from ..runs.launch_checks import check_dynamo_backend, check_launch
+from ..runs.model_card import write_card_of
 from ..runs.nonfinite import NonFiniteGuard
-from ..runs.option_checks import check_optimizer, check_without_effect
+from ..runs.option_checks import autocast_dtype, check_optimizer, check_precision, check_run
+from .policy_setup import (
+    check_start,
+    fill_in_sizes,
+    make_trainable,
+    policy_init_kwargs,
+    release_text_encoders,
+    set_vae_options,
+    whole_weights,
+)
 
 
-class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
+Splits = Dataset | dict[str, Dataset] | None
+# Options that every card shows
+COMMON_OPTIONS = ("height", "width", "num_frames", "learning_rate", "num_train_epochs", "max_steps")
+
+
+class DiffusionTrainer(_BaseTrainer):
     """
-    Put before a TRL trainer, it replaces what only fits language models, the model card and the telemetry, and makes runs
+    Base class of all trainers. It loads and checks models and data, logs, draws samples, writes model cards, and makes runs
     safe to stop at any time.
 
-    A trainer says what its card shows in `_base_model_name`, `_method_table` and `_card_metrics`.
+    `__init__` calls hooks in this order, of which a subclass has its own: `_check_options` and `_check_datasets` before
+    anything is loaded, `_load_policy`, `_build_network`, `_encode_datasets`, and `_set_up` when the accelerator is known.
+
+    The arguments are those of [`DiffusionDPOTrainer`].
+
+    Attributes:
+        policy ([`FlowPolicy`]): the model's family.
+        ref_model (`torch.nn.Module`, *optional*): frozen copy that is the reference in full fine-tuning.
+        hub ([`~runs.hub.HubUploads`]): uploads of the run.
+        checkpoints ([`~runs.checkpoints.Checkpoints`]): checkpoints of the run.
     """
 
-    _paper = {
-        "title": "Consistent Noisy Latent Rewards for Trajectory Preference Optimization in Diffusion Models",
-        "citation": (
-            "@inproceedings{xian2026consistent,\n"
-            "    title     = {{Consistent Noisy Latent Rewards for Trajectory Preference Optimization in Diffusion "
-            "Models}},\n"
-            "    author    = {Xian, Xiaole and He, Xilin and Chen, Wenting and Liu, Wenshuang and Mu, Wenqi and He, "
-            "Yancheng and Li, Liang and Zhang, Yi and Yue, Xiangyu},\n"
-            "    year      = {2026},\n"
-            "}"
-        ),
-    }
+    loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
+    config_class: type[TrainingArguments]
     dataset_name: str | None = None  # for every card of the run
+    ref_model: torch.nn.Module | None = None
+    has_stochastic_steps = False  # whether it is trained on `step_indices` of the sampler
+    _collator: Callable  # rows of the dataset to a batch
+    _compute_metrics: Callable[[EvalPrediction], dict] | None = None
     _was_trained = False  # by an earlier call of `train`, which starts to count steps anew
-    _card_metrics: tuple[str, ...]
-    policy: FlowPolicy
-    prompt_cache: PromptCache
+    _updates_per_batch = 1
+    _resumed_from: str | None = None
+    method_card: MethodCard  # of the method that is the default, until the options are known
+    _template_file = "tapo_model_card.md"
+    _reward_model_class: type[StepRewardModel] | None = None  # what is trained, if it is one
+    _card_metrics: tuple[str, ...]  # what the names of metrics start with that the card shows
+    _card_options: tuple[str, ...]
 
-    @property
-    @abstractmethod
-    def _base_model_name(self) -> str:
-        """Hub id or folder of the pipeline that is trained."""
-
-    @abstractmethod
-    def _method_table(self) -> dict[str, Any]:
-        """Options of the training, for the card's table."""
-
-    @property
-    def _card_method(self) -> tuple[str, list[str], dict[str, str]]:
-        """Name of the method, its tags and its paper, for the card."""
-        return self._name, self._tag_names, self._paper
-
-    def create_model_card(
+    def __init__(
         self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """
-        Write the model card `README.md` into the output folder.
+        model: str | DiffusionPipeline | FlowPolicy,
+        args: TrainingArguments | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Splits = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            args = self.config_class(f"{Path(model).name if isinstance(model, str) else 'policy'}-{self._name}")
+        callbacks = list(callbacks or [])
 
-        Args:
-            model_name (`str`, *optional*): name of the model. Defaults to the Hub id's or the folder's.
-            dataset_name (`str`, *optional*): name of the dataset. Defaults to `self.dataset_name`.
-            tags (`str` or `list[str]`, *optional*): further tags.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder, hub_model_id = Path(self.args.output_dir), self.hub_model_id or self.args.hub_model_id
-        name, method_tags, paper = self._card_method
-        metrics = {}
-        for logs in self.state.log_history:
-            metrics |= {name: value for name, value in logs.items() if name.startswith(self._card_metrics)}
-        write_model_card(
-            folder / "README.md",
-            trainer_name=name,
-            base_model=self._base_model_name,
-            model_name=model_name or (hub_model_id or folder.resolve().name).split("/")[-1],
-            dataset_name=dataset_name or self.dataset_name,
-            pipeline_class=type(self.policy.pipeline).__name__,
-            transformer_class=self.policy.pipeline.config["transformer"][1],  # FSDP changes that of the object
-            modality=self.policy.modality,
-            fps=self.args.fps if self.policy.modality == "video" else None,
-            is_lora=is_peft_model(self.accelerator.unwrap_model(self.model)),
-            tags=[*method_tags, *([tags] if isinstance(tags, str) else tags or [])],
-            license=None,
-            method_table=self._method_table(),
-            metrics=metrics,
-            images=sorted(folder.glob("samples/*.png"))[-4:],
-            hub_model_id=hub_model_id,
-            paper=paper,
-            command=current_command(),
+        # Everything that can be wrong and is cheap to find out
+        check_run(args, model, type(self).__name__)
+        self._check_options(args, peft_config)
+        for callback in callbacks:
+            self._check_callback(callback)
+        train_dataset, eval_dataset = self._check_datasets(args, train_dataset, eval_dataset)
+        check_launch(args, len(train_dataset))
+
+        # Networks
+        with whole_weights(args):
+            self.policy = self._load_policy(model, args, peft_config)
+        check_precision(args, self.policy)
+        check_no_adapter(self.policy)
+        self.latent_shape = fill_in_sizes(args, self.policy)
+        network = self._build_network(args, peft_config)
+
+        # Data: prompts and pixels are encoded once, then the text encoders leave the accelerator
+        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, autocast_dtype(args))
+        prompts = [prompt for cb in callbacks if isinstance(cb, PolicyCallback) for prompt in cb.prompts]
+        train_dataset, eval_dataset = self._encode_datasets(args, train_dataset, eval_dataset, prompts)
+        self._release_encoders(model, args)
+
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self.hub, self.checkpoints = HubUploads(args), Checkpoints(args)
+        _BaseTrainer.__init__(  # also where `RewardTrainer`, whose own is for language models, comes in between
+            self,
+            model=network,
+            args=args,
+            data_collator=self._collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=self._compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
         )
+        self.can_return_loss = True
+        self._set_up()
+        for callback in callbacks:
+            if isinstance(callback, PolicyCallback):
+                callback.attach(self)
+        check_optimizer(self.optimizer, self.model)
+        self.nonfinite_guard = NonFiniteGuard(self, self._updates_per_batch)
+        for callback in (self.nonfinite_guard, GracefulStopCallback(), self.checkpoints):  # the last ones
+            self.add_callback(callback)
 
-    def _encode_prompts(self, prompts: list[str]) -> None:
-        """Encode prompts that are new since the start, if the text encoders are still there."""
-        with self.args.main_process_first(desc="encoding prompts"):
-            missing = self.prompt_cache.missing(prompts)
-            if not missing:
-                return
-            if not self.policy.has_text_encoders:
-                raise ValueError(
-                    f"The prompt {missing[0]!r} (one of {len(missing)}) was not encoded at the start, and the text encoders have "
-                    "left the memory since. Give its dataset to the trainer as `eval_dataset`, of which a `dict` may hold "
-                    "several; or pass a loaded pipeline as `model`, whose text encoders stay."
-                )
-            self.policy.move_text_encoders(self.args.device)
-            self.prompt_cache.encode(missing)
-            self.policy.move_text_encoders("cpu")
+    # What a subclass makes of `__init__`
+
+    def _check_options(self, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
+        """Refuse what cannot work."""
+        check_peft_config(peft_config)
+        check_dynamo_backend()
+
+    def _check_callback(self, callback: TrainerCallback) -> None:
+        """Refuse a callback that has nothing to act on."""
+
+    @abstractmethod
+    def _check_datasets(
+        self, args: TrainingArguments, train_dataset: Dataset | None, eval_dataset: Splits
+    ) -> tuple[Dataset, Splits]:
+        """Datasets whose columns are right. Nothing is encoded yet."""
+
+    def _load_policy(self, model: Any, args: TrainingArguments, peft_config: PeftConfig | None) -> FlowPolicy:
+        """The policy, or the base model of what is trained."""
+        return load_policy(model, **policy_init_kwargs(args, peft_config))
+
+    def _build_network(self, args: TrainingArguments, peft_config: PeftConfig | None) -> torch.nn.Module:
+        """The network to train. That of the policy, beside which `self.ref_model` is set, by default."""
+        network, self.ref_model = make_trainable(self.policy, args, peft_config)
+        return network
+
+    @abstractmethod
+    def _encode_datasets(
+        self, args: TrainingArguments, train_dataset: Dataset, eval_dataset: Splits, prompts: list[str]
+    ) -> tuple[Dataset, Splits]:
+        """Encode the datasets, and further `prompts`, on `args.device`."""
+
+    def _release_encoders(self, model: Any, args: TrainingArguments) -> None:
+        release_text_encoders(model, self.policy)
+
+    def _set_up(self) -> None:
+        """Bring what is frozen to the accelerator: here the VAE, and the reference if it is a copy."""
+        self.policy.vae.to(self.accelerator.device).requires_grad_(False)
+        set_vae_options(self.policy, self.args)
+        if self.ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+
+    # The policy and its reference
+
+    @contextmanager
+    def reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """The reference network: `model` with its adapter disabled, or the frozen copy."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with self.accelerator.unwrap_model(model).disable_adapter():
+                yield model
 
     @property
     def _is_untrained(self) -> bool:
         """Whether the model is as it was before the first update of the first run."""
         return self.model.training and self.state.global_step == 0 and not self._was_trained
 
-    def _add_run_callbacks(self, stop_every_n_steps: int = 1) -> None:
+    def _check_start(self, margins: torch.Tensor) -> None:
+        """Check the rewards' margins of pairs, see [`check_start`], before the first update."""
+        if self.args.self_check and self._is_untrained:
+            check_start(margins)
+
+    def generate(
+        self,
+        prompts: list[str],
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        batch_size: int | None = None,
+    ) -> torch.Tensor:
         """
-        The last callbacks of the list: a checkpoint is sealed when all others have written into it. Called at the end of
-        `__init__`.
+        Images or videos of the current policy, by deterministic sampling.
+
+        Args:
+            prompts (`list[str]`): prompts that were encoded at the start (of the datasets or of a callback).
+            seed (`int`, *optional*, defaults to `0`): prompt i starts from the noise of `seed + i`.
+            num_inference_steps (`int`, *optional*): defaults to the configuration's.
+            guidance_scale (`float`, *optional*): defaults to the configuration's.
+            batch_size (`int`, *optional*): prompts at once. Defaults to `per_device_eval_batch_size`.
+
+        Returns:
+            `torch.Tensor` of shape `(len(prompts), 3, height, width)`, or `(len(prompts), 3, num_frames, height, width)`
+            for a video policy: in [0, 1], float32, on the CPU.
         """
-        check_optimizer(self.optimizer, self.model)
-        self.nonfinite_guard = NonFiniteGuard(self, stop_every_n_steps)
-        self.add_callback(self.nonfinite_guard)
-        self.add_callback(GracefulStopCallback())
-        self.add_callback(SealCallback(self))
+        args, device = self.args, self.accelerator.device
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        with eval_mode(self.model), self.accelerator.autocast():
+            return generate_samples(
+                self.policy,
+                self.model,
+                prompts,
+                lambda batch: self.prompt_cache.load(batch).to(device),
+                args.negative_prompt,
+                latent_shape=self.latent_shape,
+                num_inference_steps=num_inference_steps or args.num_inference_steps,
+                guidance_scale=args.guidance_scale if guidance_scale is None else guidance_scale,
+                seed=seed,
+                batch_size=batch_size or args.per_device_eval_batch_size,
+            )
+
+    # Training and evaluation
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
+        """
+        Train, or go on.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Folder of a checkpoint, or `True` for the last whole one of `args.output_dir`; without any, the run starts from
+                the beginning, so that a job that is restarted by a scheduler needs no other command. `False` always does.
+                Defaults to `args.resume_from_checkpoint`.
+            kwargs: further arguments of [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: if the folder is no whole checkpoint, or if a start would overwrite checkpoints of an earlier run.
+        """
+        checkpoint = self.checkpoints.to_resume(resume_from_checkpoint, has_started=self.state.global_step > 0)
+        self._resumed_from = None if checkpoint is None else str(checkpoint)
+        if checkpoint is not None:
+            self._load_training_state(checkpoint)
         try:
-            output = super().train(resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
         finally:  # also of a run that was interrupted, after which one may go on
             self._was_trained = self._was_trained or self.state.global_step > 0
         self.nonfinite_guard.raise_if_over()
         return output
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # `Trainer` would make one more step of a complete run
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _get_dataloader(self, *args, **kwargs) -> DataLoader:
         dataloader = super()._get_dataloader(*args, **kwargs)
@@ -159,9 +286,9 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
         dataloader.worker_init_fn = dataloader.base_dataloader.worker_init_fn = start
         return dataloader
 
-    @abstractmethod
-    def _pop_metrics(self, mode: str) -> dict[str, float]:
-        """Means of what was recorded since the last call, of `"train"` or `"eval"`."""
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        self.nonfinite_guard.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.nonfinite_guard.grad_norm
 
     def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
         splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
@@ -183,131 +310,140 @@ class DiffusionTrainerMixin(HubPushMixin, SealedCheckpointsMixin):
 
     def _num_real_rows(self, num_rows: int) -> int:
         """
-        How many of this process's `num_rows` rows of an evaluation batch are no repetition: with several processes the
-        last batch is filled up with the first rows, so that all make the same forwards. They come last.
+        How many of this process's `num_rows` rows of an evaluation batch are not padding: with several processes the last
+        batch is filled up with the first rows, so that all make the same forwards. They come last.
         """
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder < 1:
             return num_rows
         return max(0, min(num_rows, state.remainder - self.accelerator.process_index * num_rows))
 
-    def _mean_of_real_rows(self, losses: torch.Tensor) -> torch.Tensor:
-        """Mean of losses of shape `(num_rows,)` over the rows that are no repetition; `Trainer` drops one of none."""
-        return losses[: self._num_real_rows(len(losses)) or None].mean()
+    # Logs
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        self.nonfinite_guard.grad_norm = super()._get_grad_norm(model, grad_norm)
-        return self.nonfinite_guard.grad_norm
+    def _record(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Keep `metrics` for the next call of `log`, which logs their means."""
+        for name, values in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(values)
+
+    def _pop_metrics(self, mode: str, only: str | None = None) -> dict[str, float]:
+        """Means of what was recorded since the last call, of `"train"` or `"eval"`, over all processes."""
+        names = [name for name in sorted(self._metrics[mode]) if only in (None, name)]
+        if not names:
+            return {}
+        values = [torch.cat([v.flatten().float() for v in self._metrics[mode].pop(name)]) for name in names]
+        totals = torch.stack([torch.stack([v.sum(), torch.full_like(v.sum(), len(v))]) for v in values])
+        sums, counts = self.accelerator.reduce(totals, reduction="sum").T.tolist()
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" in logs:
             logs["skipped_updates"] = self.nonfinite_guard.pop_skipped()
+        if self.model.training:
+            logs.update(self._pop_metrics("train"))
         super().log(logs, start_time)
 
     def _send_telemetry(self) -> None:
         """None is sent: TRL's reads fields that only language models have."""
 
+    # Saving and loading
 
-def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
-    """The half precision that a configuration asks for, `None` if it asks for none."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir if output_dir is not None else self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(model):  # without what else `Trainer` saves: its arguments, as a pickle
+            model.save_pretrained(str(output_dir), state_dict=state_dict)
+        save_policy(output_dir, self.policy, model, state_dict)
+        self.create_model_card()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint) / TRANSFORMER_FOLDER
+        if not folder.is_dir() or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
 
-def check_precision(
-    args: TrainingArguments, policy: FlowPolicy | None = None, torch_dtype: torch.dtype | str | None = None
-) -> None:
-    """
-    Check that no network is in another half precision than that of `args`: autocast cannot mix them.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]): the configuration, with `model_init_kwargs`.
-        policy ([`FlowPolicy`], *optional*): what was loaded. Without it, only what is asked for is looked at.
-        torch_dtype (`torch.dtype` or `str`, *optional*): what is asked for where `args` says nothing.
-
-    Raises:
-        ValueError: if one is. The VAE may be, for it computes outside of autocast.
-    """
-    if policy is None:
-        kwargs = dict(args.model_init_kwargs or {})
-        name = "torch_dtype" if kwargs.get("dtype") is None else "dtype"
-        dtype = pop_dtype(kwargs)
-        asked = f"`{name}`" if dtype is None else f"`{name}` in `model_init_kwargs`"
-        dtype = dtype or torch_dtype
-        if isinstance(dtype, dict):
-            found = {f"`{part}` of {asked}": value for part, value in dtype.items() if part != "vae"}
+    def _load_best_model(self) -> None:
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if (Path(self.state.best_model_checkpoint) / TRANSFORMER_FOLDER).is_dir() and not is_sharded:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
-            found = {asked: dtype}
-    else:
-        names = [name for name in policy.text_encoder_names if policy.pipeline.components[name] is not None]
-        components = {name: policy.pipeline.components[name] for name in ("transformer", *names)}
-        found = {f"the `{name}` of `model`": component.dtype for name, component in components.items()}
-    own = autocast_dtype(args)
-    if own is None:
-        return
-    for name, dtype in found.items():
-        if dtype in (torch.bfloat16, torch.float16) and dtype != own:
-            raise ValueError(
-                f"`{'bf16' if args.bf16 else 'fp16'}=True` computes in {own}, but {name} is {str(dtype).removeprefix('torch.')}, "
-                f"which cannot be mixed with it: load `model` in {str(own).removeprefix('torch.')} or float32, or set "
-                + ("`fp16=True` and `bf16=False`." if args.bf16 else "`bf16=True` and `fp16=False`.")
-            )
+            super()._load_best_model()
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.create_model_card()
+        with self.checkpoints.writing(self.state.global_step) as folder:
+            Trainer._save_checkpoint(self, model, trial)  # TRL's would write its own card
+            self._save_training_state(folder)
+
+    def _save_training_state(self, folder: Path) -> None:
+        """Write what else it takes to go on exactly, on every process."""
+
+    def _load_training_state(self, folder: Path) -> None:
+        """Read what `_save_training_state` wrote."""
+
+    # Model card and Hub
+
+    @property
+    def _base_model_name(self) -> str:
+        """Hub id or folder of the pipeline that is trained."""
+        return self.policy.name_or_path
+
+    def _method_table(self) -> dict[str, Any]:
+        """Options of the training, for the card's table."""
+        options = {name: getattr(self.args, name) for name in (*self._card_options, *COMMON_OPTIONS)}
+        return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def _name(self) -> str:
+        return self.method_card.name
+
+    @property
+    def _tag_names(self) -> list[str]:
+        return ["trl", *self.method_card.tags]
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the model card `README.md` into the output folder.
+
+        Args:
+            model_name (`str`, *optional*): name of the model. Defaults to the Hub id's or the folder's.
+            dataset_name (`str`, *optional*): name of the dataset. Defaults to `self.dataset_name`.
+            tags (`str` or `list[str]`, *optional*): further tags.
+        """
+        if self.is_world_process_zero():
+            write_card_of(self, model_name, dataset_name, tags)
+
+    @property
+    def hub_model_id(self) -> str | None:
+        """Repository of the run on the Hub, once it is known to exist."""
+        return self.hub.repo_id
+
+    @hub_model_id.setter
+    def hub_model_id(self, repo_id: str | None) -> None:
+        self.hub.repo_id = repo_id
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if self.is_world_process_zero():
+            self.hub.open(token, private)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.hub.push_checkpoint(self, Path(checkpoint_folder))
+
+    def _finish_current_push(self) -> None:
+        self.hub.wait()
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ) -> CommitInfo | Future | None:
+        """Save the model and upload it with its card and samples, see [`~runs.hub.HubUploads.push`]."""
+        return self.hub.push(self, commit_message, blocking, token, revision, private, **kwargs)
 
 
-def release_text_encoders(model: Any, policy: FlowPolicy) -> None:
-    """Drop the text encoders of a `model` that was loaded by name; those of a user's object wait on the CPU."""
-    if isinstance(model, str):
-        policy.unload_text_encoders()
-    else:
-        policy.move_text_encoders("cpu")
-
-
-def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...]:
-    """Put what `args` leaves to `resolution` and to the policy's family into it, and return the shape of one latent."""
-    if policy.modality == "image":
-        check_without_effect(args, ["fps"], "because `model` makes images")
-    args.height, args.width = args.height or args.resolution, args.width or args.resolution
-    if args.max_sequence_length is None:
-        args.max_sequence_length = policy.max_sequence_length
-    return policy.latent_shape(args.height, args.width, args.num_frames)
-
-
-def check_folders(args: TrainingArguments) -> None:
-    """[`check_writable`] of the folders that a run writes to."""
-    check_writable(args.output_dir)
-    check_writable(args.cache_dir or Path(HF_HOME) / "tapo_trl", "cache_dir")
-
-
-def check_writable(folder: str | Path, option: str = "output_dir") -> None:
-    """Make the folder that an option names, or say why it can't be written to."""
-    check_folder_name(folder, option)
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"`{option}={folder}` cannot be created: {error}.") from error
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"`{option}={folder}` is not writable.")
-
-
-@contextmanager
-def whole_weights(args: TrainingArguments) -> Iterator[None]:
-    """
-    Inside, models are loaded whole on every process. Under ZeRO-3 Transformers would split them over the processes right
-    away, also those that no engine ever puts together again, such as text encoders.
-    """
-    if args.deepspeed_plugin is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(args.deepspeed_plugin.hf_ds_config)
-
-
-def check_no_data_parallel(args: TrainingArguments, trainer: str) -> None:
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"`{trainer}` does not run under `torch.nn.DataParallel`. Start it with `accelerate launch`, or show it a "
-            "single GPU with `CUDA_VISIBLE_DEVICES`."
-        )
+__getattr__ = moved_names(__name__)

@@ -2,48 +2,62 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from transformers import TrainerCallback
-from trl.trainer.base_trainer import _BaseTrainer
 
-from ..callbacks.base import PolicyCallback
 from ..callbacks.reward_guard import RewardHackingGuardCallback
 from ..data.inversions import InversionCache
-from ..data.preferences import TIE, PreferencePairCollator
+from ..data.preferences import TIE
 from ..losses import diffusion_dpo_loss, velocity_error_change
+from ..method_card import MethodCard
 from ..metrics.pair_scores import evaluation_noise
-from ..policies import FlowPolicy, load_policy
-from ..policies.lora import check_no_adapter, check_peft_config
-from ..runs.hub import check_hub_strategy
-from ..runs.launch_checks import check_launch
-from ..runs.model_card import DIFFUSION_DPO_NAMES, DIFFUSION_DPO_OPTIONS, DIFFUSION_DPO_PAPERS
-from ..runs.option_checks import check_arguments_of_trainer
+from ..runs.option_checks import autocast_dtype
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from ..seeding import seeded_generator
-from .base import (
-    DiffusionTrainerMixin,
-    autocast_dtype,
-    check_folders,
-    check_no_data_parallel,
-    check_precision,
-    fill_in_sizes,
-    release_text_encoders,
-    whole_weights,
-)
+from .base import Splits
 from .diffusion_dpo_config import DiffusionDPOConfig
-from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
-from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
+from .preference_trainer import PreferenceTrainer, describe_loss
 
 
-class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrainerMixin, _BaseTrainer):
+VARIANT_CARDS = {
+    "diffusion_dpo": MethodCard(
+        name="Diffusion-DPO",
+        tags=("diffusion-dpo",),
+        paper="wallace2024diffusion",
+        title="**Diffusion-DPO**",
+        text="Both sides of a preference pair are brought to a noise level. The policy is trained to predict the velocity of the "
+        "preferred side better than the base model does, and that of the other side worse.",
+        from_pairs=True,
+    ),
+    "inversion_dpo": MethodCard(
+        name="Inversion-DPO",
+        tags=("diffusion-dpo", "inversion-dpo"),
+        paper="li2025inversion",
+        title="**Diffusion-DPO** in its variant **Inversion-DPO**",
+        text="Both sides of a preference pair are brought to noise by inverting the sampler, with the velocity of the base model. "
+        "The policy is trained to predict the velocity along the way of the preferred side better than the base model does, "
+        "and that of the other side worse.",
+        from_pairs=True,
+    ),
+    "dense_reward": MethodCard(
+        name="DenseReward",
+        tags=("diffusion-dpo", "dense-reward"),
+        paper="yang2024dense",
+        title="**Diffusion-DPO** in its variant **DenseReward**",
+        text="Both sides of a preference pair are brought to noise levels that are the likelier the earlier they come in sampling. "
+        "The policy is trained to predict the velocity of the preferred side better than the base model does, and that of the "
+        "other side worse.",
+        from_pairs=True,
+    ),
+}
+
+
+class DiffusionDPOTrainer(PreferenceTrainer):
     r"""
     Trainer for Diffusion-DPO, which aligns a flow-matching policy with pairs that were collected beforehand.
 
@@ -87,51 +101,33 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
             fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
     """
 
-    loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
-    _tag_names = ["trl", "diffusion-dpo"]
-    _name = "Diffusion-DPO"
+    config_class = DiffusionDPOConfig
+    method_card = VARIANT_CARDS["diffusion_dpo"]
     _card_metrics = ("rewards/", "error/", "eval_")
-    _card_options = DIFFUSION_DPO_OPTIONS
+    _card_options = (
+        "variant",
+        "beta",
+        "label_smoothing",
+        "timestep_sampling",
+        "gamma",
+        "num_inference_steps",
+        "dimension_weights",
+    )
 
-    def __init__(
-        self,
-        model: str | DiffusionPipeline | FlowPolicy,
-        args: DiffusionDPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        peft_config: PeftConfig | None = None,
-    ):
-        if args is None:
-            args = DiffusionDPOConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-Diffusion-DPO")
-        self._name = DIFFUSION_DPO_NAMES[args.variant]
-        self._paper = DIFFUSION_DPO_PAPERS[args.variant]
+    def _check_options(self, args: DiffusionDPOConfig, peft_config: PeftConfig | None) -> None:
+        super()._check_options(args, peft_config)
+        self.method_card = VARIANT_CARDS[args.variant]
 
-        # Everything that can be wrong and is cheap to find out
-        check_folders(args)
-        check_no_data_parallel(args, "DiffusionDPOTrainer")
-        check_hub_strategy(args)
-        check_arguments_of_trainer(args, model)
-        check_precision(args)
-        check_peft_config(peft_config)
-        check_preference_splits(train_dataset, eval_dataset, args)
-        check_launch(args, len(train_dataset))
-        callbacks = list(callbacks or [])
-        if any(isinstance(callback, RewardHackingGuardCallback) for callback in callbacks):
+    def _check_callback(self, callback: TrainerCallback) -> None:
+        if isinstance(callback, RewardHackingGuardCallback):
             raise ValueError(
                 "`RewardHackingGuardCallback` compares a held-out reward with the training reward, which Diffusion-DPO does "
                 "not have. Watch samples with `SampleGridCallback`, or held-out pairs with `eval_dataset`."
             )
 
-        # Policy
-        with whole_weights(args):
-            self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
-        check_precision(args, self.policy)
-        check_no_adapter(self.policy)
-        self.latent_shape = fill_in_sizes(args, self.policy)
+    def _build_network(self, args: DiffusionDPOConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
         self.inversion_cache = None
-        if args.cache_inversions:
+        if args.cache_inversions:  # by the weights of the reference, which are those of the policy for now
             precision = autocast_dtype(args)
             self.inversion_cache = InversionCache(
                 self.policy,
@@ -141,40 +137,23 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
                 max_sequence_length=args.max_sequence_length,
                 embeds_dtype=precision,
             )
-        transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
+        return super()._build_network(args, peft_config)
 
-        # Data: prompts and pixels are encoded once, then the text encoders leave the accelerator
-        train_dataset, eval_dataset = self._prepare_splits(train_dataset, eval_dataset, args)
-        prompts = [prompt for cb in callbacks if isinstance(cb, PolicyCallback) for prompt in cb.prompts]
-        with args.main_process_first(desc="encoding prompts"):
-            self.prompt_cache.encode([args.negative_prompt, *prompts])
-        release_text_encoders(model, self.policy)
+    def _encode_datasets(
+        self, args: DiffusionDPOConfig, train_dataset: Dataset, eval_dataset: Splits, prompts: list[str]
+    ) -> tuple[Dataset, Splits]:
+        return super()._encode_datasets(args, train_dataset, eval_dataset, [args.negative_prompt, *prompts])
 
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        super().__init__(
-            model=transformer,
-            args=args,
-            data_collator=PreferencePairCollator(),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self.can_return_loss = True
-        self._place_frozen_models()
-
-        # Noise levels of the training, from noise to data, and how likely each is
+    def _set_up(self) -> None:
+        """Noise levels of the training, from noise to data, and how likely each is."""
+        super()._set_up()
+        args = self.args
         scheduler = self.policy.build_scheduler(args.num_inference_steps, self.latent_shape)
         self.sigmas = training_sigmas(scheduler) if args.variant == "diffusion_dpo" else scheduler.sigmas[:-1]
         gamma = args.gamma if args.variant == "dense_reward" else 1.0
         self.step_probabilities = torch.softmax(torch.arange(len(self.sigmas)) * math.log(gamma), dim=0)
         nearest = {(self.sigmas - sigma).abs().argmin().item() for sigma in args.eval_sigmas}
         self.eval_steps = sorted(nearest)  # from the noise on, so that one inversion serves all
-
-        for callback in callbacks:
-            if isinstance(callback, PolicyCallback):
-                callback.attach(self)
-        self._add_run_callbacks()
 
     # Noisy latents
 
@@ -285,19 +264,11 @@ class DiffusionDPOTrainer(PolicyTrainerMixin, PreferenceDataMixin, DiffusionTrai
 
         error = (velocity.detach() - target).square().flatten(1).mean(1)
         metrics["error/chosen"], metrics["error/rejected"] = error.chunk(2)
-        self._record_pairs(metrics, labels, self.sigmas[steps[0]].item())
-        return losses, metrics
-
-    @torch.no_grad()
-    def _record_pairs(self, metrics: dict[str, torch.Tensor], labels: torch.Tensor, sigma: float) -> None:
-        """Record the metrics of each pair, of all processes. Accuracies leave ties out."""
-        table = torch.stack([labels, *metrics.values()], dim=1)
-        labels, *columns = self.accelerator.gather_for_metrics(table).unbind(dim=1)
-        metrics = dict(zip(metrics, columns, strict=True))
-        metrics["rewards/accuracies"] = metrics["rewards/accuracies"][labels != TIE]
+        by_level = {}
         if not self.model.training:
-            metrics[f"rewards/accuracies/sigma_{sigma:.2g}"] = metrics["rewards/accuracies"]
-        self._record({name: values for name, values in metrics.items() if len(values) > 0})
+            by_level[f"rewards/accuracies/sigma_{self.sigmas[steps[0]].item():.2g}"] = metrics["rewards/accuracies"]
+        self._record_pairs(metrics | by_level, labels)
+        return losses, metrics
 
     # Trainer hooks
 

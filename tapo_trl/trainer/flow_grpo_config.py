@@ -4,14 +4,14 @@
 from dataclasses import dataclass, field
 
 from ..schedulers import sde_step_indices
-from .rollout_config import RolloutConfig
+from .rollout_config import StochasticRolloutConfig
 
 
 SCALE_REWARDS = ("group", "batch", "none")
 
 
 @dataclass
-class FlowGRPOConfig(RolloutConfig):
+class FlowGRPOConfig(StochasticRolloutConfig):
     r"""
     Configuration class for the [`FlowGRPOTrainer`].
 
@@ -35,10 +35,6 @@ class FlowGRPOConfig(RolloutConfig):
             Number of stochastic steps n, which are trained on. All but the last one by default, as in Flow-GRPO.
         t_init (`int`, *optional*, defaults to `0`):
             Index of the first stochastic step, counted from the noise.
-        noise_level (`float`, *optional*, defaults to `0.7`):
-            Strength a of the noise of a stochastic step.
-        sde_type (`str`, *optional*, defaults to `"flow"`):
-            Noise law: `"flow"`, `"constant"` or `"cps"`, see [`FlowMatchSDEScheduler`].
 
         > Parameters that control the training
 
@@ -50,11 +46,6 @@ class FlowGRPOConfig(RolloutConfig):
         scale_rewards (`str`, *optional*, defaults to `"group"`):
             By which standard deviation advantages are divided: `"group"`, that of the prompt's own samples; `"batch"`, that of
             all samples of a micro-step on all processes; `"none"`, by none.
-        logprob_reduction (`str`, *optional*, defaults to `"mean"`):
-            Reduction of log-probabilities over the latent's dimensions, `"mean"` or `"sum"`.
-        self_check (`bool`, *optional*, defaults to `True`):
-            Whether a run first checks, before its first update, that the ratio is 1 up to rounding and, if there is a
-            reference, that the divergence from it is 0.
 
     > [!NOTE]
     > `num_inference_steps` defaults to `10` instead of the `20` of [`RolloutConfig`].
@@ -69,11 +60,6 @@ class FlowGRPOConfig(RolloutConfig):
         default=None, metadata={"help": "Number of stochastic steps n. All but the last one by default."}
     )
     t_init: int = field(default=0, metadata={"help": "Index of the first stochastic step."})
-    noise_level: float = field(default=0.7, metadata={"help": "Strength a of the noise of a stochastic step."})
-    sde_type: str = field(
-        default="flow",
-        metadata={"help": "Noise law of a stochastic step.", "choices": ["flow", "constant", "cps"]},
-    )
 
     # Parameters that control the training
     beta: float = field(
@@ -90,28 +76,18 @@ class FlowGRPOConfig(RolloutConfig):
             "choices": list(SCALE_REWARDS),
         },
     )
-    logprob_reduction: str = field(
-        default="mean",
-        metadata={"help": "Reduction of log-probabilities over the latent's dimensions.", "choices": ["mean", "sum"]},
-    )
-    self_check: bool = field(
-        default=True, metadata={"help": "Whether to check before the first update that the ratio is 1 up to rounding."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
 
         if self.num_generations < 2:
             raise ValueError(f"`num_generations` must be at least 2 to compare, got {self.num_generations}.")
-        if self.beta < 0:
-            raise ValueError(f"`beta` must not be negative, got {self.beta}.")
+        self.check_not_negative("beta")
         if not 0 < self.epsilon < 1:
             raise ValueError(f"`epsilon` must be in (0, 1), got {self.epsilon}.")
         if self.sync_ref_model and self.beta == 0:
             raise ValueError("`sync_ref_model=True` has no effect without a reference: set `beta` above 0.")
-        self.check_choices(
-            sde_type=("flow", "constant", "cps"), logprob_reduction=("mean", "sum"), scale_rewards=SCALE_REWARDS
-        )
+        self.check_choices(scale_rewards=SCALE_REWARDS)
         self.check_noise(self.step_indices)
 
     @property

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from ..losses import flow_grpo_loss, group_advantages
+from ..method_card import MethodCard
 from ..rollouts import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
 from ..rollouts.metrics import group_metrics
-from ..runs.model_card import FLOW_GRPO_OPTIONS, FLOW_GRPO_PAPER
 from ..schedulers import gaussian_kl
 from .flow_grpo_config import FlowGRPOConfig
 from .rollout_trainer import RolloutTrainer
@@ -38,38 +38,41 @@ class FlowGRPOTrainer(RolloutTrainer):
     ```
 
     Args:
-        model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
-            Hub id or folder of a pipeline, a pipeline, or a policy.
         reward_model (`str`, [`StepRewardModel`], `Callable` or a `list` of those):
-            - `str`: Hub id or folder of a [`StepRewardModel`], such as an [`SLRMModel`].
-            - [`StepRewardModel`]: scores the final latents, at noise level 0.
-            - `Callable`: `f(images, prompts, **columns) -> scores`, with images as a float tensor in [0, 1] of shape
-              `(N, 3, height, width)`, or `(N, 3, num_frames, height, width)` for video. It is applied to the decoded
-              samples.
-            - `list`: a weighted sum of them, see `args.reward_weights`.
+            As for [`TAPOTrainer`], but for the final samples: a reward model scores their latents, at noise level 0, and a
+            callable the decoded samples.
         args ([`FlowGRPOConfig`], *optional*):
             Configuration. Defaults to one with a folder named after the model.
-        train_dataset ([`~datasets.Dataset`], *optional*):
-            Prompts, in the column `prompt`. Other columns are passed to reward callables. Defaults to
-            `args.dataset_name`, else to the prompts that ship with the package.
-        eval_dataset ([`~datasets.Dataset`] or `dict` of those, *optional*):
-            Held-out prompts.
-        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
-            Callbacks. Those that are a [`PolicyCallback`] get the trainer and have their prompts encoded.
-        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and learning rate scheduler.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
-            fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
+
+    The others are those of [`TAPOTrainer`].
     """
 
     config_class = FlowGRPOConfig
+    rollout_class = TrajectoryGroups
+    has_stochastic_steps = True
+    method_card = MethodCard(
+        name="Flow-GRPO",
+        tags=("flow-grpo",),
+        paper="liu2025flow",
+        title="**Flow-GRPO**",
+        text="The policy draws a group of stochastic trajectories for every prompt, and a reward rates where they end. The steps "
+        "of those that are better than the mean of their group are made likelier, those of the others less likely, with a "
+        "penalty on the divergence from the base model.",
+    )
     _seed_name = "flow_grpo"
-    _tag_names = ["trl", "flow-grpo"]
-    _name = "Flow-GRPO"
-    _paper = FLOW_GRPO_PAPER
     _card_metrics = ("reward", "eval_", "kl")
-    _card_options = FLOW_GRPO_OPTIONS
+    _card_options = (
+        "beta",
+        "epsilon",
+        "scale_rewards",
+        "num_generations",
+        "num_iterations",
+        "num_inference_steps",
+        "num_sde_steps",
+        "noise_level",
+        "sde_type",
+        "guidance_scale",
+    )
 
     # Rollout: groups of trajectories and their advantages
 
@@ -91,8 +94,8 @@ class FlowGRPOTrainer(RolloutTrainer):
             **kwargs,
         )
 
-    def _generate_and_score_trajectories(self, batch: list[dict[str, Any]], seed_step: int) -> TrajectoryGroups:
-        rollout = super()._generate_and_score_trajectories(batch, seed_step)
+    def rollout(self, batch: list[dict[str, Any]], seed_step: int | None = None) -> TrajectoryGroups:
+        rollout = super().rollout(batch, seed_step)
         rewards, first = rollout.rewards, 0
         if self.args.scale_rewards == "batch":
             rewards, first = self.accelerator.gather(rewards), self.accelerator.process_index * len(batch)

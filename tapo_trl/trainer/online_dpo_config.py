@@ -40,8 +40,6 @@ class OnlineDiffusionDPOConfig(RolloutConfig):
             the policy itself here, and closer to each other.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Probability that a pair is the wrong way round.
-        self_check (`bool`, *optional*, defaults to `True`):
-            Whether a run that starts from the reference first checks that its loss is ln 2 for every pair.
 
     > [!NOTE]
     > `learning_rate` defaults to `1e-5` instead of the `1e-4` of [`RolloutConfig`].
@@ -68,19 +66,13 @@ class OnlineDiffusionDPOConfig(RolloutConfig):
     )
     beta: float = field(default=100.0, metadata={"help": "Strength of the regularisation to the reference."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a pair is the wrong way round."})
-    self_check: bool = field(
-        default=True, metadata={"help": "Whether to check at the start that the loss is ln 2 for every pair."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
 
         if self.num_generations < 2:
             raise ValueError(f"`num_generations` must be at least 2 to have a pair, got {self.num_generations}.")
-        if self.num_noise_levels < 1:
-            raise ValueError(f"`num_noise_levels` must be at least 1, got {self.num_noise_levels}.")
-        if self.beta <= 0:
-            raise ValueError(f"`beta` must be positive, got {self.beta}.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
+        self.check_minimum(1, "num_noise_levels")
+        self.check_positive("beta")
+        self.check_label_smoothing()
         self.check_choices(timestep_sampling=TIMESTEP_SAMPLINGS)

@@ -4,9 +4,9 @@
 import torch
 
 from ..losses import diffusion_dpo_loss, velocity_error_change
+from ..method_card import MethodCard
 from ..rollouts import NoisedPairs, OnlineDPOSampler, SamplePairs
 from ..rollouts.metrics import group_metrics
-from ..runs.model_card import DIFFUSION_DPO_PAPERS, ONLINE_DPO_OPTIONS
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from .online_dpo_config import OnlineDiffusionDPOConfig
 from .rollout_trainer import RolloutTrainer
@@ -36,38 +36,37 @@ class OnlineDiffusionDPOTrainer(RolloutTrainer):
     ```
 
     Args:
-        model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
-            Hub id or folder of a pipeline, a pipeline, or a policy.
         reward_model (`str`, [`StepRewardModel`], `Callable` or a `list` of those):
-            - `str`: Hub id or folder of a [`StepRewardModel`], such as an [`SLRMModel`].
-            - [`StepRewardModel`]: scores the final latents, at noise level 0.
-            - `Callable`: `f(images, prompts, **columns) -> scores`, with images as a float tensor in [0, 1] of shape
-              `(N, 3, height, width)`, or `(N, 3, num_frames, height, width)` for video. It is applied to the decoded
-              samples.
-            - `list`: a weighted sum of them, see `args.reward_weights`.
+            As for [`TAPOTrainer`], but for the final samples: a reward model scores their latents, at noise level 0, and a
+            callable the decoded samples.
         args ([`OnlineDiffusionDPOConfig`], *optional*):
             Configuration. Defaults to one with a folder named after the model.
-        train_dataset ([`~datasets.Dataset`], *optional*):
-            Prompts, in the column `prompt`. Other columns are passed to reward callables. Defaults to
-            `args.dataset_name`, else to the prompts that ship with the package.
-        eval_dataset ([`~datasets.Dataset`] or `dict` of those, *optional*):
-            Held-out prompts.
-        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
-            Callbacks. Those that are a [`PolicyCallback`] get the trainer and have their prompts encoded.
-        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and learning rate scheduler.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
-            fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
+
+    The others are those of [`TAPOTrainer`].
     """
 
     config_class = OnlineDiffusionDPOConfig
+    rollout_class = SamplePairs
+    method_card = MethodCard(
+        name="Online-Diffusion-DPO",
+        tags=("online-diffusion-dpo",),
+        paper="wallace2024diffusion",
+        title="**Online-Diffusion-DPO**",
+        text="The policy draws several samples of every prompt, and a reward picks the best and the worst of them. Both are "
+        "brought to the same noise levels. The policy is trained to predict the velocity of the better one better than the "
+        "base model does, and that of the other one worse.",
+    )
     _seed_name = "online_dpo"
-    _tag_names = ["trl", "online-diffusion-dpo"]
-    _name = "Online-Diffusion-DPO"
-    _paper = DIFFUSION_DPO_PAPERS["diffusion_dpo"]
     _card_metrics = ("reward", "error/", "eval_")
-    _card_options = ONLINE_DPO_OPTIONS
+    _card_options = (
+        "beta",
+        "label_smoothing",
+        "num_generations",
+        "num_noise_levels",
+        "timestep_sampling",
+        "num_inference_steps",
+        "guidance_scale",
+    )
 
     # Rollout: samples, and the noise levels at which they are compared
 

@@ -5,28 +5,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.dimensions import check_dimension_weights
-from ..data.preferences import DEFAULT_FPS
-from ..rewards.slrm import DEFAULT_RESOLUTION
+from .base_config import DiffusionConfig
 
 
 @dataclass
-class PreferenceDataConfig:
+class PreferenceDataConfig(DiffusionConfig):
     r"""
-    What [`SLRMConfig`] and [`DiffusionDPOConfig`] say of their preference pairs.
+    Options of trainers that learn from preference pairs, [`SLRMConfig`] and [`DiffusionDPOConfig`].
 
     Parameters:
-        resolution (`int`, *optional*, defaults to `512`):
-            Height and width in pixels to which images and videos are cropped, around their centre, and resized. `height`
-            and `width` take precedence.
-        height (`int`, *optional*):
-            Height in pixels.
-        width (`int`, *optional*):
-            Width in pixels.
-        num_frames (`int`, *optional*):
-            Number of frames, for policies that make videos: one more than a multiple of 4 for Wan2.1. They are taken
-            from the start of each video.
-        fps (`int`, *optional*, defaults to `16`):
-            Frames per second at which videos are sampled.
         dimension_weights (`dict[str, float]`, *optional*):
             Weights of the columns `label_<dimension>`, such as `{"visual_quality": 1.0, "motion_consistency": 1.0,
             "text_alignment": 1.0}`, whose weighted sum then says which side is preferred. Without it, that is `chosen`.
@@ -40,31 +27,16 @@ class PreferenceDataConfig:
             Whether images of the training keep about their aspect ratio, from 1/2 to 2: each pair is cropped to the size of
             a bucket, of at most `height` x `width` pixels, and a batch holds pairs of one bucket. Held-out pairs are
             cropped to `height` x `width`.
-        max_sequence_length (`int`, *optional*):
-            Number of tokens of the T5 (or UMT5) text encoder. Defaults to the model family's: 256 for SD3.5 and 512 for
-            Wan2.1.
         cache_latents (`bool`, *optional*, defaults to `True`):
             Whether to encode all images or videos before training, into a file that later runs re-use. Otherwise they
             are read and encoded batch by batch.
-        vae_tiling (`bool`, *optional*, defaults to `False`):
-            Whether to encode large images or videos in overlapping tiles, which needs less memory and changes them a
-            little.
-        vae_slicing (`bool`, *optional*, defaults to `False`):
-            Whether to encode the images or videos of a batch one at a time. Videos are, when their latents are cached.
-        cache_dir (`str`, *optional*):
-            Where latents and prompt embeddings are kept. Defaults to `tapo_trl` in the Hugging Face home.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Probability that a label is flipped. Ties (label 0.5) always count as one half.
+        eval_sigmas (`list[float]`, *optional*, defaults to `[0.1, 0.3, 0.5, 0.7, 0.9]`):
+            Noise levels at which held-out pairs are compared; the evaluation loss is the mean over them. For Diffusion-DPO
+            the nearest levels of the training are taken.
     """
 
-    resolution: int = field(
-        default=DEFAULT_RESOLUTION,
-        metadata={"help": "Height and width in pixels to which images and videos are cropped and resized."},
-    )
-    height: int | None = field(default=None, metadata={"help": "Height in pixels. Overrides `resolution`."})
-    width: int | None = field(default=None, metadata={"help": "Width in pixels. Overrides `resolution`."})
-    num_frames: int | None = field(
-        default=None, metadata={"help": "Number of frames from the start of each video, for video policies."}
-    )
-    fps: int = field(default=DEFAULT_FPS, metadata={"help": "Frames per second at which videos are sampled."})
     dimension_weights: dict[str, float] | str | None = field(
         default=None,
         metadata={"help": "Weights of the columns `label_<dimension>`, which then say which side is preferred."},
@@ -87,33 +59,20 @@ class PreferenceDataConfig:
             "x `width` pixels."
         },
     )
-    max_sequence_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of tokens of the T5 (or UMT5) text encoder. By default the model family's: 256 for SD3.5, 512 "
-            "for Wan2.1."
-        },
-    )
     cache_latents: bool = field(
         default=True, metadata={"help": "Whether to encode all images or videos before training, into a file."}
     )
-    vae_tiling: bool = field(
-        default=False, metadata={"help": "Whether to encode large images or videos in overlapping tiles."}
+    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is flipped."})
+    eval_sigmas: list[float] = field(
+        default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9],
+        metadata={"help": "Noise levels at which held-out pairs are compared."},
     )
-    vae_slicing: bool = field(
-        default=False, metadata={"help": "Whether to encode the images or videos of a batch one at a time."}
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where latents and prompt embeddings are kept."})
 
-    def check_preference_data(self) -> None:
-        """
-        Raises:
-            ValueError: if a value cannot be used; the message starts with the name of its field.
-        """
-        for name in ("max_sequence_length", "resolution", "height", "width", "num_frames", "fps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_label_smoothing()
+        if not self.eval_sigmas or not all(0 <= sigma <= 1 for sigma in self.eval_sigmas):
+            raise ValueError(f"`eval_sigmas` must be noise levels in [0, 1], at least one, got {self.eval_sigmas}.")
         if self.aspect_ratio_buckets and self.num_frames is not None:
             raise ValueError(
                 "`aspect_ratio_buckets=True` is for images, and `num_frames` for videos: set one of them."
@@ -123,7 +82,5 @@ class PreferenceDataConfig:
                 "`aspect_ratio_buckets=True` decides about the order of the pairs: leave `train_sampling_strategy` at 'random', "
                 f"not {self.train_sampling_strategy!r}."
             )
-        if self.short_videos not in ("refuse", "uniform"):
-            raise ValueError(f"`short_videos` must be 'refuse' or 'uniform', got {self.short_videos!r}.")
         if self.dimension_weights is not None:
             check_dimension_weights(self.dimension_weights)

@@ -6,24 +6,22 @@ from typing import Any, ClassVar
 
 from trl.trainer.base_config import _BaseConfig
 
-from ..field_types import convert_fields
 from ..runs.option_checks import check_without_effect
+from .base_config import PolicyConfig
+
+
+SDE_TYPES = ("flow", "constant", "cps")
 
 
 @dataclass
-class RolloutConfig(_BaseConfig):
+class RolloutConfig(PolicyConfig, _BaseConfig):
     r"""
-    What the configurations of all trainers that draw samples while they train have in common: [`TAPOConfig`],
-    [`OnlineDiffusionDPOConfig`] and [`FlowGRPOConfig`].
+    Options of all online trainers, which draw samples while they train: [`TAPOConfig`], [`OnlineDiffusionDPOConfig`] and
+    [`FlowGRPOConfig`]. Further ones are those of [`PolicyConfig`] and [`DiffusionConfig`].
 
     Parameters:
         > Parameters that control the model
 
-        model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
-            the trainer is a string, for example `{"torch_dtype": "bfloat16", "revision": "main"}`.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether to disable dropout in the policy (LoRA dropout included).
         attention_backend (`str`, *optional*):
             Implementation of attention, by its name in diffusers, such as `"flash_hub"` or `"_native_cudnn"`. Applied to the
             policy, and to latent reward models whose attention asks for one. By default PyTorch chooses.
@@ -38,37 +36,6 @@ class RolloutConfig(_BaseConfig):
             without either, the prompts that ship with the package are used.
         dataset_split (`str`, *optional*, defaults to `"train"`):
             Split of `dataset_name`.
-        resolution (`int`, *optional*, defaults to `512`):
-            Height and width of the samples in pixels. `height` and `width` take precedence.
-        height (`int`, *optional*):
-            Height of the samples in pixels.
-        width (`int`, *optional*):
-            Width of the samples in pixels.
-        num_frames (`int`, *optional*):
-            Number of frames, for policies that make videos: one more than a multiple of 4 for Wan2.1.
-        max_sequence_length (`int`, *optional*):
-            Number of tokens of the T5 (or UMT5) text encoder. Defaults to the model family's: 256 for SD3.5 and 512 for
-            Wan2.1.
-        cache_dir (`str`, *optional*):
-            Where prompt embeddings are kept. Defaults to `tapo_trl/prompts` in the Hugging Face home.
-
-        > Parameters that control the rollout
-
-        num_inference_steps (`int`, *optional*, defaults to `20`):
-            Number of sampling steps T.
-        guidance_scale (`float`, *optional*, defaults to `4.5`):
-            Scale of classifier-free guidance in rollouts, none if at most 1.
-        negative_prompt (`str`, *optional*, defaults to `""`):
-            Prompt of the unconditional half of the guidance.
-
-        > Parameters that control the samples that are looked at
-
-        fps (`int`, *optional*, defaults to `16`):
-            Frames per second of the videos that are written. The policy itself knows no speed.
-        vae_tiling (`bool`, *optional*, defaults to `False`):
-            Whether to decode large samples in overlapping tiles, which needs less memory and changes them a little.
-        vae_slicing (`bool`, *optional*, defaults to `False`):
-            Whether to decode one sample at a time.
 
         > Parameters that control the reward
 
@@ -106,17 +73,10 @@ class RolloutConfig(_BaseConfig):
             Steps between synchronisations.
         profile (`bool`, *optional*, defaults to `False`):
             Whether to print at the end where the time went, see [`~profiling.StageTimer`].
-        max_skipped_updates (`int`, *optional*, defaults to `3`):
-            Number of updates in a row that may be skipped because a reward, a loss or a gradient is not finite. After
-            one more the run saves a checkpoint and stops with an error. 0 stops at the first.
 
     > [!NOTE]
-    > These parameters have default values different from [`~transformers.TrainingArguments`]:
-    > - `logging_steps`: Defaults to `10` instead of `500`.
-    > - `activation_checkpointing`: Defaults to `True` instead of `False`.
-    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
-    > - `learning_rate`: Defaults to `1e-4` instead of `5e-5`, a rate for LoRA. Without `peft_config`, set `1e-5` or less.
-    > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
+    > These parameters have default values different from [`DiffusionConfig`] and [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: Defaults to `1e-4`, a rate for LoRA. Without `peft_config`, set `1e-5` or less.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     """
 
@@ -126,23 +86,11 @@ class RolloutConfig(_BaseConfig):
 
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay `False`: reward functions get all columns of the dataset."}
     )
-    activation_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Alias of `activation_checkpointing`, which it overrides if set."}
-    )
 
     # Parameters that control the model
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, if `model` is a string."},
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the policy."})
     attention_backend: str | None = field(
         default=None, metadata={"help": "Implementation of attention, by its name in diffusers. PyTorch's by default."}
     )
@@ -157,28 +105,6 @@ class RolloutConfig(_BaseConfig):
         metadata={"help": "Dataset with a `prompt` column, used when the trainer gets no `train_dataset`."},
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`."})
-    resolution: int = field(default=512, metadata={"help": "Height and width of the samples in pixels."})
-    height: int | None = field(default=None, metadata={"help": "Height of the samples. Overrides `resolution`."})
-    width: int | None = field(default=None, metadata={"help": "Width of the samples. Overrides `resolution`."})
-    num_frames: int | None = field(default=None, metadata={"help": "Number of frames, for video policies."})
-    max_sequence_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of tokens of the T5 (or UMT5) text encoder. By default the model family's: 256 for SD3.5, 512 "
-            "for Wan2.1."
-        },
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where prompt embeddings are kept."})
-
-    # Parameters that control the rollout
-    num_inference_steps: int = field(default=20, metadata={"help": "Number of sampling steps T."})
-    guidance_scale: float = field(default=4.5, metadata={"help": "Scale of classifier-free guidance."})
-    negative_prompt: str = field(default="", metadata={"help": "Prompt of the unconditional half of the guidance."})
-
-    # Parameters that control the samples that are looked at
-    fps: int = field(default=16, metadata={"help": "Frames per second of the videos that are written."})
-    vae_tiling: bool = field(default=False, metadata={"help": "Whether to decode large samples in overlapping tiles."})
-    vae_slicing: bool = field(default=False, metadata={"help": "Whether to decode one sample at a time."})
 
     # Parameters that control the reward
     reward_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -223,28 +149,10 @@ class RolloutConfig(_BaseConfig):
     )
     ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between synchronisations."})
     profile: bool = field(default=False, metadata={"help": "Whether to print at the end where the time went."})
-    max_skipped_updates: int = field(
-        default=3,
-        metadata={
-            "help": "Updates in a row that may be skipped because a reward, a loss or a gradient is not finite. After one "
-            "more the run saves a checkpoint and stops."
-        },
-    )
 
     def __post_init__(self):
-        convert_fields(self)
-        if self.gradient_checkpointing is not None:
-            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
-
-        if self.max_skipped_updates < 0:
-            raise ValueError(f"`max_skipped_updates` must not be negative, got {self.max_skipped_updates}.")
-        positive = ["resolution", "height", "width", "num_frames", "fps", "max_sequence_length", "num_inference_steps"]
-        positive += ["num_iterations", "transition_batch_size", "score_batch_size", "ref_model_sync_steps"]
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self.check_minimum(1, "num_iterations", "transition_batch_size", "score_batch_size", "ref_model_sync_steps")
         if self.auto_find_batch_size:
             raise ValueError("`auto_find_batch_size` is not supported: a retried step would repeat its rollout.")
         if self.remove_unused_columns:
@@ -255,14 +163,42 @@ class RolloutConfig(_BaseConfig):
             names = ["ref_model_mixup_alpha", "ref_model_sync_steps"]
             check_without_effect(self, names, "without `sync_ref_model=True`")
 
+
+@dataclass
+class StochasticRolloutConfig(RolloutConfig):
+    r"""
+    Options of online trainers that train on stochastic sampling steps, [`TAPOConfig`] and [`FlowGRPOConfig`].
+
+    Parameters:
+        noise_level (`float`, *optional*, defaults to `0.7`):
+            Strength a of the noise of a stochastic step.
+        sde_type (`str`, *optional*, defaults to `"flow"`):
+            Noise law: `"flow"`, `"constant"` or `"cps"`, see [`FlowMatchSDEScheduler`].
+        logprob_reduction (`str`, *optional*, defaults to `"mean"`):
+            Reduction of log-probabilities over the latent's dimensions, `"mean"` or `"sum"`.
+    """
+
+    noise_level: float = field(default=0.7, metadata={"help": "Strength a of the noise of a stochastic step."})
+    sde_type: str = field(
+        default="flow",
+        metadata={"help": "Noise law of a stochastic step.", "choices": list(SDE_TYPES)},
+    )
+    logprob_reduction: str = field(
+        default="mean",
+        metadata={"help": "Reduction of log-probabilities over the latent's dimensions.", "choices": ["mean", "sum"]},
+    )
+
     def check_noise(self, step_indices: list[int]) -> None:
         """
+        Check that every stochastic step has noise.
+
         Args:
-            step_indices (`list[int]`): the stochastic steps, which need noise.
+            step_indices (`list[int]`): the stochastic steps.
 
         Raises:
             ValueError: if `sde_type` and `noise_level` leave one without.
         """
+        self.check_choices(sde_type=SDE_TYPES, logprob_reduction=("mean", "sum"))
         if self.noise_level <= 0 or (self.sde_type == "cps" and self.noise_level > 1):
             raise ValueError(
                 "`noise_level` must be positive, since stochastic steps without noise teach nothing, and at most 1 for "
@@ -273,15 +209,3 @@ class RolloutConfig(_BaseConfig):
                 '`sde_type="cps"` has no noise at the last sampling step, which the stochastic steps '
                 f"{step_indices} include: lower `num_sde_steps` or `t_init`."
             )
-
-    def check_choices(self, **choices: tuple[str | None, ...]) -> None:
-        """
-        Args:
-            choices (`tuple`): values that a field may have, by its name.
-
-        Raises:
-            ValueError: if one has another.
-        """
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")

@@ -1,13 +1,12 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What every trainer that draws samples while it trains has in common: [`RolloutTrainer`]."""
+"""Base class of online trainers: [`RolloutTrainer`]."""
 
 import math
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,45 +19,31 @@ from peft import PeftConfig
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 from transformers.utils import logging
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import identity
 
-from ..callbacks.base import PolicyCallback
 from ..callbacks.profile import ProfileCallback
-from ..data.prompts import ROW_COLUMN, PromptCache, default_prompts, prepare_prompts
-from ..networks.speed import check_speed_options, shrink_and_speed_up
-from ..policies import FlowPolicy, PromptEmbeddings, load_policy
-from ..policies.lora import check_no_adapter, check_peft_config
+from ..data.prompts import ROW_COLUMN, default_prompts, prepare_prompts
+from ..policies import FlowPolicy, PromptEmbeddings
+from ..policies.sampling import eval_mode
 from ..profiling import StageTimer
 from ..rewards.scoring import PixelReward, WeightedReward
 from ..rollouts import Rollout, RolloutSampler, Transitions
 from ..rollouts.metrics import metrics_of_steps
-from ..rollouts.reuse import EpochRepeatSampler, load_rollouts, save_rollouts
-from ..runs.hub import check_hub_strategy
-from ..runs.launch_checks import check_launch
+from ..rollouts.reuse import EpochRepeatSampler, RolloutBuffer, load_rollouts, save_rollouts
 from ..runs.nonfinite import Watched
-from ..runs.option_checks import check_arguments_of_trainer
+from ..runs.option_checks import check_speed_options
 from ..seeding import seeded_generator
-from .base import (
-    DiffusionTrainerMixin,
-    autocast_dtype,
-    check_folders,
-    check_no_data_parallel,
-    check_precision,
-    fill_in_sizes,
-    release_text_encoders,
-    whole_weights,
-)
-from .policy_trainer import PolicyTrainerMixin, make_trainable, policy_init_kwargs
-from .reward_loading import (
+from .base import DiffusionTrainer, Splits
+from .policy_setup import apply_memory_options, encode_late, whole_weights
+from .reward_setup import (
     RewardModel,
-    TieCallback,
+    ShareCallback,
     check_reward_functions,
     check_rewards,
     check_sharing,
     load_reward,
-    place_rewards,
+    move_rewards,
 )
 from .rollout_config import RolloutConfig
 
@@ -68,37 +53,20 @@ logger = logging.get_logger(__name__)
 REFERENCE_FOLDER = "reference"
 
 
-class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
+class RolloutTrainer(DiffusionTrainer):
     """
-    A trainer of a policy that draws samples of prompts, has a reward score them, and trains on what came of it.
+    Base class of online trainers, which draw samples of prompts, have a reward score them, and train on the result.
 
     Every step makes a rollout, or uses the last one again, and goes through its examples in chunks, with a backward pass
     each. A subclass says how a rollout is made ([`~RolloutTrainer.build_sampler`]) and what the loss of its examples is
     ([`~RolloutTrainer.transition_losses`]), and what is logged of both.
 
-    Args:
-        model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
-            Hub id or folder of a pipeline, a pipeline, or a policy.
-        reward_model (`str`, [`StepRewardModel`], `Callable` or a `list` of those):
-            See [`TAPOTrainer`].
-        args ([`RolloutConfig`], *optional*):
-            Configuration. Defaults to one with a folder named after the model.
-        train_dataset ([`~datasets.Dataset`], *optional*):
-            Prompts, in the column `prompt`. Other columns are passed to reward callables. Defaults to
-            `args.dataset_name`, else to the prompts that ship with the package.
-        eval_dataset ([`~datasets.Dataset`] or `dict` of those, *optional*):
-            Held-out prompts.
-        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
-            Callbacks. Those that are a [`PolicyCallback`] get the trainer and have their prompts encoded.
-        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and learning rate scheduler.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            LoRA configuration. `target_modules` defaults to the policy's. Without it the transformer is fully
-            fine-tuned, in float32 whatever precision it comes in, and a frozen copy of it is the reference.
+    The arguments are those of [`TAPOTrainer`].
     """
 
-    loss_is_scaled_for_ga = False  # the Trainer divides by the accumulation steps
     config_class: type[RolloutConfig]
+    rollout_class: type[Rollout]
+    _collator = staticmethod(identity)
     _seed_name: str  # what rollouts are seeded with, beside the seed, the step and the row
 
     def __init__(
@@ -112,30 +80,25 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
     ):
-        if args is None:
-            args = self.config_class(f"{Path(model).name if isinstance(model, str) else 'policy'}-{self._name}")
-        check_folders(args)
-        check_no_data_parallel(args, type(self).__name__)
-        check_hub_strategy(args)
-        check_arguments_of_trainer(args, model)
-        check_precision(args)
-        reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
-        check_rewards(reward_models, args)
-        check_sharing(reward_models, args, peft_config)
+        self._reward_models = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
+        super().__init__(model, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config)
+
+    def _check_options(self, args: RolloutConfig, peft_config: PeftConfig | None) -> None:
+        check_rewards(self._reward_models, args)
+        check_sharing(self._reward_models, args, peft_config)
         if args.sync_ref_model and peft_config is not None:
             raise ValueError("`sync_ref_model=True` needs full fine-tuning: with LoRA the base is the reference.")
-        check_peft_config(peft_config)
+        super()._check_options(args, peft_config)
         check_speed_options(args, peft_config)
 
-        # Data
-        if train_dataset is None:
-            train_dataset = (
-                default_prompts()
-                if args.dataset_name is None
-                else load_dataset(args.dataset_name, split=args.dataset_split)
-            )
+    def _check_datasets(
+        self, args: RolloutConfig, train_dataset: Dataset | None, eval_dataset: Splits
+    ) -> tuple[Dataset, Splits]:
+        if train_dataset is None and args.dataset_name is None:
+            train_dataset = default_prompts()
+        elif train_dataset is None:
+            train_dataset = load_dataset(args.dataset_name, split=args.dataset_split)
         train_dataset = prepare_prompts(train_dataset, "train_dataset")
-        check_launch(args, len(train_dataset))
         global_batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         if args.num_iterations > 1 and len(train_dataset) < global_batch_size:
             raise ValueError(
@@ -148,63 +111,41 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             }
         elif eval_dataset is not None:
             eval_dataset = prepare_prompts(eval_dataset, "eval_dataset")
+        check_reward_functions(self._reward_models, [train_dataset, *list_splits(eval_dataset)])
+        return train_dataset, eval_dataset
 
-        splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        check_reward_functions(reward_models, [train_dataset, *splits.values()])
-
-        # Policy
+    def _build_network(self, args: RolloutConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
         with whole_weights(args):
-            self.policy = load_policy(model, **policy_init_kwargs(args, peft_config))
-        check_precision(args, self.policy)
-        check_no_adapter(self.policy)
-        self.latent_shape = fill_in_sizes(args, self.policy)
-        with whole_weights(args):
-            rewards = [load_reward(reward, self.policy, args) for reward in reward_models]
+            rewards = [load_reward(reward, self.policy, args) for reward in self._reward_models]
         self.reward = WeightedReward(rewards, args.reward_weights)
+        network = super()._build_network(args, peft_config)
+        apply_memory_options(self.policy, self.ref_model, rewards, args)
+        return network
 
-        transformer, self.ref_model = make_trainable(self.policy, args, peft_config)
-        shrink_and_speed_up(self.policy, self.ref_model, rewards, args)
-
-        # Prompts are encoded once, then the text encoders leave the accelerator
-        callbacks = list(callbacks or [])
-        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, autocast_dtype(args))
+    def _encode_datasets(
+        self, args: RolloutConfig, train_dataset: Dataset, eval_dataset: Splits, prompts: list[str]
+    ) -> tuple[Dataset, Splits]:
         self.timer = StageTimer(args.profile, args.device)
         with self.timer.stage("encode prompts"), args.main_process_first(desc="encoding prompts"):
             self.policy.move_text_encoders(args.device)
-            splits = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-            prompts = [args.negative_prompt, *train_dataset["prompt"]]
-            prompts += [prompt for split in splits if split is not None for prompt in split["prompt"]]
-            prompts += [prompt for cb in callbacks if isinstance(cb, PolicyCallback) for prompt in cb.prompts]
-            self.prompt_cache.encode(prompts)
-        release_text_encoders(model, self.policy)
+            held_out = [prompt for split in list_splits(eval_dataset) for prompt in split["prompt"]]
+            self.prompt_cache.encode([args.negative_prompt, *train_dataset["prompt"], *held_out, *prompts])
+        return train_dataset, eval_dataset
 
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._buffer: list[tuple[list[int], Rollout]] = []
-        self._buffer_step, self._slot = -1, 0
-        self._batches: list[list[dict[str, Any]]] = []  # of the update
-        self._chunk_prompts: list[str] = []
-        self._chunk_counts: torch.Tensor | None = None  # all of its examples do
-
-        super().__init__(
-            model=transformer,
-            args=args,
-            data_collator=identity,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self.can_return_loss = True
+    def _set_up(self) -> None:
+        super()._set_up()
+        args, device = self.args, self.accelerator.device
         self.dataset_name = args.dataset_name
-
-        device = self.accelerator.device
-        self._place_frozen_models()
-        place_rewards(self.reward.rewards, self.policy, args)
+        self._updates_per_batch = args.num_iterations
+        self.buffer = RolloutBuffer(args.num_iterations)
+        self._batches: list[list[dict[str, Any]]] = []  # of the update
+        move_rewards(self.reward.rewards, self.policy, args)
         if args.share_backbone:
-            self.add_callback(TieCallback(self.reward.rewards, self.policy))
+            self.add_callback(ShareCallback(self.reward.rewards, self.policy))
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
-
+        if args.profile:
+            self.add_callback(ProfileCallback(self.timer))
         offload = self.policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
         self.sampler = self.build_sampler(
             policy=self.policy,
@@ -216,12 +157,6 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             timer=self.timer,
         )
         self.negative_prompt_embeds = self.prompt_cache.load([args.negative_prompt]).to(device)
-        for callback in callbacks:
-            if isinstance(callback, PolicyCallback):
-                callback.attach(self)
-        if args.profile:
-            self.add_callback(ProfileCallback(self.timer))
-        self._add_run_callbacks(stop_every_n_steps=args.num_iterations)
 
     # What a method consists of
 
@@ -262,113 +197,63 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
         """Called with what [`~RolloutTrainer.transition_losses`] returned, to find bugs while the policy is untrained."""
 
-    # Rollouts
+    # Training: rollout -> chunks -> losses
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         model.train()  # from here on metrics are those of the training
-        rollout = self._rollout_of_step(inputs)
-        prompts = [example["prompt"] for example in inputs]
+        rollout, prompts = self._rollout_of_step(inputs), [row["prompt"] for row in inputs]
         self.nonfinite_guard.watch(rollout.rewards, partial(rollout.describe_reward, prompts), prompts)
         chunk_size = self.args.transition_batch_size or self.args.per_device_train_batch_size
         num_chunks = math.ceil(rollout.num_examples / chunk_size)
         loss = torch.zeros((), device=self.accelerator.device)
-        ends_accumulation = self.accelerator.sync_gradients
         for index, chunk in enumerate(self._chunks(rollout, prompts, chunk_size)):
-            # Only the last backward of an optimiser step shares gradients, and makes DeepSpeed update: it does so in the
-            # backward itself, after every one that it takes for the last.
-            is_last = ends_accumulation and index == num_chunks - 1
-            self.accelerator.gradient_state._set_sync_gradients(is_last)
-            shares = is_last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
-            synchronisation = nullcontext() if shares else self.accelerator.no_sync(model)
-            with self.timer.stage("loss and backward"), synchronisation:
-                loss += super().training_step(model, chunk, num_items_in_batch)
-        self.accelerator.gradient_state._set_sync_gradients(ends_accumulation)
+            is_last = index == num_chunks - 1
+            with self.timer.stage("loss and backward"), self._synchronising(model, is_last):
+                loss += super().training_step(model, chunk, num_items_in_batch)  # calls `compute_loss`
         return loss
 
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Transitions,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        counts, inputs = inputs.counts, inputs.to(self.accelerator.device)
+        losses, weighted_losses, metrics = self.transition_losses(model, inputs)
+        self.check_before_first_update(losses, metrics)
+        # The loss that `Trainer` knows has zeros for updates none of whose examples count
+        values = metrics | {"loss": weighted_losses.detach() / inputs.weights}
+        values = metrics_of_steps(inputs.step_indices, values, self.step_metrics(losses, metrics), counts)
+        if self.model.training and self.args.logging_nan_inf_filter:
+            values["loss"] = values["loss"][values["loss"].isfinite()]
+        self._record(values)
+
+        loss = weighted_losses.mean() * inputs.share
+        if self.model.training:
+            self.nonfinite_guard.watch(losses, inputs.describe_loss)
+            loss = self.nonfinite_guard.mark(loss)
+        return (loss, metrics) if return_outputs else loss
+
     def _chunks(self, rollout: Rollout, prompts: list[str], chunk_size: int) -> Iterator[Transitions]:
-        """Examples in chunks; `_chunk_prompts` and `_chunk_counts` are those of the current one's examples."""
-        num_real = len(prompts) if self.model.training else self._num_real_rows(len(prompts))
-        rows = (torch.arange(rollout.num_examples) % len(prompts)).split(chunk_size)
+        num_real = None if self.model.training else self._num_real_rows(len(prompts))
         is_used_again = self.model.training and self.args.num_iterations > 1
-        for chunk, in_chunk in zip(rollout.transitions(chunk_size, keep_reference=is_used_again), rows, strict=True):
-            self._chunk_prompts, self._chunk_counts = [prompts[row] for row in in_chunk], in_chunk < num_real
-            yield chunk
-        self._chunk_prompts, self._chunk_counts = [], None
+        return rollout.transitions(chunk_size, prompts, num_real, keep_reference=is_used_again)
 
-    def _rollout_of_step(self, batch: list[dict[str, Any]]) -> Rollout:
-        """A new rollout, or the stored one of this batch when `num_iterations` uses it again."""
-        step = self.state.global_step
-        if step != self._buffer_step:
-            self._buffer_step, self._slot = step, 0
-            if step % self.args.num_iterations == 0:
-                self._buffer = []
-            elif not self._buffer:
-                process, device = self.args.process_index, self.accelerator.device
-                self._buffer = load_rollouts(self._resumed_from, process, device)
-            if self.args.sync_ref_model and step % self.args.ref_model_sync_steps == 0:
-                for _, rollout in self._buffer:
-                    rollout.ref_velocities = None  # those of the reference before it was synchronised
-        slot, self._slot = self._slot, self._slot + 1
-
-        rows = [example[ROW_COLUMN] for example in batch]
-        if slot == len(self._buffer):
-            starts_update = slot == 0 and any(batch is first for first in self._batches[:1])
-            self._generate(self._batches if starts_update else [batch], seed_step=step)
-        stored_rows, rollout = self._buffer[slot]
-        if stored_rows != rows:
-            raise RuntimeError(f"The rollout of rows {stored_rows} is up for reuse, but the batch has rows {rows}.")
-        return rollout
-
-    def get_batch_samples(self, *args, **kwargs) -> tuple[list[list[dict[str, Any]]], Any]:
-        self._batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        return self._batches, num_items_in_batch
-
-    def _generate(self, batches: list[list[dict[str, Any]]], seed_step: int) -> None:
+    @contextmanager
+    def _synchronising(self, model: torch.nn.Module, is_last: bool) -> Iterator[None]:
         """
-        Make the rollouts of all batches of an update, and scale the weights of their examples, which go to the CPU, so that
-        the loss is the mean over those that count, of all processes.
+        Inside is one of several backwards. Only the last one of an optimizer step shares gradients, and makes DeepSpeed update:
+        it does so in the backward itself, after every one that it takes for the last.
         """
-        rollouts = [self._generate_and_score_trajectories(batch, seed_step) for batch in batches]
-        totals = [torch.tensor([rollout.weights.sum(), rollout.num_examples]) for rollout in rollouts]
-        totals = torch.stack(totals).sum(0).to(self.accelerator.device)
-        count, number = self.accelerator.reduce(totals, reduction="sum").tolist()
-        for batch, rollout in zip(batches, rollouts, strict=True):
-            rollout.weights = rollout.weights.cpu() * (number / count if count else 1.0)
-            self._buffer.append(([example[ROW_COLUMN] for example in batch], rollout))
-
-    def _generate_and_score_trajectories(self, batch: list[dict[str, Any]], seed_step: int) -> Rollout:
-        device = self.accelerator.device
-        prompts = [example["prompt"] for example in batch]
-        columns = {
-            name: [example[name] for example in batch] for name in batch[0] if name not in ("prompt", ROW_COLUMN)
-        }
-        generators = [
-            seeded_generator(self._seed_name, self.args.seed, seed_step, example[ROW_COLUMN]) for example in batch
-        ]
-        with self.timer.stage("rollout"), self._eval_mode(), self.accelerator.autocast():
-            rollout = self.sampler.sample(
-                self.model,
-                prompts,
-                self.prompt_cache.load(prompts).to(device),
-                self.negative_prompt_embeds,
-                generators,
-                columns,
-            )
-        num_real = len(prompts) if self.model.training else self._num_real_rows(len(prompts))
-        metrics = self.rollout_metrics(rollout)
-        self._record({name: values[:num_real] for name, values in metrics.items()})
-        return rollout
-
-    # Loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs:
-            means = self._pop_metrics("train", only="loss")
-            if math.isfinite(logs["loss"]):
-                logs.update(means) if means else logs.pop("loss")
-        super().log(logs, start_time)
+        state, ends_accumulation = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        state._set_sync_gradients(ends_accumulation and is_last)
+        shares = state.sync_gradients or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        with nullcontext() if shares else self.accelerator.no_sync(model):
+            yield
+        state._set_sync_gradients(ends_accumulation)
 
     def reference_velocity(
         self,
@@ -399,41 +284,102 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             inputs.keep_ref_velocity(velocity)
         return velocity
 
-    def compute_loss(
+    # Rollouts
+
+    def rollout(self, batch: list[dict[str, Any]], seed_step: int | None = None) -> Rollout:
+        """
+        Draw and score samples of a batch of prompts with the current policy, and record the metrics.
+
+        Args:
+            batch (`list[dict]`): rows of a dataset of prompts, such as `trainer.train_dataset`.
+            seed_step (`int`, *optional*): optimizer step whose noise is drawn. Defaults to the current one.
+
+        Returns:
+            [`~rollouts.base.Rollout`], of the trainer's `rollout_class`.
+        """
+        seed_step = self.state.global_step if seed_step is None else seed_step
+        prompts = [row["prompt"] for row in batch]
+        columns = {name: [row[name] for row in batch] for name in batch[0] if name not in ("prompt", ROW_COLUMN)}
+        generators = [seeded_generator(self._seed_name, self.args.seed, seed_step, row[ROW_COLUMN]) for row in batch]
+        embeds = self.prompt_cache.load(prompts).to(self.accelerator.device)
+        with self.timer.stage("rollout"), eval_mode(self.model), self.accelerator.autocast():
+            rollout = self.sampler.sample(
+                self.model, prompts, embeds, self.negative_prompt_embeds, generators, columns
+            )
+        num_real = len(prompts) if self.model.training else self._num_real_rows(len(prompts))
+        metrics = self.rollout_metrics(rollout)
+        self._record({name: values[:num_real] for name, values in metrics.items()})
+        return rollout
+
+    def _rollout_of_step(self, batch: list[dict[str, Any]]) -> Rollout:
+        """A new rollout, or the stored one of this batch when `num_iterations` uses it again."""
+        step, args = self.state.global_step, self.args
+        load = partial(
+            load_rollouts, self._resumed_from, args.process_index, self.accelerator.device, self.rollout_class
+        )
+        is_new_step = self.buffer.begin(step, load)
+        if is_new_step and args.sync_ref_model and step % args.ref_model_sync_steps == 0:
+            self.buffer.forget_reference()
+        if self.buffer.is_used_up:
+            starts_update = is_new_step and any(batch is first for first in self._batches[:1])
+            self._fill_buffer(self._batches if starts_update else [batch], seed_step=step)
+        return self.buffer.take([row[ROW_COLUMN] for row in batch])
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list[list[dict[str, Any]]], Any]:
+        self._batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        return self._batches, num_items_in_batch
+
+    def _fill_buffer(self, batches: list[list[dict[str, Any]]], seed_step: int) -> None:
+        """
+        Make the rollouts of all batches of an update, and scale the weights of their examples, which go to the CPU, so that
+        the loss is the mean over those that count, of all processes.
+        """
+        rollouts = [self.rollout(batch, seed_step) for batch in batches]
+        totals = [torch.tensor([rollout.weights.sum(), rollout.num_examples]) for rollout in rollouts]
+        totals = torch.stack(totals).sum(0).to(self.accelerator.device)
+        count, number = self.accelerator.reduce(totals, reduction="sum").tolist()
+        for batch, rollout in zip(batches, rollouts, strict=True):
+            rollout.weights = rollout.weights.cpu() * (number / count if count else 1.0)
+            self.buffer.rollouts.append(([row[ROW_COLUMN] for row in batch], rollout))
+
+    def prediction_step(
         self,
         model: torch.nn.Module,
-        inputs: Transitions,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        counts = inputs.weights.cpu() > 0
-        if self._chunk_counts is not None:
-            counts &= self._chunk_counts
-        inputs = inputs.to(self.accelerator.device)
-        losses, weighted_losses, metrics = self.transition_losses(model, inputs)
-        self.check_before_first_update(losses, metrics)
-        # The loss that `Trainer` knows has zeros for updates none of whose examples count
-        values = metrics | {"loss": weighted_losses.detach() / inputs.weights}
-        values = metrics_of_steps(inputs.step_indices, values, self.step_metrics(losses, metrics), counts)
-        if self.model.training and self.args.logging_nan_inf_filter:
-            values["loss"] = values["loss"][values["loss"].isfinite()]
-        self._record(values)
-
-        loss = weighted_losses.mean() * inputs.share
-        if self.model.training:
-            self.nonfinite_guard.watch(losses, partial(inputs.describe_loss, self._chunk_prompts))
-            loss = self.nonfinite_guard.mark(loss)
-        return (loss, metrics) if return_outputs else loss
+        inputs: list[dict[str, Any]],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Loss and rewards on held-out prompts, from the same noise at every evaluation."""
+        rollout, prompts = self.rollout(inputs, seed_step=-1), [row["prompt"] for row in inputs]
+        problem = Watched(rollout.rewards, partial(rollout.describe_reward, prompts)).problem()
+        if problem is not None:
+            logger.warning(f"Evaluation: {problem}.")
+        num_real = self._num_real_rows(len(prompts))
+        if 0 < num_real < len(prompts):  # the mean over these alone
+            weights = rollout.weights
+            is_real = torch.arange(weights.shape[1], device=weights.device) % len(prompts) < num_real
+            rollout.weights = weights * is_real * (len(prompts) / num_real)
+        chunk_size = self.args.transition_batch_size or self.args.per_device_eval_batch_size
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = [self.compute_loss(model, chunk) for chunk in self._chunks(rollout, prompts, chunk_size)]
+        return torch.stack(losses).sum(), None, None
 
     # Trainer hooks
 
     def train(self, *args, **kwargs) -> Any:
-        self._buffer, self._buffer_step = [], -1  # of an earlier run
+        self.buffer = RolloutBuffer(self.args.num_iterations)  # without those of an earlier run
         return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            means = self._pop_metrics("train", only="loss")
+            if math.isfinite(logs["loss"]):
+                logs.update(means) if means else logs.pop("loss")
+        super().log(logs, start_time)
 
     def _save_training_state(self, folder: Path) -> None:
         if self.state.global_step % self.args.num_iterations:
-            save_rollouts(folder, self.args.process_index, self._buffer)
+            save_rollouts(folder, self.args.process_index, self.buffer.rollouts)
         if self.args.sync_ref_model and self.args.should_save:
             self.accelerator.unwrap_model(self.ref_model).save_pretrained(folder / REFERENCE_FOLDER)
 
@@ -464,7 +410,7 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             dataset = prepare_prompts(dataset, name)
         functions = [reward.function for reward in self.reward.rewards if isinstance(reward, PixelReward)]
         check_reward_functions(functions, [dataset])
-        self._encode_prompts(dataset["prompt"])
+        encode_late(dataset["prompt"], self.prompt_cache, self.policy, self.args)
         return dataset
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
@@ -479,25 +425,9 @@ class RolloutTrainer(PolicyTrainerMixin, DiffusionTrainerMixin, _BaseTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: list[dict[str, Any]],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, None, None]:
-        """Loss and rewards on held-out prompts, from the same noise at every evaluation."""
-        rollout = self._generate_and_score_trajectories(inputs, seed_step=-1)
-        prompts = [example["prompt"] for example in inputs]
-        problem = Watched(rollout.rewards, partial(rollout.describe_reward, prompts)).problem()
-        if problem is not None:
-            logger.warning(f"Evaluation: {problem}.")
-        num_real = self._num_real_rows(len(prompts))
-        if 0 < num_real < len(prompts):  # the mean over these alone
-            weights = rollout.weights
-            is_real = torch.arange(weights.shape[1], device=weights.device) % len(prompts) < num_real
-            rollout.weights = weights * is_real * (len(prompts) / num_real)
-        chunk_size = self.args.transition_batch_size or self.args.per_device_eval_batch_size
-        with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [self.compute_loss(model, chunk) for chunk in self._chunks(rollout, prompts, chunk_size)]
-        return torch.stack(losses).sum(), None, None
+
+def list_splits(eval_dataset: Splits) -> list[Dataset]:
+    """The datasets of an `eval_dataset`."""
+    if isinstance(eval_dataset, dict):
+        return list(eval_dataset.values())
+    return [] if eval_dataset is None else [eval_dataset]

@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 from trl import RewardConfig
 
-from ..field_types import convert_fields
 from ..metrics.pair_scores import ACCURACY_RULES
 from ..rewards import REWARD_MODELS
 from ..rewards.dina import DEFAULT_NUM_QUERIES
@@ -68,7 +67,8 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     This class includes only the parameters that are specific to SLRM training. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
     differ from those in [`~transformers.TrainingArguments`]. They are the paper's for SD3.5-medium (Table 5), but for 3
-    epochs instead of 5 and the batch of 32 pairs; the recipe `recipes/sd35/slrm.yaml` has all of them. The parameters that control the data are those of [`PreferenceDataConfig`].
+    epochs instead of 5 and the batch of 32 pairs; the recipe `recipes/sd35/slrm.yaml` has all of them. Further
+    parameters are those of [`PreferenceDataConfig`] and [`DiffusionConfig`].
 
     When the training of a reward model goes on, `rho`, `score_link`, `velocity_target`, the size (`resolution`, `height`,
     `width` and `num_frames`) and `max_sequence_length` are those of its training. They may be left out, and must not differ.
@@ -80,17 +80,12 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     Parameters:
         > Parameters that control the model
 
-        model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
-            the [`SLRMTrainer`] is a string, for example `{"torch_dtype": "bfloat16", "revision": "main"}`.
         reward_model_type (`str`, *optional*, defaults to `"slrm"`):
             Which reward model to train: `"slrm"`, the paper's; `"lrm"`, LPO's; `"dina"`, DiNa-LRM; or `"spm"`, SPO's, which
             reads decoded images. Must be the kind of `model`, if that is a reward model already.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
             Whether to train only what is beside the transformer: SLRM's score stream, or the head of LRM and DiNa-LRM; of an
             SPM, the modulation beside its CLIP.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether to disable dropout in the model (LoRA dropout included).
 
         > Parameters that control the model, if `reward_model_type="slrm"`
 
@@ -146,8 +141,6 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         score_preservation_coef (`float`, *optional*, defaults to `1.0`):
             Weight of a flow-matching loss on the chosen latents, which keeps the model's velocity a velocity. 0 is the
             paper's loss.
-        label_smoothing (`float`, *optional*, defaults to `0.0`):
-            Probability that a label is flipped. Ties (label 0.5) always count as one half.
         center_rewards_coefficient (`float`, *optional*):
             Coefficient to incentivize the reward model to output mean-zero rewards (proposed by [this
             paper](https://huggingface.co/papers/2312.09244), Eq. 2). Recommended value: `0.01`.
@@ -156,48 +149,22 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         timestep_sampling (`str`, *optional*, defaults to `"uniform"`):
             Distribution of the noise level in (0, 1): `"uniform"`, as in the paper, or `"logit_normal"`, as in the
             training of SD3.
-        max_skipped_updates (`int`, *optional*, defaults to `3`):
-            Number of updates in a row that may be skipped because a loss or a gradient is not finite. After one more
-            the run saves a checkpoint and stops with an error. 0 stops at the first.
 
         > Parameters that control the evaluation
 
-        eval_sigmas (`list[float]`, *optional*, defaults to `[0.1, 0.3, 0.5, 0.7, 0.9]`):
-            Noise levels at which the accuracy is measured; the evaluation loss is the mean over them.
         eval_rules (`list[str]`, *optional*):
             Velocity targets under which the accuracy is measured, side by side: `"ground_truth"`, `"reference"`,
             `"none"`. Defaults to `"ground_truth"`, the paper's rule, and one that a rollout can use: `"none"` if
             `velocity_target="none"`, else `"reference"`. Reward models other than SLRM have `"none"` alone.
 
     > [!NOTE]
-    > These parameters have default values different from [`~transformers.TrainingArguments`]:
-    > - `logging_steps`: Defaults to `10` instead of `500`.
-    > - `activation_checkpointing`: Defaults to `True` instead of `False`.
-    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
-    > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
-    > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
-    >
     > `chat_template_path`, `dataset_num_proc`, `eos_token`, `max_length`, `pad_token`, `pad_to_multiple_of` and
     > `trust_remote_code`, which come from [`~trl.RewardConfig`], mean nothing here and must not be set.
     """
 
     _VALID_DICT_FIELDS = RewardConfig._VALID_DICT_FIELDS + ["dimension_weights"]
 
-    # Parameters whose default values are overridden from TrainingArguments
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-    activation_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Alias of `activation_checkpointing`, which it overrides if set."}
-    )
-
     # Parameters that control the model
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, if `model` is a string."},
-    )
     reward_model_type: str = field(
         default="slrm",
         metadata={"help": "Which reward model to train.", "choices": list(REWARD_MODELS)},
@@ -269,18 +236,10 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     score_preservation_coef: float = field(
         default=1.0, metadata={"help": "Weight of a flow-matching loss on the chosen latents."}
     )
-    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is flipped."})
     shared_noise: bool = field(default=True, metadata={"help": "Whether the two sides of a pair get the same noise."})
     timestep_sampling: str = field(
         default="uniform",
         metadata={"help": "Distribution of the noise level in (0, 1).", "choices": list(TIMESTEP_SAMPLINGS)},
-    )
-    max_skipped_updates: int = field(
-        default=3,
-        metadata={
-            "help": "Updates in a row that may be skipped because a loss or a gradient is not finite. After one more the "
-            "run saves a checkpoint and stops."
-        },
     )
 
     # Parameters that control the data
@@ -293,10 +252,6 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     )
 
     # Parameters that control the evaluation
-    eval_sigmas: list[float] = field(
-        default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9],
-        metadata={"help": "Noise levels at which the accuracy is measured."},
-    )
     eval_rules: list[str] | None = field(
         default=None,
         metadata={
@@ -306,7 +261,6 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     )
 
     def __post_init__(self):
-        convert_fields(self)
         for inherited in fields(RewardConfig):
             if inherited.name in _TEXT_FIELDS and inherited.default is not MISSING:
                 if getattr(self, inherited.name) not in (inherited.default, None):
@@ -314,47 +268,31 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
                         f"`{inherited.name}` is for language models and means nothing to an SLRM: leave it unset. The "
                         "length of prompts is `max_sequence_length`."
                     )
-        if self.gradient_checkpointing is not None:
-            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
 
         if self.loss_type is None:
             self.loss_type = "thurstone" if self.reward_model_type == "dina" else "bradley_terry"
-        choices = {
-            "reward_model_type": tuple(REWARD_MODELS),
-            "loss_type": LOSS_TYPES,
-            "score_link": (None, *get_args(ScoreLink)),
-            "velocity_target": (None, *get_args(TrainingVelocityTarget)),
-            "timestep_sampling": TIMESTEP_SAMPLINGS,
-        }
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
+        self.check_choices(
+            reward_model_type=tuple(REWARD_MODELS),
+            loss_type=LOSS_TYPES,
+            score_link=(None, *get_args(ScoreLink)),
+            velocity_target=(None, *get_args(TrainingVelocityTarget)),
+            timestep_sampling=TIMESTEP_SAMPLINGS,
+        )
         self._check_fields_of_kind()
-        for name in ("num_task_tokens", "task_projection_rank", "lrm_layer", "dina_num_queries"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self.check_minimum(1, "num_task_tokens", "task_projection_rank", "lrm_layer", "dina_num_queries")
         if self.dina_layers is not None and (
             not self.dina_layers or self.dina_layers != sorted(set(self.dina_layers))
         ):
             raise ValueError(f"`dina_layers` must be numbers of blocks in ascending order, got {self.dina_layers}.")
-        self.check_preference_data()
-        for name in ("rho", "score_preservation_coef", "max_skipped_updates"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        self.check_not_negative("rho", "score_preservation_coef")
         if self.velocity_target == "none":
             check_without_effect(self, ["rho", "detach_score"], 'with `velocity_target="none"`')
         if self.rho == 0:
             check_without_effect(self, ["detach_score"], "with `rho=0`")
-        if self.eta <= 0:
-            raise ValueError(f"`eta` must be positive, got {self.eta}.")
+        self.check_positive("eta")
         if self.eta != 1 and self.loss_type == "thurstone":
             raise ValueError('`eta` is for `loss_type="bradley_terry"`: leave it at 1 with `"thurstone"`.')
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
-        if not self.eval_sigmas or not all(0 <= sigma <= 1 for sigma in self.eval_sigmas):
-            raise ValueError(f"`eval_sigmas` must be noise levels in [0, 1], at least one, got {self.eval_sigmas}.")
         self._chooses_eval_rules = self.eval_rules is None
         if self._chooses_eval_rules:
             self.eval_rules = self._default_eval_rules()

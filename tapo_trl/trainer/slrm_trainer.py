@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import contextlib
-import os
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,44 +10,32 @@ from typing import Any
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import LoraConfig
 from transformers import EvalPrediction, TrainerCallback, set_seed
 from trl import RewardTrainer
 from trl.models import get_act_offloading_ctx_manager
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from ..data.preferences import TIE, PreferencePairCollator
+from ..callbacks.base import PolicyCallback
+from ..data.preferences import TIE
 from ..losses import slrm_loss, thurstone_loss
 from ..media.tracking import make_config_trackable
 from ..metrics.pair_scores import evaluation_noise, rule_targets
 from ..metrics.preference_accuracy import pair_accuracies
-from ..policies import FlowPolicy, load_policy
-from ..policies.loading import only_hub_arguments, pop_dtype
-from ..policies.lora import check_no_adapter, check_peft_config
-from ..rewards import REWARD_MODELS, LatentRewardModel, StepRewardModel, load_reward_model
+from ..moved import moved_names
+from ..policies import FlowPolicy
+from ..policies.lora import check_peft_config
+from ..rewards import SLRMModel, StepRewardModel
 from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
-from ..runs.hub import check_hub_strategy
-from ..runs.launch_checks import check_launch, uses_fsdp
-from ..runs.model_card import REWARD_MODEL_PAPERS
-from ..runs.option_checks import check_arguments_of_trainer
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal
 from ..seeding import seeded_generator
-from .base import (
-    DiffusionTrainerMixin,
-    autocast_dtype,
-    check_folders,
-    check_no_data_parallel,
-    check_precision,
-    fill_in_sizes,
-)
-from .preference_data import PreferenceDataMixin, check_preference_splits, describe_loss
-from .slrm_config import MODEL_FIELDS, SLRM_FIELDS, SLRMConfig
+from .base import COMMON_OPTIONS
+from .preference_trainer import PreferenceTrainer, describe_loss
+from .slrm_config import SLRM_FIELDS, SLRMConfig
+from .slrm_loading import check_not_sharded, load_base_and_reward_model
 
 
-class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
+class SLRMTrainer(PreferenceTrainer, RewardTrainer):
     r"""
     Trainer for the Score-based Latent Reward Model (SLRM), which rates noisy latents, and for other reward models of them
     (`args.reward_model_type`).
@@ -95,8 +81,9 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             `target_modules` defaults to the attention projections. Without it the whole model is trained.
     """
 
-    _tag_names = ["trl", "slrm"]
-    _name = "SLRM"
+    config_class = SLRMConfig
+    method_card = SLRMModel.card
+    _template_file = "slrm_model_card.md"
     _card_metrics = ("accuracy", "eval_")
 
     def __init__(
@@ -110,33 +97,34 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: LoraConfig | None = None,
     ):
-        if args is None:
-            args = SLRMConfig(f"{Path(model).name if isinstance(model, str) else 'policy'}-SLRM")
+        self._compute_metrics = compute_metrics
+        super().__init__(model, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config)
 
-        # Everything that can be wrong and is cheap to find out
-        check_folders(args)
-        check_no_data_parallel(args, "SLRMTrainer")
-        check_hub_strategy(args)
-        check_arguments_of_trainer(args, model)
-        check_precision(args)
+    def _check_options(self, args: SLRMConfig, peft_config: LoraConfig | None) -> None:
         check_peft_config(peft_config, has_reference=False)
-        _check_sharding(args)
+        check_not_sharded(args)
         if args.freeze_backbone and peft_config is not None:
             raise ValueError("`freeze_backbone=True` and `peft_config` exclude each other: set one of them.")
-        check_preference_splits(train_dataset, eval_dataset, args)
-        check_launch(args, len(train_dataset))
 
-        # Model
+    def _check_callback(self, callback: TrainerCallback) -> None:
+        if isinstance(callback, PolicyCallback):
+            raise ValueError(
+                f"`{type(callback).__name__}` is for trainers of a policy, but `SLRMTrainer` trains a reward model: leave it out."
+            )
+
+    def _load_policy(self, model: Any, args: SLRMConfig, peft_config: LoraConfig | None) -> FlowPolicy:
         set_seed(args.seed)  # what is beside the backbone starts at random
-        self.policy, model = _load_model(model, args, peft_config)
-        check_precision(args, self.policy)
-        self.latent_shape = fill_in_sizes(args, self.policy)
+        policy, self._reward_model = load_base_and_reward_model(model, args, peft_config)
+        self._reward_model_class = type(self._reward_model)
+        self.method_card = self._reward_model_class.card
+        return policy
+
+    def _build_network(self, args: SLRMConfig, peft_config: LoraConfig | None) -> StepRewardModel:
+        model = self._reward_model
         recorded = ("rho", "score_link", "velocity_target") if model.uses_velocity_target else ()
         for name in (*recorded, "max_sequence_length", "resolution", "height", "width", "num_frames"):
             model.register_to_config(**{name: getattr(args, name)})
         model.register_to_config(trained=True)
-        self._name, self._tag_names = model.label, ["trl", model.kind]
-        self._paper = REWARD_MODEL_PAPERS.get(model.kind, self._paper)
         if peft_config is not None:
             if peft_config.target_modules is None:
                 peft_config.target_modules = model.lora_target_modules(self.policy)
@@ -148,39 +136,24 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         make_config_trackable(model)
         if args.disable_dropout:
             disable_dropout_in_model(model)
+        return model
 
-        # Data: prompts and pixels are encoded once, then the encoders leave the accelerator
-        train_dataset, eval_dataset = self._prepare_splits(train_dataset, eval_dataset, args)
+    def _release_encoders(self, model: Any, args: SLRMConfig) -> None:
         self.policy.move_text_encoders("cpu")
-        if args.cache_latents and not model.scores_x0_prediction:
+        if args.cache_latents and not self._reward_model.scores_x0_prediction:
             self.policy.vae.to("cpu")
 
-        _BaseTrainer.__init__(
-            self,
-            model=model,
-            args=args,
-            data_collator=PreferencePairCollator(),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-
-        # What `RewardTrainer.__init__` sets up for its methods
-        self.can_return_loss = True
+    def _set_up(self) -> None:
+        """What `RewardTrainer.__init__` sets up for its methods, and the base model, if it is compared with."""
         self.label_names = []
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        if args.activation_offloading:
+        if self.args.activation_offloading:
             self.maybe_activation_offload_context = get_act_offloading_ctx_manager(self.model, warn_if_no_head=False)
         else:
             self.maybe_activation_offload_context = contextlib.nullcontext()
-
-        self.reference = self.policy.transformer
-        compares_reference = model.uses_velocity_target and "reference" in (args.velocity_target, *args.eval_rules)
-        if model.scores_x0_prediction or compares_reference:
-            self.reference.to(self.accelerator.device).eval()
-        self._add_run_callbacks()
+        self.base_model = self.policy.transformer
+        rules = (self.args.velocity_target, *self.args.eval_rules)
+        if self.model.scores_x0_prediction or (self.model.uses_velocity_target and "reference" in rules):
+            self.base_model.to(self.accelerator.device).eval()
 
     # Loss
 
@@ -244,7 +217,7 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
         own_rule = args.velocity_target if self.model.uses_velocity_target else "none"
         rules = {own_rule} if mode == "train" else {own_rule, *args.eval_rules}
         with self.accelerator.autocast():  # as the model's own forward
-            targets = rule_targets(sorted(rules), self.policy, self.reference, noisy, velocity, sigmas, embeds)
+            targets = rule_targets(sorted(rules), self.policy, self.base_model, noisy, velocity, sigmas, embeds)
         if self.model.uses_velocity_target:
             scores, penalty, velocity_metrics = self._enhanced_scores(output, targets[own_rule], velocity, sigmas)
         else:
@@ -270,7 +243,10 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
                 values = self.model.score_output(output, sigmas, targets[rule])
                 margins = torch.sub(*values.chunk(2))
                 metrics[f"accuracy_{rule}/sigma_{sigma[0].item():.3g}"] = pair_accuracies(margins, labels)
-        self._record(mode, metrics, labels, chosen, rejected)
+        scores = torch.stack([chosen, rejected], dim=1).detach()
+        self._record_pairs(metrics, labels)
+        everyones = self.accelerator.gather_for_metrics(scores)
+        self._record({"min_reward": everyones.min(), "mean_reward": everyones.mean(), "max_reward": everyones.max()})
         return losses, torch.stack([chosen, rejected], dim=1)
 
     def _enhanced_scores(
@@ -293,33 +269,6 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             "score_preservation_loss": preservation,
         }
         return scores, args.score_preservation_coef * preservation, metrics
-
-    @torch.no_grad()
-    def _record(
-        self,
-        mode: str,
-        metrics: dict[str, torch.Tensor],
-        labels: torch.Tensor,
-        chosen: torch.Tensor,
-        rejected: torch.Tensor,
-    ) -> None:
-        """Append the metrics of each pair, of all processes. Accuracies leave ties out."""
-        table = torch.stack([labels, chosen, rejected, *metrics.values()], dim=1)
-        labels, chosen, rejected, *columns = self.accelerator.gather_for_metrics(table).unbind(dim=1)
-        recorded = self._metrics[mode]
-        rewards = torch.cat([chosen, rejected])
-        recorded["min_reward"].append(rewards.min().item())
-        recorded["mean_reward"].append(rewards.mean().item())
-        recorded["max_reward"].append(rewards.max().item())
-        for name, values in zip(metrics, columns, strict=True):
-            values = values[labels != TIE] if name.startswith("accuracy") else values
-            if len(values) > 0:
-                recorded[name].extend(values.tolist())
-
-    def _pop_metrics(self, mode: str) -> dict[str, float]:
-        metrics = {name: sum(values) / len(values) for name, values in self._metrics[mode].items()}
-        self._metrics[mode].clear()
-        return metrics
 
     # Saving and loading
 
@@ -355,95 +304,9 @@ class SLRMTrainer(PreferenceDataMixin, DiffusionTrainerMixin, RewardTrainer):
             "freeze_backbone",
             "timestep_sampling",
             "dimension_weights",
-            "height",
-            "width",
-            "num_frames",
-            "learning_rate",
-            "num_train_epochs",
-            "max_steps",
+            *COMMON_OPTIONS,
         )
         return table | {name: getattr(args, name) for name in names}
 
 
-def _check_sharding(args: SLRMConfig) -> None:
-    zero_stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
-    if uses_fsdp(args) or zero_stage == 3:
-        raise ValueError(
-            "`SLRMTrainer` cannot save weights that are sharded over processes: use DDP or DeepSpeed ZeRO stage 1 or 2 "
-            "instead of FSDP or ZeRO stage 3."
-        )
-
-
-def _load_model(
-    model: str | DiffusionPipeline | FlowPolicy | StepRewardModel, args: SLRMConfig, peft_config: LoraConfig | None
-) -> tuple[FlowPolicy, StepRewardModel]:
-    """The base policy and the reward model to train."""
-    init_kwargs = dict(args.model_init_kwargs or {})
-    dtype = pop_dtype(init_kwargs)
-    if dtype is None and peft_config is not None:
-        dtype = autocast_dtype(args)  # a base that LoRA keeps frozen is loaded in the precision it is used in
-
-    if isinstance(model, str):
-        hub_arguments = only_hub_arguments(init_kwargs)
-        model = os.path.expanduser(model)
-        if is_reward_model(model, init_kwargs.get("subfolder"), **hub_arguments):
-            if not os.path.isdir(model):
-                init_kwargs.pop("revision", None)  # that of the reward model: the base has its own
-            if "subfolder" in init_kwargs:
-                hub_arguments["subfolder"] = init_kwargs.pop("subfolder")
-            model = load_reward_model(model, torch_dtype=dtype, **hub_arguments)
-    if isinstance(model, StepRewardModel):
-        if model.kind != args.reward_model_type:
-            raise ValueError(
-                f"`model` is a {model.label}, but `reward_model_type={args.reward_model_type!r}`: set "
-                f"`reward_model_type={model.kind!r}`."
-            )
-        args.fill_in(model.config)
-        if not model.config.base_model_name_or_path:
-            raise ValueError(
-                f"The {model.label} was made from a pipeline in memory, so its base model cannot be loaded: pass the pipeline "
-                f"or the policy as `model`, with {', '.join(f'`{name}`' for name in MODEL_FIELDS[model.kind])} in `args`."
-            )
-        policy = load_policy(
-            model.config.base_model_name_or_path, torch_dtype=dtype, **model.base_files() | init_kwargs
-        )
-        model.check_compatible(policy)
-        if isinstance(model, LatentRewardModel):
-            model.check_base(policy.transformer)
-        return policy, model
-
-    args.fill_in()
-    policy = load_policy(model, torch_dtype=dtype, **init_kwargs)
-    check_no_adapter(policy)
-    reward_model = REWARD_MODELS[args.reward_model_type].from_policy(
-        policy, max_sequence_length=args.max_sequence_length or policy.max_sequence_length, **args.model_config()
-    )
-    return policy, reward_model
-
-
-def is_reward_model(name_or_path: str, subfolder: str | None = None, **hub_arguments) -> bool:
-    """
-    Whether a folder or a repository on the Hub holds a reward model rather than a pipeline.
-
-    Raises:
-        ValueError: if there is neither, or no such folder or repository.
-    """
-    for filename, answer in ((DiffusionPipeline.config_name, False), (StepRewardModel.config_name, True)):
-        if os.path.isdir(name_or_path):
-            if os.path.isfile(os.path.join(name_or_path, subfolder or "", filename)):
-                return answer
-            continue
-        try:
-            hf_hub_download(name_or_path, filename, subfolder=subfolder, **hub_arguments)
-            return answer
-        except EntryNotFoundError:  # also if it is not in the cache, without a network
-            continue
-        except HFValidationError as error:
-            raise ValueError(
-                f"There is no folder {name_or_path}, and it cannot be the name of a repository."
-            ) from error
-    raise ValueError(
-        f"`model`: neither a pipeline (`{DiffusionPipeline.config_name}`) nor a reward model (`{StepRewardModel.config_name}`) "
-        f"was found in {name_or_path}, a folder or a repository on the Hub. Without a network it must be in the cache "
-        "(`cache_dir` in `model_init_kwargs`)."
-    )
+__getattr__ = moved_names(__name__)

@@ -9,14 +9,14 @@ from ..rewards.targets import VELOCITY_TARGETS
 from ..rollouts import PAIRINGS, get_pairing
 from ..runs.option_checks import check_without_effect
 from ..schedulers import sde_step_indices
-from .rollout_config import RolloutConfig
+from .rollout_config import StochasticRolloutConfig
 
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
-class TAPOConfig(RolloutConfig):
+class TAPOConfig(StochasticRolloutConfig):
     r"""
     Configuration class for the [`TAPOTrainer`].
 
@@ -24,7 +24,8 @@ class TAPOConfig(RolloutConfig):
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
     differ from those in [`~transformers.TrainingArguments`]. They are the paper's for SD3.5-medium (Table 5), but for 3
     epochs instead of 5 and bf16 instead of fp16; the paper's LoRA, of rank 64, is the trainer's `peft_config`. The recipe
-    `recipes/sd35/tapo.yaml` has all of them. The parameters of all trainers with rollouts are those of [`RolloutConfig`].
+    `recipes/sd35/tapo.yaml` has all of them. The parameters of all trainers with rollouts are those of [`RolloutConfig`]
+    and [`StochasticRolloutConfig`].
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
@@ -53,10 +54,6 @@ class TAPOConfig(RolloutConfig):
             Number of candidates P per branch and stochastic step (Eq. 12).
         t_init (`int`, *optional*, defaults to `1`):
             Index of the first stochastic step, counted from the noise (Eq. 10).
-        noise_level (`float`, *optional*, defaults to `0.7`):
-            Strength a of the noise of a stochastic step.
-        sde_type (`str`, *optional*, defaults to `"flow"`):
-            Noise law: `"flow"`, `"constant"` or `"cps"`, see [`FlowMatchSDEScheduler`].
 
         > Parameters that control the reward
 
@@ -82,15 +79,11 @@ class TAPOConfig(RolloutConfig):
         ratio_clip (`float`, *optional*):
             Keeps the ratios of the policy to the reference in `[1 - ratio_clip, 1 + ratio_clip]`, as SPO's code does
             with 0.1. Off by default, as in Eq. 13.
-        logprob_reduction (`str`, *optional*, defaults to `"mean"`):
-            Reduction of log-probabilities over the latent's dimensions, `"mean"` or `"sum"`.
         step_weighting (`str`, *optional*, defaults to `"none"`):
             `"none"` weighs all steps alike (Eq. 13), which makes late steps count far more than early ones as changes
             of the velocity go. `"velocity"` evens the gradient with respect to the velocity out over the steps.
         train_cfg (`bool`, *optional*, defaults to `True`):
             Whether transitions are scored with the guidance they were sampled with.
-        self_check (`bool`, *optional*, defaults to `True`):
-            Whether a run that starts from the reference first checks that its loss is ln 2 on every transition.
     """
 
     # Parameters that control the rollout
@@ -123,11 +116,6 @@ class TAPOConfig(RolloutConfig):
         default=4, metadata={"help": "Number of candidates P per branch and stochastic step, Eq. 12."}
     )
     t_init: int = field(default=1, metadata={"help": "Index of the first stochastic step, Eq. 10."})
-    noise_level: float = field(default=0.7, metadata={"help": "Strength a of the noise of a stochastic step."})
-    sde_type: str = field(
-        default="flow",
-        metadata={"help": "Noise law of a stochastic step.", "choices": ["flow", "constant", "cps"]},
-    )
 
     # Parameters that control the reward
     velocity_target: str | None = field(
@@ -157,10 +145,6 @@ class TAPOConfig(RolloutConfig):
     ratio_clip: float | None = field(
         default=None, metadata={"help": "Keeps ratios to the reference in `[1 - ratio_clip, 1 + ratio_clip]`."}
     )
-    logprob_reduction: str = field(
-        default="mean",
-        metadata={"help": "Reduction of log-probabilities over the latent's dimensions.", "choices": ["mean", "sum"]},
-    )
     step_weighting: str = field(
         default="none",
         metadata={
@@ -170,9 +154,6 @@ class TAPOConfig(RolloutConfig):
     )
     train_cfg: bool = field(
         default=True, metadata={"help": "Whether transitions are scored with the guidance of the rollout."}
-    )
-    self_check: bool = field(
-        default=True, metadata={"help": "Whether to check at the start that the loss is ln 2 on every transition."}
     )
 
     def __post_init__(self):
@@ -189,12 +170,9 @@ class TAPOConfig(RolloutConfig):
             )
         if self.num_candidates < 2:
             raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
-        if self.beta <= 0:
-            raise ValueError(f"`beta` must be positive, got {self.beta}.")
-        if self.kl_coef < 0:
-            raise ValueError(f"`kl_coef` must not be negative, got {self.kl_coef}.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
+        self.check_positive("beta")
+        self.check_not_negative("kl_coef")
+        self.check_label_smoothing()
         if self.loss_type != "sigmoid":
             check_without_effect(self, ["label_smoothing"], f"with `loss_type={self.loss_type!r}`")
         if self.guidance_scale <= 1:
@@ -202,9 +180,7 @@ class TAPOConfig(RolloutConfig):
         if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:
             raise ValueError(f"`ratio_clip` must be in (0, 1), got {self.ratio_clip}.")
         self.check_choices(
-            sde_type=("flow", "constant", "cps"),
             loss_type=("sigmoid", "hinge", "ipo"),
-            logprob_reduction=("mean", "sum"),
             step_weighting=("none", "velocity"),
             velocity_target=(None, *VELOCITY_TARGETS),
         )

@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import torch
+from peft import PeftConfig
 
 from ..losses import tapo_loss
-from ..rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
-from ..runs.model_card import PAIRING_METHODS, TAPO_OPTIONS
+from ..rollouts import PAIRINGS, TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
+from ..rollouts.metrics import pair_metrics
 from ..schedulers import gaussian_kl, sde_step_indices
 from .rollout_trainer import RolloutTrainer
 from .tapo_config import TAPOConfig
-from .tapo_metrics import rollout_metrics
 
 
 class TAPOTrainer(RolloutTrainer):
@@ -59,16 +59,29 @@ class TAPOTrainer(RolloutTrainer):
     """
 
     config_class = TAPOConfig
+    rollout_class = TrajectoryPairs
+    has_stochastic_steps = True
+    method_card = PAIRINGS["tapo"].card
     _seed_name = "tapo"
-    _tag_names = ["trl", "tapo"]
-    _name = "TAPO"
     _card_metrics = ("reward", "eval_", "kl")
-    _card_options = TAPO_OPTIONS
+    _card_options = (
+        "pairing",
+        "continue_with",
+        "pair_threshold",
+        "beta",
+        "loss_type",
+        "num_inference_steps",
+        "num_sde_steps",
+        "num_candidates",
+        "noise_level",
+        "sde_type",
+        "guidance_scale",
+        "velocity_target",
+    )
 
-    @property
-    def _card_method(self) -> tuple[str, list[str], dict[str, str]]:
-        name, tag, paper = PAIRING_METHODS[self.args.pairing]
-        return name, ["trl", tag], paper or self._paper
+    def _check_options(self, args: TAPOConfig, peft_config: PeftConfig | None) -> None:
+        super()._check_options(args, peft_config)
+        self.method_card = PAIRINGS[args.pairing].card
 
     # Rollout: Algorithm 1, lines 2-13
 
@@ -108,7 +121,7 @@ class TAPOTrainer(RolloutTrainer):
         return weights
 
     def rollout_metrics(self, rollout: TrajectoryPairs) -> dict[str, torch.Tensor]:
-        return rollout_metrics(rollout)
+        return pair_metrics(rollout)
 
     # Loss: Eq. 13
 

@@ -114,14 +114,14 @@ class TestShares:
             recorder = GradientRecorder()
             alone = make_trainer(tmp_path / str(step), [recorder], **options)
             randomize_adapter(alone)
-            generate = alone._generate_and_score_trajectories
+            generate = alone.rollout
 
             def one_step(*args, step=step, generate=generate, **kwargs):
                 pairs = generate(*args, **kwargs)
                 pairs.weights[[other for other in range(3) if other != step]] = 0
                 return pairs
 
-            alone._generate_and_score_trajectories = one_step
+            alone.rollout = one_step
             alone.train()
             norms.append(torch.cat([gradient.flatten() for gradient in recorder.gradients.values()]).norm().item())
         expected = [norm / sum(norms) for norm in norms]

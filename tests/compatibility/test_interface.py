@@ -19,6 +19,8 @@ from tapo_trl.cli.main import command_module
 from tapo_trl.moved import MOVED
 
 
+# Without a successor: huggingface_hub repeats requests itself
+GONE = {"tapo_trl.trainer.hub": {"with_retries", "is_transient", "retry_after"}}
 BEFORE = json.loads((Path(__file__).parent / "interface_0_1.json").read_text())
 
 
@@ -58,7 +60,8 @@ def test_flags_and_defaults_of_commands(command):
 @pytest.mark.parametrize("module", BEFORE["modules"])
 def test_old_modules(module):
     found = importlib.import_module(module)
-    assert [name for name in BEFORE["modules"][module] if not hasattr(found, name)] == []
+    missing = {name for name in BEFORE["modules"][module] if not hasattr(found, name)}
+    assert missing == GONE.get(module, set())
 
 
 def test_old_module_warns():

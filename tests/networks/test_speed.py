@@ -9,9 +9,12 @@ from peft import LoraConfig
 from torch import nn
 
 from tapo_trl import SLRMModel, TAPOConfig, TAPOTrainer
-from tapo_trl.networks import speed
-from tapo_trl.networks.speed import Float8Linear, check_speed_options, compile_blocks, set_attention_backend
+from tapo_trl.networks import attention
+from tapo_trl.networks.attention import set_attention_backend
+from tapo_trl.networks.float8 import Float8Linear
 from tapo_trl.policies import load_policy
+from tapo_trl.runs.launch_checks import check_dynamo_backend
+from tapo_trl.runs.option_checks import check_speed_options
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 from tests.trainer.policy_checks import trainable
 
@@ -161,13 +164,13 @@ class TestAttentionBackend:
         [(torch.Tensor.detach, "no gradients"), (lambda x: 1.2 * x, "its values or gradients")],
     )
     def test_without_gradients_or_wrong(self, monkeypatch, break_it, message):
-        attend = speed.dispatch_attention_fn
+        attend = attention.dispatch_attention_fn
 
         def broken(*args, backend):
             output = attend(*args, backend=backend)
             return break_it(output) if backend == "_native_math" else output
 
-        monkeypatch.setattr(speed, "dispatch_attention_fn", broken)
+        monkeypatch.setattr(attention, "dispatch_attention_fn", broken)
         network = tiny_wan_pipeline().transformer
         with pytest.raises(ValueError, match=message):
             set_attention_backend(network, "_native_math", torch.device("cpu"), torch.float32)
@@ -204,7 +207,7 @@ class TestCompile:
     def test_launchers_way_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
         with pytest.raises(ValueError, match="`dynamo_backend`, which compiles the policy but not its reference"):
-            compile_blocks(make_args(tmp_path), [])
+            check_dynamo_backend()
 
     @pytest.mark.parametrize("option", ["reward_layerwise_casting", "reward_group_offload"])
     def test_with_weights_on_the_move(self, tmp_path, option):

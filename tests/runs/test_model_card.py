@@ -9,7 +9,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from tapo_trl.runs.model_card import PAIRING_METHODS, current_command, is_hub_id, public_command, write_model_card
+from tapo_trl import FlowGRPOTrainer, OnlineDiffusionDPOTrainer, SLRMModel
+from tapo_trl.rewards import REWARD_MODELS
+from tapo_trl.rollouts import PAIRINGS
+from tapo_trl.runs.model_card import citation, current_command, is_hub_id, public_command, write_model_card
+from tapo_trl.trainer.diffusion_dpo_trainer import VARIANT_CARDS
 
 
 BASE = "stabilityai/stable-diffusion-3.5-medium"
@@ -20,12 +24,20 @@ WAN = {
     "modality": "video",
     "fps": 16,
 }
-PAPER = {"title": "The paper", "citation": "@inproceedings{paper2026,\n  title = {{The paper}}\n}"}
+PAPER = "@inproceedings{paper2026,\n  title = {{The paper}}\n}"
+SLRM = {"method": SLRMModel.card, "template_file": "slrm_model_card.md", "reward_model": SLRMModel}
+METHODS = {
+    "TAPO": {"method": PAIRINGS["tapo"].card},
+    "Online-Diffusion-DPO": {"method": OnlineDiffusionDPOTrainer.method_card},
+    "Flow-GRPO": {"method": FlowGRPOTrainer.method_card},
+    "SLRM": SLRM,
+}
 
 
 def write(folder, **kwargs):
     options = {
-        "trainer_name": "TAPO",
+        **METHODS["TAPO"],
+        "template_file": "tapo_model_card.md",
         "base_model": BASE,
         "model_name": "my-model",
         "dataset_name": "user/prompts",
@@ -40,7 +52,6 @@ def write(folder, **kwargs):
         "metrics": {"reward": 0.123456},
         "images": [],
         "hub_model_id": "user/my-model",
-        "paper": PAPER,
         "command": "python tapo_sd35.py --config recipe.yaml",
     }
     write_model_card(folder / "README.md", **{**options, **kwargs})
@@ -68,31 +79,32 @@ class TestMetadata:
         assert len(data.tags) == len(set(data.tags))
 
     @pytest.mark.parametrize(
-        ("pairing", "name", "tag", "citation"),
+        ("pairing", "name", "tag", "key"),
         [
-            ("tapo", "**TAPO** (", "tapo", None),
-            ("tapo_within", "**TAPO** (", "tapo-within", None),
+            ("tapo", "**TAPO** (", "tapo", "xian2026consistent"),
+            ("tapo_within", "**TAPO** (", "tapo-within", "xian2026consistent"),
             ("spo", "**SPO** (Step-by-step", "spo", "liang2024step"),
             ("lpo", "**LPO** (Latent", "lpo", "zhang2025diffusion"),
         ],
     )
-    def test_pairings(self, tmp_path, pairing, name, tag, citation):
-        trainer_name, trainer_tag, paper = PAIRING_METHODS[pairing]
-        card = write(tmp_path, trainer_name=trainer_name, **({} if paper is None else {"paper": paper}))
-        assert trainer_tag == tag and tag in card.data.tags and name in " ".join(card.text.split())
+    def test_pairings(self, tmp_path, pairing, name, tag, key):
+        card = write(tmp_path, method=PAIRINGS[pairing].card)
+        assert tag in card.data.tags and name in " ".join(card.text.split())
         assert ("TAPO" in card.text.replace("TAPO-", "")) == pairing.startswith("tapo")
-        assert (paper is None) if citation is None else citation in card.text
+        assert f"{{{key}," in card.text
         assert "trajector" in card.text and "Both sides of a preference pair" not in card.text
 
-    @pytest.mark.parametrize("name", ["Inversion-DPO", "DenseReward"])
-    def test_variants_of_diffusion_dpo(self, tmp_path, name):
-        card = write(tmp_path, trainer_name=name)
+    @pytest.mark.parametrize(
+        ("variant", "name"), [("inversion_dpo", "Inversion-DPO"), ("dense_reward", "DenseReward")]
+    )
+    def test_variants_of_diffusion_dpo(self, tmp_path, variant, name):
+        card = write(tmp_path, method=VARIANT_CARDS[variant])
         assert f"**{name}** on the preference pairs of" in " ".join(card.text.split())
         assert {"diffusion-dpo", name.lower().replace("reward", "-reward")} <= set(card.data.tags)
         assert "A policy that is trained on a learned reward" not in card.text
 
     def test_slrm(self, tmp_path):
-        data = write(tmp_path, trainer_name="SLRM").data
+        data = write(tmp_path, **SLRM).data
         assert {"trl", "slrm", "reward-model"} <= set(data.tags)
         assert not {"tapo", "lora"} & set(data.tags)
         assert data.pipeline_tag is None
@@ -116,12 +128,12 @@ class TestMetadata:
 
 
 class TestText:
-    @pytest.mark.parametrize("trainer_name", ["TAPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM"])
-    def test_no_local_path_and_no_token(self, tmp_path, trainer_name):
+    @pytest.mark.parametrize("name", ["TAPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM"])
+    def test_no_local_path_and_no_token(self, tmp_path, name):
         (tmp_path / "base").mkdir()
         card = write(
             tmp_path,
-            trainer_name=trainer_name,
+            **METHODS[name],
             base_model=str(tmp_path / "base"),
             dataset_name=str(tmp_path / "prompts.txt"),
             hub_model_id=None,
@@ -161,17 +173,17 @@ class TestText:
         assert card.data.pipeline_tag == "text-to-video"
 
     def test_usage_of_a_reward_model(self, tmp_path):
-        text = write(tmp_path, trainer_name="SLRM").text
+        text = write(tmp_path, **SLRM).text
         assert 'SLRMModel.from_pretrained("user/my-model")' in text
         assert "policy.encode(images)  # images: [1, 3, H, W]" in text
         assert "slrm.score(" in text
-        assert "policy.encode(videos)  # videos: [1, 3, F, H, W]" in write(tmp_path, trainer_name="SLRM", **WAN).text
+        assert "policy.encode(videos)  # videos: [1, 3, F, H, W]" in write(tmp_path, **SLRM, **WAN).text
 
-    @pytest.mark.parametrize("trainer_name", ["TAPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM"])
+    @pytest.mark.parametrize("name", ["TAPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM"])
     @pytest.mark.parametrize("is_lora", [False, True])
     @pytest.mark.parametrize("family", [{}, WAN], ids=["image", "video"])
-    def test_code_compiles(self, tmp_path, trainer_name, is_lora, family):
-        text = write(tmp_path, trainer_name=trainer_name, is_lora=is_lora, **family).text
+    def test_code_compiles(self, tmp_path, name, is_lora, family):
+        text = write(tmp_path, **METHODS[name], is_lora=is_lora, **family).text
         blocks = text.split("```python\n")[1:]
         assert blocks
         for block in blocks:
@@ -188,15 +200,15 @@ class TestText:
         text = write(tmp_path).text
         assert "| `num_sde_steps` | 8 |" in text
         assert "| `reward` | 0.1235 |" in text
-        assert PAPER["citation"] in text
+        assert citation("xian2026consistent") in text
         assert "vonwerra2020trl" in text
         assert "- diffusers: " in text
 
-    @pytest.mark.parametrize("trainer_name", ["TAPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM"])
-    def test_without_anything_optional(self, tmp_path, trainer_name):
+    @pytest.mark.parametrize("name", ["TAPO", "Online-Diffusion-DPO", "Flow-GRPO", "SLRM"])
+    def test_without_anything_optional(self, tmp_path, name):
         text = write(
             tmp_path,
-            trainer_name=trainer_name,
+            **METHODS[name],
             base_model=None,
             dataset_name=None,
             method_table={},
@@ -207,10 +219,17 @@ class TestText:
         assert "None" not in text
         assert "```bash" not in text
         assert "| option" not in text
-        assert "{{" not in text.replace("{{The paper}}", "").replace("{{TRL: Transformers", "")
+        assert "{{" not in text.replace("title     = {{", "").replace("title   = {{", "")
 
 
 class TestHelpers:
+    def test_citations(self):
+        methods = [pairing.card for pairing in PAIRINGS.values()] + list(VARIANT_CARDS.values())
+        methods += [model.card for model in REWARD_MODELS.values()]
+        for method in methods:
+            assert citation(method.paper).startswith("@") and method.paper in citation(method.paper)
+        assert citation(PAPER) == PAPER
+
     @pytest.mark.parametrize(
         ("name", "expected"),
         [

@@ -251,14 +251,14 @@ class TestRatio:
 
             def __init__(self, trainer):
                 super().__init__(trainer)
-                generate = trainer._generate_and_score_trajectories
+                generate = trainer.rollout
 
                 def drift(*args, **kwargs):
                     groups = generate(*args, **kwargs)
                     randomize_adapter(trainer, std=1.0)
                     return groups
 
-                trainer._generate_and_score_trajectories = drift
+                trainer.rollout = drift
 
         trainer = make_trainer(tmp_path)
         Drift(trainer)
@@ -296,7 +296,7 @@ class TestGradient:
     @pytest.mark.parametrize("options", [{"epsilon": 0.9, "beta": 5.0}, {"epsilon": 1e-3, "beta": 0.1}])
     def test_equals_an_independent_float64_reference_off_policy(self, tmp_path, options):
         trainer = make_trainer(tmp_path, self_check=False, **options)
-        groups = trainer._generate_and_score_trajectories(rows()[:2], seed_step=0)
+        groups = trainer.rollout(rows()[:2], seed_step=0)
         randomize_adapter(trainer, std=0.5)
         (chunk,) = groups.transitions(100)
         loss = trainer.compute_loss(trainer.model, chunk)
@@ -329,7 +329,7 @@ class TestRollouts:
     @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
     def test_advantages_are_those_of_the_rewards(self, tmp_path, scale_rewards):
         trainer = make_trainer(tmp_path, scale_rewards=scale_rewards)
-        groups = trainer._generate_and_score_trajectories(rows(), seed_step=0)
+        groups = trainer.rollout(rows(), seed_step=0)
         deviations = groups.rewards - groups.rewards.mean(1, keepdim=True)
         std = {"group": groups.rewards.std(1, keepdim=True), "batch": groups.rewards.std(), "none": 1 - 1e-4}
         torch.testing.assert_close(groups.advantages, deviations / (std[scale_rewards] + 1e-4))

@@ -185,7 +185,7 @@ class TestLoss:
     def test_is_that_of_offline_diffusion_dpo_on_the_same_pair_noise_and_level(self, tmp_path):
         trainer = make_trainer(tmp_path, self_check=False, label_smoothing=0.1)
         randomize_adapter(trainer)
-        pairs = trainer._generate_and_score_trajectories(rows(), seed_step=0)
+        pairs = trainer.rollout(rows(), seed_step=0)
         (chunk,) = pairs.transitions(100)
         losses, _, metrics = trainer.transition_losses(trainer.model, chunk)
 
@@ -231,9 +231,9 @@ class TestLoss:
 class TestRollouts:
     def test_seeded_by_row_and_step_not_by_batch(self, tmp_path):
         trainer = make_trainer(tmp_path)
-        together = trainer._generate_and_score_trajectories(rows(), seed_step=3)
-        alone = trainer._generate_and_score_trajectories(rows()[2:3], seed_step=3)
-        other = trainer._generate_and_score_trajectories(rows()[2:3], seed_step=4)
+        together = trainer.rollout(rows(), seed_step=3)
+        alone = trainer.rollout(rows()[2:3], seed_step=3)
+        other = trainer.rollout(rows()[2:3], seed_step=4)
         assert torch.equal(together.noise[:, 2], alone.noise[:, 0])
         assert torch.equal(together.sigmas[:, 2], alone.sigmas[:, 0])
         assert not torch.equal(alone.noise, other.noise)

@@ -68,7 +68,7 @@ def test_half_of_the_forwards_and_the_same_weights(tmp_path, method, options):
 def test_no_memory_is_spent_on_rollouts_that_are_used_once(tmp_path, method):
     trainer = METHODS[method](tmp_path, **STEPS | {"num_iterations": 1, "max_steps": 1})
     trainer.train()
-    ((_, rollout),) = trainer._buffer
+    ((_, rollout),) = trainer.buffer.rollouts
     assert rollout.ref_velocities is None
 
 

@@ -16,7 +16,7 @@ from tapo_trl.metrics import evaluate_preference_accuracy
 from tapo_trl.policies import SD3Policy, WanPolicy, load_policy
 from tapo_trl.rewards import REWARD_MODELS
 from tapo_trl.rewards.scoring import LatentReward
-from tapo_trl.trainer.reward_loading import load_reward, place_reward
+from tapo_trl.trainer.reward_setup import load_reward, move_reward
 from tests.data.preference_pairs import color_pairs, latent_pairs
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 
@@ -286,7 +286,7 @@ class TestRollouts:
         assert isinstance(reward, LatentReward)
         with torch.no_grad():
             before = model.score(*inputs)
-            place_reward(reward, args)
+            move_reward(reward, args)
             after = model.score(*inputs)
         assert not torch.equal(after, before) and (after - before).abs().max() < 0.1 * before.abs().max() + 0.05
         assert {p.dtype for p in model.head.parameters()} == {torch.float32}

@@ -12,7 +12,7 @@ from tapo_trl import TAPOConfig, TAPOTrainer, load_reward_model
 from tapo_trl.networks.sharing import all_tensors, base_tensors
 from tapo_trl.policies import load_policy
 from tapo_trl.rewards import REWARD_MODELS
-from tapo_trl.trainer.reward_loading import check_sharing
+from tapo_trl.trainer.reward_setup import check_sharing
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 from tests.trainer.policy_checks import trainable
 

@@ -14,11 +14,11 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import RewardTrainer
 
-from tapo_trl import SLRMConfig, SLRMModel, SLRMTrainer
+from tapo_trl import EMACallback, SLRMConfig, SLRMModel, SLRMTrainer
 from tapo_trl.data import PromptCache
 from tapo_trl.metrics import evaluate_preference_accuracy
 from tapo_trl.policies import SD3Policy, WanPolicy, load_policy
-from tapo_trl.trainer.slrm_trainer import is_reward_model
+from tapo_trl.trainer.slrm_loading import is_reward_model
 from tests.data.preference_pairs import color_pairs, latent_pairs
 from tests.data.video_files import color_videos
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
@@ -520,7 +520,7 @@ class TestModelArgument:
             if filename != "config.json" or errors[-1] is not None:
                 raise errors[-1] or LocalEntryNotFoundError(filename)
 
-        monkeypatch.setattr("tapo_trl.trainer.slrm_trainer.hf_hub_download", download)
+        monkeypatch.setattr("tapo_trl.trainer.slrm_loading.hf_hub_download", download)
         hub = {"token": "secret", "cache_dir": "elsewhere", "local_files_only": True, "revision": "main"}
         assert is_reward_model("me/slrm", **hub)
         assert all(hub.items() <= kwargs.items() for kwargs in seen)
@@ -549,6 +549,10 @@ class TestModelArgument:
 
 
 class TestBadInput:
+    def test_a_callback_for_policies(self, make_args):
+        with pytest.raises(ValueError, match="`EMACallback` is for trainers of a policy"):
+            train(make_args(), callbacks=[EMACallback()])
+
     def refuse(self, args, message, error=ValueError, dataset=None, **kwargs):
         model = kwargs.pop("model", None)
         with pytest.raises(error, match=message):

@@ -17,7 +17,7 @@ from tapo_trl.metrics import diagnose_scores, evaluate_preference_accuracy, scor
 from tapo_trl.policies import SD3Policy, WanPolicy
 from tapo_trl.rewards import EstimateReward
 from tapo_trl.runs.hub import collect_upload
-from tapo_trl.trainer.reward_loading import load_reward
+from tapo_trl.trainer.reward_setup import load_reward
 from tests.data.preference_pairs import color_pairs, latent_pairs
 from tests.testing_utils import save_tiny_clip, tiny_sd3_pipeline, tiny_wan_pipeline
 
@@ -267,7 +267,7 @@ class TestRollouts:
             train_dataset=Dataset.from_dict({"prompt": ["cat", "dog"]}), peft_config=LoraConfig(r=2),
         )  # fmt: skip
         monkeypatch.setattr(SD3Policy, "velocity", record)
-        pairs = trainer._generate_and_score_trajectories([{"prompt": "cat", "tapo_row": 0}], seed_step=0)
+        pairs = trainer.rollout([{"prompt": "cat", "tapo_row": 0}], seed_step=0)
 
         steps, sigmas = trainer.step_indices, [round(sigma, 6) for sigma in trainer.scheduler.sigmas.tolist()]
         # One forward per level: of the trajectory before the first stochastic step, then either at the 2 x P candidates

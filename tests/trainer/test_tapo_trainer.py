@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from tapo_trl import SLRMModel, TAPOConfig, TAPOTrainer
 from tapo_trl.callbacks.base import TAPOCallback
 from tapo_trl.policies import SD3Policy
+from tapo_trl.rollouts import TrajectoryPairs
 from tests.testing_utils import tiny_sd3_pipeline as make_pipeline
 from tests.trainer.policy_checks import (
     check_full_fine_tuning_is_saved_as_a_transformer,
@@ -92,13 +93,13 @@ class RolloutRecorder:
     """Keeps the rollouts of a trainer."""
 
     def __init__(self, trainer):
-        self.pairs, generate = [], trainer._generate_and_score_trajectories
+        self.pairs, generate = [], trainer.rollout
 
         def record(*args, **kwargs):
             self.pairs.append(generate(*args, **kwargs))
             return self.pairs[-1]
 
-        trainer._generate_and_score_trajectories = record
+        trainer.rollout = record
 
 
 def reference_loss(trainer, pairs):
@@ -193,7 +194,7 @@ class TestTraining:
         trainer = make_trainer(tmp_path)
         rows = [{"prompt": prompt, "tapo_row": row} for row, prompt in enumerate(PROMPTS)]
         with torch.autocast("cpu", dtype=torch.float16):
-            pairs = trainer._generate_and_score_trajectories(rows, seed_step=0)
+            pairs = trainer.rollout(rows, seed_step=0)
             for chunk in pairs.transitions(5):
                 loss = trainer.compute_loss(trainer.model, chunk).item()
                 assert loss / chunk.share == pytest.approx(math.log(2), abs=1e-6)
@@ -326,7 +327,7 @@ class TestGradient:
         trainer = make_trainer(tmp_path, train_cfg=train_cfg, self_check=False, beta=30.0)
         randomize_adapter(trainer)
         rows = [{"prompt": prompt, "tapo_row": row} for row, prompt in enumerate(PROMPTS)]
-        pairs = trainer._generate_and_score_trajectories(rows, seed_step=0)
+        pairs = trainer.rollout(rows, seed_step=0)
         (chunk,) = pairs.transitions(100)
         expected, _ = reference_loss(trainer, pairs)
         difference = abs(trainer.compute_loss(trainer.model, chunk).item() - expected.item())
@@ -363,11 +364,18 @@ class TestRollouts:
         noises = []
         for trainer in trainers:
             row = {"prompt": "fox", "tapo_row": 2}
-            pairs = trainer._generate_and_score_trajectories([row], seed_step=3)
+            pairs = trainer.rollout([row], seed_step=3)
             noises.append(pairs.next_latents)
         assert torch.equal(*noises)
-        other = trainers[0]._generate_and_score_trajectories([row], seed_step=4).next_latents
+        other = trainers[0].rollout([row], seed_step=4).next_latents
         assert not torch.equal(noises[0], other)
+
+    def test_a_rollout_can_be_asked_for(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        batch = [trainer.train_dataset[index] for index in (2, 0)]
+        pairs = trainer.rollout(batch)
+        assert isinstance(pairs, TrajectoryPairs) and pairs.rewards.shape[2] == 2
+        assert torch.equal(pairs.next_latents, trainer.rollout(batch, seed_step=0).next_latents)
 
     @pytest.mark.slow
     def test_num_iterations_uses_a_rollout_again(self, tmp_path):

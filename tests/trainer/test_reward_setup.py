@@ -9,11 +9,11 @@ from peft import LoraConfig
 from tapo_trl import SLRMModel, TAPOConfig
 from tapo_trl.policies import SD3Policy, WanPolicy
 from tapo_trl.rewards.scoring import LatentReward, PixelReward
-from tapo_trl.trainer.reward_loading import (
+from tapo_trl.trainer.reward_setup import (
     check_reward_functions,
     check_rewards,
     load_reward,
-    place_reward,
+    move_reward,
     store_in_float8,
 )
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
@@ -79,14 +79,14 @@ class TestLoading:
         reward = load_reward(str(tmp_path / "slrm"), policy, args)
         assert isinstance(reward, LatentReward)
         assert not any(parameter.requires_grad for parameter in reward.model.parameters())
-        place_reward(reward, args)
+        move_reward(reward, args)
         dtypes = {parameter.dtype for parameter in reward.model.parameters()}
         assert dtypes == {torch.bfloat16, torch.float8_e4m3fn}
 
     def test_a_function_stays_a_function(self, tmp_path):
         args = make_args(tmp_path)
         reward = load_reward(brightness, SD3Policy(tiny_sd3_pipeline()), args)
-        place_reward(reward, args)
+        move_reward(reward, args)
         assert isinstance(reward, PixelReward) and reward.function is brightness
 
     @pytest.mark.parametrize(

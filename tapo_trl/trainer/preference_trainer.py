@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What trainers share that learn from preference pairs: encoding them, and bringing batches to the accelerator."""
+"""Base class of trainers that learn from preference pairs: [`PreferenceTrainer`]."""
 
 from typing import Any
 
@@ -14,19 +14,18 @@ from ..data.columns import column_values
 from ..data.preferences import (
     LATENT_COLUMNS,
     ROW_COLUMN,
+    TIE,
+    PreferencePairCollator,
     check_preference_dataset,
     is_prepared,
     prepare_preference_dataset,
 )
-from ..data.prompts import PromptCache
-from ..policies import FlowPolicy
-from .base import autocast_dtype
+from .base import DiffusionTrainer, Splits
+from .policy_setup import encode_late, set_vae_options
 from .preference_config import PreferenceDataConfig
 
 
-def check_preference_splits(
-    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None, args: PreferenceDataConfig
-) -> None:
+def check_preference_splits(train_dataset: Dataset | None, eval_dataset: Splits, args: PreferenceDataConfig) -> None:
     """Check what can be checked of all splits without reading a file, see [`check_preference_dataset`]."""
     if train_dataset is None:
         raise ValueError("`train_dataset` is missing: give preference pairs.")
@@ -45,39 +44,39 @@ def describe_loss(inputs: dict[str, Any], sigma: torch.Tensor, index: tuple[int,
     return f"the loss for the prompt {inputs['prompt'][index[0]]!r} (row {row}) at noise level {level:.4f}"
 
 
-class PreferenceDataMixin:
-    """Put before a Trainer that learns from preference pairs and whose configuration is a [`PreferenceDataConfig`]."""
+class PreferenceTrainer(DiffusionTrainer):
+    """Base class of trainers that learn from preference pairs. Their configuration is a [`PreferenceDataConfig`]."""
 
-    policy: FlowPolicy
-    prompt_cache: PromptCache
+    _collator = PreferencePairCollator()
 
-    def _prepare_splits(
-        self,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | dict[str, Dataset] | None,
-        args: PreferenceDataConfig,
-    ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
+    # Data
+
+    def _check_datasets(
+        self, args: PreferenceDataConfig, train_dataset: Dataset | None, eval_dataset: Splits
+    ) -> tuple[Dataset, Splits]:
+        check_preference_splits(train_dataset, eval_dataset, args)
+        return train_dataset, eval_dataset
+
+    def _encode_datasets(
+        self, args: PreferenceDataConfig, train_dataset: Dataset, eval_dataset: Splits, prompts: list[str]
+    ) -> tuple[Dataset, Splits]:
         """Encode prompts and, with `cache_latents`, images or videos. The encoders stay on the accelerator."""
-        self.prompt_cache = PromptCache(self.policy, args.cache_dir, args.max_sequence_length, autocast_dtype(args))
         self.policy.move_text_encoders(args.device)
         self.policy.vae.to(args.device)
-        if args.vae_tiling:
-            self.policy.vae.enable_tiling()
-        if args.vae_slicing:
-            self.policy.vae.enable_slicing()
-        train_dataset = self._prepare_dataset(train_dataset, None, args, "train_dataset")
+        set_vae_options(self.policy, args)
+        train_dataset = self._prepare_dataset(train_dataset, args, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
-                name: self._prepare_dataset(split, None, args, f"eval_dataset[{name!r}]")
+                name: self._prepare_dataset(split, args, f"eval_dataset[{name!r}]")
                 for name, split in eval_dataset.items()
             }
         elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, None, args, "eval_dataset")
+            eval_dataset = self._prepare_dataset(eval_dataset, args, "eval_dataset")
+        with args.main_process_first(desc="encoding prompts"):
+            self.prompt_cache.encode(prompts)
         return train_dataset, eval_dataset
 
-    def _prepare_dataset(
-        self, dataset: Dataset, processing_class: None, args: PreferenceDataConfig, dataset_name: str
-    ) -> Dataset:
+    def _prepare_dataset(self, dataset: Dataset, args: PreferenceDataConfig, dataset_name: str) -> Dataset:
         if is_prepared(dataset):
             return dataset
         check_preference_dataset(dataset, dataset_name, args.dimension_weights)
@@ -118,8 +117,8 @@ class PreferenceDataMixin:
             return dataset
         check_preference_dataset(dataset, name, self.args.dimension_weights)
         if isinstance(dataset, Dataset):
-            self._encode_prompts(dataset["prompt"])
-        return self._prepare_dataset(dataset, None, self.args, name)
+            encode_late(dataset["prompt"], self.prompt_cache, self.policy, self.args)
+        return self._prepare_dataset(dataset, self.args, name)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt", ROW_COLUMN, "label", "margin", "chosen", "rejected", *LATENT_COLUMNS]
@@ -131,3 +130,19 @@ class PreferenceDataMixin:
                 inputs[column] = self.policy.encode(inputs.pop(side))
         inputs["prompt_embeds"] = self.prompt_cache.load(inputs["prompt"]).to(self.accelerator.device)
         return inputs
+
+    # Loss
+
+    def _mean_of_real_rows(self, losses: torch.Tensor) -> torch.Tensor:
+        """Mean of losses of shape `(num_rows,)` over rows that are not padding; NaN if there are none, which `Trainer` ignores."""
+        return losses[: self._num_real_rows(len(losses)) or None].mean()
+
+    @torch.no_grad()
+    def _record_pairs(self, metrics: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
+        """Record metrics of shape `(batch_size,)` of the pairs of all processes. Accuracies leave ties out."""
+        table = torch.stack([labels, *metrics.values()], dim=1)
+        labels, *columns = self.accelerator.gather_for_metrics(table).unbind(dim=1)
+        for name, values in zip(metrics, columns, strict=True):
+            values = values[labels != TIE] if "accurac" in name else values
+            if len(values) > 0:
+                self._record({name: values})

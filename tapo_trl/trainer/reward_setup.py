@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The frozen rewards of a run with rollouts: loading them, and keeping them small."""
+"""The frozen rewards of an online trainer: checks, loading, sharing of weights, and options that save memory."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,8 +13,8 @@ from peft import PeftConfig
 from transformers import TrainerCallback
 
 from ..data.prompts import ROW_COLUMN
-from ..networks.sharing import base_tensors, check_base_stays, check_same, saved_tensors, tie
-from ..networks.speed import compile_blocks
+from ..networks.compilation import compile_blocks
+from ..networks.sharing import base_tensors, check_base_stays, check_same, saved_tensors, share_parameters
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
 from ..rewards import LatentRewardModel, StepRewardModel, load_reward_model
@@ -22,7 +22,7 @@ from ..rewards.loading import saved_class
 from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, check_reward_function
 from ..rewards.step_reward import BASE_ARGUMENTS, HUB_ARGUMENTS
 from ..runs.launch_checks import uses_fsdp
-from .base import autocast_dtype
+from ..runs.option_checks import autocast_dtype
 from .rollout_config import RolloutConfig
 
 
@@ -143,7 +143,7 @@ def load_reward(
 ) -> LatentReward | EstimateReward | PixelReward:
     """
     A reward as the sampler calls it. A reward model, of whichever kind a folder holds, is frozen, and stays on the CPU until
-    [`place_reward`].
+    [`move_reward`].
 
     Args:
         reward (`str`, [`StepRewardModel`] or `Callable`): see [`TAPOTrainer`].
@@ -166,7 +166,7 @@ def load_reward(
         base = base_tensors(policy.transformer)
         own = base_tensors(model.transformer)
         check_same(((name, own[name]) for name in own if name in base), base, model.label)
-        tie(model.transformer, policy.transformer)
+        share_parameters(model.transformer, policy.transformer)
     if args.share_backbone:
         _check_engine(policy, args)
     model.check_compatible(policy, max_sequence_length=args.max_sequence_length)
@@ -175,7 +175,8 @@ def load_reward(
     if "velocity_target" in {own.name for own in fields(args)}:  # clean samples are compared with nothing
         _check_target_stays(target, args)
     if isinstance(model, LatentRewardModel):
-        compile_blocks(args, [model.transformer])
+        if args.torch_compile:
+            compile_blocks([model.transformer], args.torch_compile_backend, args.torch_compile_mode)
         return LatentReward(model, target, args.score_batch_size)
     check_has_transformer(model, args)
     return EstimateReward(model, policy, args.score_batch_size)
@@ -252,33 +253,33 @@ def _check_engine(policy: FlowPolicy, args: RolloutConfig) -> None:
         )
 
 
-def place_rewards(rewards: Sequence[LatentReward | PixelReward], policy: FlowPolicy, args: RolloutConfig) -> None:
-    """[`place_reward`] for each of them. What they share with the policy is at its place before they come."""
+def move_rewards(rewards: Sequence[LatentReward | PixelReward], policy: FlowPolicy, args: RolloutConfig) -> None:
+    """[`move_reward`] for each of them. What they share with the policy is at its place before they come."""
     if args.share_backbone:
         policy.transformer.to(args.device)
-        tie_rewards(rewards, policy)
+        share_with_rewards(rewards, policy)
     for reward in rewards:
-        place_reward(reward, args)
+        move_reward(reward, args)
 
 
-def tie_rewards(rewards: Sequence[LatentReward | PixelReward], policy: FlowPolicy) -> None:
-    """Let all latent reward models have the policy's own base tensors, see [`~rewards.sharing.tie`]."""
+def share_with_rewards(rewards: Sequence[LatentReward | PixelReward], policy: FlowPolicy) -> None:
+    """Let all latent reward models have the policy's own base tensors, see [`~networks.sharing.share_parameters`]."""
     for reward in rewards:
         if isinstance(reward, LatentReward):
-            tie(reward.model.transformer, policy.transformer)
+            share_parameters(reward.model.transformer, policy.transformer)
 
 
-class TieCallback(TrainerCallback):
-    """Ties once more when the launcher's engine has placed the policy: that makes buffers anew."""
+class ShareCallback(TrainerCallback):
+    """Shares once more when the launcher's engine has placed the policy: that makes buffers anew."""
 
     def __init__(self, rewards: Sequence[LatentReward | PixelReward], policy: FlowPolicy):
         self.rewards, self.policy = rewards, policy
 
     def on_train_begin(self, args, state, control, **kwargs):
-        tie_rewards(self.rewards, self.policy)
+        share_with_rewards(self.rewards, self.policy)
 
 
-def place_reward(reward: LatentReward | EstimateReward | PixelReward, args: RolloutConfig) -> None:
+def move_reward(reward: LatentReward | EstimateReward | PixelReward, args: RolloutConfig) -> None:
     """Put a reward model where it computes, in the way that the configuration asks for. Pixel rewards have nothing to place."""
     if isinstance(reward, PixelReward):
         return

@@ -1,0 +1,103 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Loading what [`SLRMTrainer`] trains: a base policy and a new reward model on it, or one whose training goes on."""
+
+import os
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from peft import LoraConfig
+
+from ..policies import FlowPolicy, load_policy
+from ..policies.loading import only_hub_arguments, pop_dtype
+from ..policies.lora import check_no_adapter
+from ..rewards import REWARD_MODELS, LatentRewardModel, StepRewardModel, load_reward_model
+from ..runs.launch_checks import uses_fsdp
+from ..runs.option_checks import autocast_dtype
+from .slrm_config import MODEL_FIELDS, SLRMConfig
+
+
+def check_not_sharded(args: SLRMConfig) -> None:
+    zero_stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
+    if uses_fsdp(args) or zero_stage == 3:
+        raise ValueError(
+            "`SLRMTrainer` cannot save weights that are sharded over processes: use DDP or DeepSpeed ZeRO stage 1 or 2 "
+            "instead of FSDP or ZeRO stage 3."
+        )
+
+
+def load_base_and_reward_model(
+    model: str | DiffusionPipeline | FlowPolicy | StepRewardModel, args: SLRMConfig, peft_config: LoraConfig | None
+) -> tuple[FlowPolicy, StepRewardModel]:
+    """The base policy and the reward model to train."""
+    init_kwargs = dict(args.model_init_kwargs or {})
+    dtype = pop_dtype(init_kwargs)
+    if dtype is None and peft_config is not None:
+        dtype = autocast_dtype(args)  # a base that LoRA keeps frozen is loaded in the precision it is used in
+
+    if isinstance(model, str):
+        hub_arguments = only_hub_arguments(init_kwargs)
+        model = os.path.expanduser(model)
+        if is_reward_model(model, init_kwargs.get("subfolder"), **hub_arguments):
+            if not os.path.isdir(model):
+                init_kwargs.pop("revision", None)  # that of the reward model: the base has its own
+            if "subfolder" in init_kwargs:
+                hub_arguments["subfolder"] = init_kwargs.pop("subfolder")
+            model = load_reward_model(model, torch_dtype=dtype, **hub_arguments)
+    if isinstance(model, StepRewardModel):
+        if model.kind != args.reward_model_type:
+            raise ValueError(
+                f"`model` is a {model.label}, but `reward_model_type={args.reward_model_type!r}`: set "
+                f"`reward_model_type={model.kind!r}`."
+            )
+        args.fill_in(model.config)
+        if not model.config.base_model_name_or_path:
+            raise ValueError(
+                f"The {model.label} was made from a pipeline in memory, so its base model cannot be loaded: pass the pipeline "
+                f"or the policy as `model`, with {', '.join(f'`{name}`' for name in MODEL_FIELDS[model.kind])} in `args`."
+            )
+        policy = load_policy(
+            model.config.base_model_name_or_path, torch_dtype=dtype, **model.base_files() | init_kwargs
+        )
+        model.check_compatible(policy)
+        if isinstance(model, LatentRewardModel):
+            model.check_base(policy.transformer)
+        return policy, model
+
+    args.fill_in()
+    policy = load_policy(model, torch_dtype=dtype, **init_kwargs)
+    check_no_adapter(policy)
+    reward_model = REWARD_MODELS[args.reward_model_type].from_policy(
+        policy, max_sequence_length=args.max_sequence_length or policy.max_sequence_length, **args.model_config()
+    )
+    return policy, reward_model
+
+
+def is_reward_model(name_or_path: str, subfolder: str | None = None, **hub_arguments) -> bool:
+    """
+    Whether a folder or a repository on the Hub holds a reward model rather than a pipeline.
+
+    Raises:
+        ValueError: if there is neither, or no such folder or repository.
+    """
+    for filename, answer in ((DiffusionPipeline.config_name, False), (StepRewardModel.config_name, True)):
+        if os.path.isdir(name_or_path):
+            if os.path.isfile(os.path.join(name_or_path, subfolder or "", filename)):
+                return answer
+            continue
+        try:
+            hf_hub_download(name_or_path, filename, subfolder=subfolder, **hub_arguments)
+            return answer
+        except EntryNotFoundError:  # also if it is not in the cache, without a network
+            continue
+        except HFValidationError as error:
+            raise ValueError(
+                f"There is no folder {name_or_path}, and it cannot be the name of a repository."
+            ) from error
+    raise ValueError(
+        f"`model`: neither a pipeline (`{DiffusionPipeline.config_name}`) nor a reward model (`{StepRewardModel.config_name}`) "
+        f"was found in {name_or_path}, a folder or a repository on the Hub. Without a network it must be in the cache "
+        "(`cache_dir` in `model_init_kwargs`)."
+    )
