@@ -80,7 +80,7 @@ class RecipeParser(TrlParser):
         from transformers import TrainingArguments
 
         from ..runs.checkpoints import check_start
-        from ..trainer.base import check_precision
+        from ..runs.option_checks import check_precision
         from .model_arguments import DiffusionModelConfig
 
         try:
