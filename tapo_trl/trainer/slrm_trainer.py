@@ -20,13 +20,14 @@ from ..callbacks.base import PolicyCallback
 from ..data.preferences import TIE
 from ..losses import slrm_loss, thurstone_loss
 from ..media.tracking import make_config_trackable
-from ..metrics.pair_scores import evaluation_noise, rule_targets
+from ..metrics.pair_scores import evaluation_noise
 from ..metrics.preference_accuracy import pair_accuracies
 from ..moved import moved_names
 from ..policies import FlowPolicy
 from ..policies.lora import check_peft_config
 from ..rewards import SLRMModel, StepRewardModel
 from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
+from ..rewards.targets import training_targets
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal
 from ..seeding import seeded_generator
 from .base import COMMON_OPTIONS
@@ -217,7 +218,7 @@ class SLRMTrainer(PreferenceTrainer, RewardTrainer):
         own_rule = args.velocity_target if self.model.uses_velocity_target else "none"
         rules = {own_rule} if mode == "train" else {own_rule, *args.eval_rules}
         with self.accelerator.autocast():  # as the model's own forward
-            targets = rule_targets(sorted(rules), self.policy, self.base_model, noisy, velocity, sigmas, embeds)
+            targets = training_targets(sorted(rules), self.policy, self.base_model, noisy, velocity, sigmas, embeds)
         if self.model.uses_velocity_target:
             scores, penalty, velocity_metrics = self._enhanced_scores(output, targets[own_rule], velocity, sigmas)
         else:

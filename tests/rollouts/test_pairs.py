@@ -7,9 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from tapo_trl.metrics.pair_scores import rule_targets
 from tapo_trl.rewards import LatentReward, PixelReward, SLRMModel, WeightedReward
-from tapo_trl.rewards.targets import velocity_target
+from tapo_trl.rewards.targets import training_targets, velocity_target
 from tapo_trl.rollouts import TAPOSampler, TrajectoryPairs
 from tapo_trl.schedulers import draw_candidates, sde_step_indices
 
@@ -186,7 +185,7 @@ class TestCandidates:
         for candidates, of_reference, of_policy in targets[:-1]:  # the last candidates are too clean for a target
             inputs = (candidates.latents, candidates.sigma, candidates.prompt_embeds)
             noise, sigma = torch.zeros_like(candidates.latents), candidates.sigma.expand(len(candidates))
-            trained = rule_targets(["reference"], policy, network, inputs[0], noise, sigma, inputs[2])["reference"]
+            trained = training_targets(["reference"], policy, network, inputs[0], noise, sigma, inputs[2])["reference"]
             torch.testing.assert_close(of_reference, trained)
             torch.testing.assert_close(of_policy, policy.velocity(network, *inputs, negative, 4.5))
             assert (of_reference - of_policy).abs().max() > 0.01
