@@ -28,9 +28,9 @@ from datasets import load_dataset
 from transformers import TrainerCallback
 
 from tapo_trl import SLRMTrainer, load_policy, load_reward_model
-from tapo_trl.cli.builders import load_preference_splits
 from tapo_trl.metrics import evaluate_preference_accuracy
 from tapo_trl.scripts.slrm import make_parser
+from tapo_trl.scripts.utils import load_preference_splits
 
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -6,7 +6,7 @@
 import functools
 import json
 import os
-from dataclasses import fields
+from dataclasses import field, fields
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -24,11 +24,24 @@ _NAMES = {
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
+def option(help: str, default: Any = None) -> Any:
+    """
+    Field of a dataclass of options.
+
+    Args:
+        help (`str`): What it does, for `--help` and the documentation.
+        default (`Any`, *optional*): Its default. A list is copied for each instance.
+    """
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
 @functools.cache
 def field_types(dataclass_type: type) -> dict[str, Any]:
     """Types of the fields of a dataclass, by name."""
     hints = get_type_hints(dataclass_type)
-    return {field.name: hints[field.name] for field in fields(dataclass_type)}
+    return {own.name: hints[own.name] for own in fields(dataclass_type)}
 
 
 def convert_fields(config: Any) -> None:

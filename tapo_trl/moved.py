@@ -15,9 +15,14 @@ from typing import Any
 
 # Old module: the modules that now hold its names. All names are below `tapo_trl`
 MOVED = {
+    "cli.bench_arguments": ("cli.arguments",),
+    "cli.builders": ("data.loading", "scripts.utils"),
     "cli.dpo": ("scripts.dpo",),
+    "cli.evaluation_arguments": ("cli.arguments",),
     "cli.grpo": ("scripts.grpo",),
+    "cli.model_arguments": ("trainer.model_config",),
     "cli.online_dpo": ("scripts.online_dpo",),
+    "cli.script_arguments": ("data.loading", "scripts.utils"),
     "cli.slrm": ("scripts.slrm",),
     "cli.tapo": ("scripts.tapo",),
     "rewards.backbone": ("rewards.backbones.base", "networks.sharing"),

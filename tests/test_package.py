@@ -14,7 +14,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import tapo_trl
-from tapo_trl.cli import bench, diagnose, evaluate, reproduce, sample
+from tapo_trl.cli import bench, diagnose, evaluate, sample
+from tapo_trl.cli.main import command_module
 from tapo_trl.scripts import dpo, grpo, online_dpo, slrm, tapo
 
 
@@ -29,11 +30,11 @@ PARSERS = {
     "grpo": grpo.make_parser,
     "evaluate": evaluate.make_parser,
     "diagnose": diagnose.make_parser,
-    "reproduce": reproduce.make_parser,
+    "reproduce": command_module("reproduce").make_parser,
     "bench": bench.make_parser,
 }
 LAUNCHER_FLAGS = {  # of accelerate, torchrun and Slurm
-    *("config_file", "machine_rank", "main_process_ip", "mixed_precision", "num_machines", "num_processes"),
+    *("accelerate_config", "config_file", "machine_rank", "main_process_ip", "mixed_precision", "num_machines", "num_processes"),
     *("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"),
     *("gpus", "nodes", "ntasks", "requeue", "signal"),
 }
@@ -227,7 +228,7 @@ class TestDocumentation:
         shared = ("preference_config.PreferenceDataConfig", "rollout_config.RolloutConfig")
         shared += ("base_config.DiffusionConfig", "base_config.PolicyConfig", "rollout_config.StochasticRolloutConfig")
         assert {f"trainer.{name}" for name in (*configs, *shared)} <= documented
-        assert {"cli.script_arguments.TAPOScriptArguments", "cli.evaluation_arguments.EvaluateArguments"} <= documented
+        assert {"scripts.utils.TAPOScriptArguments", "cli.arguments.EvaluateArguments"} <= documented
 
 
 def test_no_internal_numbers_in_what_users_read():

@@ -185,9 +185,9 @@ class TestPickles:
         assert not evil.ran
 
     def test_of_lora_weights(self, repository, folders):
-        from tapo_trl.cli.evaluation_arguments import SampleArguments
-        from tapo_trl.cli.model_arguments import PipelineConfig
+        from tapo_trl.cli.arguments import SampleArguments
         from tapo_trl.cli.sample import load_sampling_policy
+        from tapo_trl.trainer.model_config import PipelineConfig
 
         evil = repository("slrm")
         evil.pickle_instead("*", "pytorch_lora_weights.bin", "adapter_model.bin")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl bench`."""
-    from .bench_arguments import BenchArguments
+    from .arguments import BenchArguments
 
     return RecipeParser((BenchArguments,), prog="tapo-trl bench")
 

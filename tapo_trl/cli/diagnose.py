@@ -8,8 +8,8 @@ from .parser import RecipeParser
 
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl diagnose`."""
-    from .evaluation_arguments import DiagnoseArguments
-    from .model_arguments import PipelineConfig
+    from ..trainer.model_config import PipelineConfig
+    from .arguments import DiagnoseArguments
 
     return RecipeParser((DiagnoseArguments, PipelineConfig), prog="tapo-trl diagnose")
 

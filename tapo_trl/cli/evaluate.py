@@ -6,8 +6,8 @@ from .parser import RecipeParser
 
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl evaluate`."""
-    from .evaluation_arguments import EvaluateArguments
-    from .model_arguments import PipelineConfig
+    from ..trainer.model_config import PipelineConfig
+    from .arguments import EvaluateArguments
 
     return RecipeParser((EvaluateArguments, PipelineConfig), prog="tapo-trl evaluate")
 
@@ -25,9 +25,9 @@ def load_reward_model_and_pairs(args, model_args) -> tuple:
     """
     from accelerate import PartialState
 
+    from ..data.loading import load_preference_pairs
     from ..policies import load_policy
     from ..rewards import load_reward_model
-    from .builders import load_preference_pairs
 
     pairs = load_preference_pairs(args, args.dataset_test_split)
     if args.max_pairs is not None:
@@ -85,8 +85,9 @@ def measure_rewards(args, model_args) -> dict[str, float]:
     Returns:
         `dict[str, float]`: `{reward: mean}`.
     """
+    from ..data.loading import read_prompts
     from ..rewards.scoring import call_reward_function, check_reward_function
-    from .builders import load_function, read_prompts
+    from ..scripts.utils import load_function
     from .sample import draw, load_sampling_policy
 
     rewards = {spec: load_function(spec, "reward_model") for spec in args.reward_model}

@@ -5,6 +5,8 @@ import importlib
 import sys
 from types import ModuleType
 
+from .launch import is_launch, launch
+
 
 TRAININGS = {
     "slrm": "train a latent reward model on preference pairs",
@@ -27,11 +29,14 @@ USAGE = """usage: tapo-trl COMMAND [--config recipe.yaml] [--any_field value ...
 commands:
 {commands}
 
-`tapo-trl COMMAND --help` lists every field. Several processes: `accelerate launch -m tapo_trl.cli COMMAND ...`."""
+`tapo-trl COMMAND --help` lists every field. Several processes: `--accelerate_config multi_gpu` (a file, or the name of one in
+recipes/accelerate), which is `accelerate launch --config_file ... -m tapo_trl.cli COMMAND ...`."""
 
 
 def command_module(name: str) -> ModuleType:
     """The module of a command, with its `make_parser` and `main`."""
+    if name == "reproduce":
+        return importlib.import_module("tapo_trl.reproduction.command")
     package = "scripts" if name in TRAININGS else "cli"
     return importlib.import_module(f"tapo_trl.{package}.{name}")
 
@@ -51,6 +56,16 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"tapo-trl: error: unknown command `{argv[0]}`\n\n{usage}", file=sys.stderr)
         return 2
-    command = command_module(argv[0])
-    command.main(*command.make_parser().parse_args_and_config(argv[1:]))
+    name, flags = argv[0], argv[1:]
+    try:
+        if name in TRAININGS and is_launch(flags):
+            launch(name, flags)
+            return 0
+        command = command_module(name)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ImportError) and name != "reproduce":
+            raise
+        print(f"tapo-trl {name}: error: {error}", file=sys.stderr)
+        return 2
+    command.main(*command.make_parser().parse_args_and_config(flags))
     return 0

@@ -81,7 +81,7 @@ class RecipeParser(TrlParser):
 
         from ..runs.checkpoints import check_start
         from ..runs.option_checks import check_precision
-        from .model_arguments import DiffusionModelConfig
+        from ..trainer.model_config import DiffusionModelConfig
 
         try:
             parsed = super().parse_args_and_config(args, **kwargs)

@@ -6,8 +6,8 @@ from .parser import RecipeParser
 
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl sample`."""
-    from .evaluation_arguments import SampleArguments
-    from .model_arguments import PipelineConfig
+    from ..trainer.model_config import PipelineConfig
+    from .arguments import SampleArguments
 
     return RecipeParser((SampleArguments, PipelineConfig), prog="tapo-trl sample")
 
@@ -92,9 +92,9 @@ def main(args, model_args) -> None:
     """
     from pathlib import Path
 
+    from ..data.loading import read_prompts
     from ..data.videos import write_video
     from ..media.pictures import images_to_pil, save_overview
-    from .builders import read_prompts
 
     prompts = read_prompts(args.prompts, "prompts")
     folder = Path(args.output_dir)

@@ -8,9 +8,9 @@ import os
 
 from torch import nn
 
-from ..cli.model_arguments import DiffusionModelConfig
 from ..rewards import REWARD_MODELS, StepRewardModel
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
+from ..trainer.model_config import DiffusionModelConfig
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.slrm_loading import is_reward_model
 from .dry_run import ESTIMATE_NOTE, DryRun, Row

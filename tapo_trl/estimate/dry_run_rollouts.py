@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..cli.model_arguments import DiffusionModelConfig
-from ..cli.script_arguments import TAPOScriptArguments
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
 from ..rollouts import PAIRINGS
+from ..scripts.utils import TAPOScriptArguments
 from ..trainer.flow_grpo_config import FlowGRPOConfig
+from ..trainer.model_config import DiffusionModelConfig
 from ..trainer.online_dpo_config import OnlineDiffusionDPOConfig
 from ..trainer.reward_setup import check_has_transformer
 from ..trainer.rollout_config import RolloutConfig

@@ -5,7 +5,7 @@
 
 from torch import nn
 
-from ..cli.model_arguments import DiffusionModelConfig
+from ..trainer.model_config import DiffusionModelConfig
 from ..networks.float8 import store_base_in_float8
 from ..networks.sharing import base_tensors
 from ..policies import FlowPolicy

@@ -16,11 +16,11 @@ from peft import get_peft_model
 from torch import nn
 from transformers import CLIPTokenizer
 
-from ..cli.model_arguments import DiffusionModelConfig, get_lora_config
 from ..policies import FlowPolicy, SD3Policy, load_policy
 from ..rewards import SLRMModel, StepRewardModel
 from ..rewards.loading import saved_class
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
+from ..trainer.model_config import DiffusionModelConfig, get_lora_config
 from ..trainer.rollout_config import RolloutConfig
 from ..trainer.slrm_config import SLRMConfig
 from .known_pipelines import KNOWN_PIPELINES

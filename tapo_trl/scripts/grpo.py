@@ -1,56 +1,70 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import TYPE_CHECKING
+# /// script
+# dependencies = [
+#     "tapo-trl[video]",
+# ]
+# ///
 
-from ..cli.parser import RecipeParser
+"""
+Align a text-to-image or text-to-video model with a reward model by Flow-GRPO. The same as `tapo-trl grpo`.
+
+The emoji world, on a CPU, with the reward model of `examples/slrm_sd35.py`:
+
+```bash
+accelerate launch -m tapo_trl.scripts.grpo --config recipes/emoji/grpo.yaml
+```
+"""
 
 
-if TYPE_CHECKING:
-    from ..trainer.flow_grpo_trainer import FlowGRPOTrainer
-
-
-def make_parser() -> RecipeParser:
+def make_parser():
     """Parser of `tapo-trl grpo`."""
-    from ..cli.model_arguments import DiffusionModelConfig
-    from ..cli.script_arguments import TAPOScriptArguments
-    from ..trainer.flow_grpo_config import FlowGRPOConfig
+    from tapo_trl import FlowGRPOConfig
+    from tapo_trl.cli.parser import RecipeParser
+    from tapo_trl.scripts.utils import TAPOScriptArguments
+    from tapo_trl.trainer.model_config import DiffusionModelConfig
 
     return RecipeParser((TAPOScriptArguments, FlowGRPOConfig, DiffusionModelConfig), prog="tapo-trl grpo")
 
 
-def make_trainer(script_args, training_args, model_args) -> "FlowGRPOTrainer":
-    """
-    The trainer that the flags describe.
+def make_trainer(script_args, training_args, model_args):
+    """Load the data and the reward functions and make the [`FlowGRPOTrainer`]."""
+    from tapo_trl import FlowGRPOTrainer
+    from tapo_trl.scripts.utils import build_callbacks, load_prompt_dataset, load_reward_models, model_init_kwargs
+    from tapo_trl.trainer.model_config import get_lora_config
 
-    Args:
-        script_args ([`TAPOScriptArguments`]): The reward model, the held-out prompts and the callbacks.
-        training_args ([`FlowGRPOConfig`]): The training.
-        model_args ([`DiffusionModelConfig`]): The pipeline to align.
-    """
-    from ..cli.builders import make_rollout_trainer
-    from ..trainer.flow_grpo_trainer import FlowGRPOTrainer
+    # Load
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
 
-    return make_rollout_trainer(FlowGRPOTrainer, script_args, training_args, model_args)
+    # Trainer
+    return FlowGRPOTrainer(
+        model=model_args.require_model(),
+        reward_model=load_reward_models(script_args.reward_model),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=build_callbacks(script_args, training_args, train_dataset, eval_dataset),
+        peft_config=get_lora_config(model_args),
+    )
 
 
-def main(script_args, training_args, model_args) -> None:
-    """
-    Aligns a policy by Flow-GRPO, saves it to `output_dir` and, with `push_to_hub`, uploads it.
-    With `dry_run`, prints what it would do instead.
-
-    Args:
-        script_args ([`TAPOScriptArguments`]): The reward model, the held-out prompts and the callbacks.
-        training_args ([`FlowGRPOConfig`]): The training.
-        model_args ([`DiffusionModelConfig`]): The pipeline to align.
-    """
+def main(script_args, training_args, model_args):
+    """Align a policy by Flow-GRPO, and save or upload it. With `dry_run`, print what it would do."""
     if script_args.dry_run:
-        from ..estimate.dry_run import print_dry_run
-        from ..estimate.dry_run_rollouts import dry_run_grpo
+        from tapo_trl.estimate.dry_run import print_dry_run
+        from tapo_trl.estimate.dry_run_rollouts import dry_run_grpo
 
-        print_dry_run(dry_run_grpo(script_args, training_args, model_args))
-        return
+        return print_dry_run(dry_run_grpo(script_args, training_args, model_args))
 
-    from ..cli.builders import run_training
+    from tapo_trl.scripts.utils import save_or_push
 
-    run_training(make_trainer(script_args, training_args, model_args), training_args, training_args.dataset_name)
+    trainer = make_trainer(script_args, training_args, model_args)
+    trainer.train()
+    save_or_push(trainer)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

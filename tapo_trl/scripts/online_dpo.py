@@ -1,58 +1,73 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from typing import TYPE_CHECKING
+# /// script
+# dependencies = [
+#     "tapo-trl[video]",
+# ]
+# ///
 
-from ..cli.parser import RecipeParser
+"""
+Align a text-to-image or text-to-video model with a reward model by Diffusion-DPO on its own samples. The same as
+`tapo-trl online_dpo`.
+
+The emoji world, on a CPU, with the reward model of `examples/slrm_sd35.py`:
+
+```bash
+accelerate launch -m tapo_trl.scripts.online_dpo --config recipes/emoji/online_dpo.yaml
+```
+"""
 
 
-if TYPE_CHECKING:
-    from ..trainer.online_dpo_trainer import OnlineDiffusionDPOTrainer
-
-
-def make_parser() -> RecipeParser:
+def make_parser():
     """Parser of `tapo-trl online_dpo`."""
-    from ..cli.model_arguments import DiffusionModelConfig
-    from ..cli.script_arguments import TAPOScriptArguments
-    from ..trainer.online_dpo_config import OnlineDiffusionDPOConfig
+    from tapo_trl import OnlineDiffusionDPOConfig
+    from tapo_trl.cli.parser import RecipeParser
+    from tapo_trl.scripts.utils import TAPOScriptArguments
+    from tapo_trl.trainer.model_config import DiffusionModelConfig
 
     return RecipeParser(
         (TAPOScriptArguments, OnlineDiffusionDPOConfig, DiffusionModelConfig), prog="tapo-trl online_dpo"
     )
 
 
-def make_trainer(script_args, training_args, model_args) -> "OnlineDiffusionDPOTrainer":
-    """
-    The trainer that the flags describe.
+def make_trainer(script_args, training_args, model_args):
+    """Load the data and the reward functions and make the [`OnlineDiffusionDPOTrainer`]."""
+    from tapo_trl import OnlineDiffusionDPOTrainer
+    from tapo_trl.scripts.utils import build_callbacks, load_prompt_dataset, load_reward_models, model_init_kwargs
+    from tapo_trl.trainer.model_config import get_lora_config
 
-    Args:
-        script_args ([`TAPOScriptArguments`]): The reward model, the held-out prompts and the callbacks.
-        training_args ([`OnlineDiffusionDPOConfig`]): The training.
-        model_args ([`DiffusionModelConfig`]): The pipeline to align.
-    """
-    from ..cli.builders import make_rollout_trainer
-    from ..trainer.online_dpo_trainer import OnlineDiffusionDPOTrainer
+    # Load
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
 
-    return make_rollout_trainer(OnlineDiffusionDPOTrainer, script_args, training_args, model_args)
+    # Trainer
+    return OnlineDiffusionDPOTrainer(
+        model=model_args.require_model(),
+        reward_model=load_reward_models(script_args.reward_model),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=build_callbacks(script_args, training_args, train_dataset, eval_dataset),
+        peft_config=get_lora_config(model_args),
+    )
 
 
-def main(script_args, training_args, model_args) -> None:
-    """
-    Aligns a policy by Diffusion-DPO on its own samples, saves it to `output_dir` and, with `push_to_hub`, uploads it.
-    With `dry_run`, prints what it would do instead.
-
-    Args:
-        script_args ([`TAPOScriptArguments`]): The reward model, the held-out prompts and the callbacks.
-        training_args ([`OnlineDiffusionDPOConfig`]): The training.
-        model_args ([`DiffusionModelConfig`]): The pipeline to align.
-    """
+def main(script_args, training_args, model_args):
+    """Align a policy by Diffusion-DPO on its own samples, and save or upload it. With `dry_run`, print what it would do."""
     if script_args.dry_run:
-        from ..estimate.dry_run import print_dry_run
-        from ..estimate.dry_run_rollouts import dry_run_online_dpo
+        from tapo_trl.estimate.dry_run import print_dry_run
+        from tapo_trl.estimate.dry_run_rollouts import dry_run_online_dpo
 
-        print_dry_run(dry_run_online_dpo(script_args, training_args, model_args))
-        return
+        return print_dry_run(dry_run_online_dpo(script_args, training_args, model_args))
 
-    from ..cli.builders import run_training
+    from tapo_trl.scripts.utils import save_or_push
 
-    run_training(make_trainer(script_args, training_args, model_args), training_args, training_args.dataset_name)
+    trainer = make_trainer(script_args, training_args, model_args)
+    trainer.train()
+    save_or_push(trainer)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

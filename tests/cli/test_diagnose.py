@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from tapo_trl import SLRMModel
+from tapo_trl.cli.arguments import DiagnoseArguments
 from tapo_trl.cli.diagnose import format_run, read_run
-from tapo_trl.cli.evaluation_arguments import DiagnoseArguments
 from tapo_trl.cli.main import main
 from tapo_trl.policies import SD3Policy
 from tests.data.preference_pairs import color_pairs

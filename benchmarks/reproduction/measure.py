@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from datasets import load_dataset
 
-from ..cli.builders import load_prompts
-from ..metrics import diagnose_scores, score_pairs
-from ..policies import load_policy
-from ..rewards import load_reward_model
+from tapo_trl.data.loading import load_prompts
+from tapo_trl.metrics import diagnose_scores, score_pairs
+from tapo_trl.policies import load_policy
+from tapo_trl.rewards import load_reward_model
+
 from .world import Judge, World
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..profiling import on_forward
-from ..rewards.scoring import EstimateReward, LatentReward
-from ..trainer.base import DiffusionTrainer
-from ..trainer.rollout_trainer import RolloutTrainer
+from tapo_trl.profiling import on_forward
+from tapo_trl.rewards.scoring import EstimateReward, LatentReward
+from tapo_trl.trainer.base import DiffusionTrainer
+from tapo_trl.trainer.rollout_trainer import RolloutTrainer
 
 
 BACKWARD_COST = 2  # in forwards

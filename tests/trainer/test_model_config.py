@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tapo_trl.cli.model_arguments import DiffusionModelConfig, get_lora_config
+from tapo_trl.trainer.model_config import DiffusionModelConfig, get_lora_config
 
 
 class TestDiffusionModelConfig:

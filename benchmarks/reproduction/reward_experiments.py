@@ -6,7 +6,8 @@
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..metrics.plots import draw_distributions
+from tapo_trl.metrics.plots import draw_distributions
+
 from .lab import REWARDS, Lab
 from .measure import SIGMAS
 from .report import Report, lines

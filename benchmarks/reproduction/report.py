@@ -10,7 +10,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from ..metrics.plots import TITLE_WIDTH, check_matplotlib
+from tapo_trl.metrics.plots import TITLE_WIDTH, check_matplotlib
+
 from .statistics import Estimate
 
 

@@ -266,8 +266,9 @@ def _train(run: Run, recipe: Path) -> dict[str, int]:
     """Train, and count the forwards."""
     if run.command in (BASE_COMMAND, PROMPTS_COMMAND):
         return {"policy": 0, "reward": 0}
-    from ..cli.builders import run_training
-    from ..cli.main import command_module
+    from tapo_trl.cli.main import command_module
+    from tapo_trl.scripts.utils import save_or_push
+
     from .forward_counter import ForwardCounter
 
     command = command_module(run.command)
@@ -275,6 +276,8 @@ def _train(run: Run, recipe: Path) -> dict[str, int]:
     trainer, counter = command.make_trainer(script_args, training_args, model_args), ForwardCounter()
     if run.command != REWARD_COMMAND:
         counter.watch(trainer)
-    run_training(trainer, training_args, None)
+    trainer.train()
+    save_or_push(trainer)
+    trainer.end()
     sys.stdout.flush()
     return {"policy": counter.policy_forwards, "reward": counter.reward}

@@ -4,7 +4,7 @@
 import pytest
 
 from tapo_trl.cli import diagnose, evaluate
-from tapo_trl.cli.evaluation_arguments import EvaluateArguments, SampleArguments
+from tapo_trl.cli.arguments import EvaluateArguments, SampleArguments
 
 
 class TestEvaluateArguments:

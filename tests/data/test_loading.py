@@ -2,33 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import io
-import sys
 from pathlib import Path
-from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-from tapo_trl.callbacks.ema import EMACallback
-from tapo_trl.callbacks.gradient_share import GradientShareCallback
-from tapo_trl.callbacks.reward_guard import RewardHackingGuardCallback
-from tapo_trl.callbacks.samples import SampleGridCallback
-from tapo_trl.cli.builders import (
-    build_callbacks,
-    load_function,
-    load_policy_from_args,
+from tapo_trl.data import PAIR_PRESETS
+from tapo_trl.data.loading import (
+    PreferenceDatasetArguments,
     load_preference_pairs,
-    load_prompt_dataset,
     load_prompts,
-    load_reward_models,
     load_split,
     read_prompts,
 )
-from tapo_trl.cli.model_arguments import DiffusionModelConfig
-from tapo_trl.cli.script_arguments import PreferenceDatasetArguments, TAPOScriptArguments
-from tapo_trl.data import default_prompts
 
 
 ROWS = {"prompt": ["a cat", "a dog", "a fox"], "style": ["ink", "oil", "ink"]}
@@ -37,7 +26,6 @@ ROWS = {"prompt": ["a cat", "a dog", "a fox"], "style": ["ink", "oil", "ink"]}
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def png(shade):
@@ -106,43 +94,40 @@ class TestLoadPrompts:
             load_prompts("p.parquet")
 
 
-def tapo_args(**kwargs):
-    """The fields of `TAPOConfig` that the loaders read."""
-    options = {"dataset_name": None, "dataset_split": "train", "eval_strategy": "no", "resume_from_checkpoint": None}
-    return SimpleNamespace(**{**options, **kwargs})
+class TestDatasetArguments:
+    def test_pair_columns_need_two_names(self):
+        with pytest.raises(ValueError, match="two columns, but it names 1"):
+            PreferenceDatasetArguments(pair_columns=["image_0"], label_column="label")
 
+    @pytest.mark.parametrize(
+        ("options", "missing"),
+        [({"pair_columns": ["a", "b"]}, "label_column"), ({"label_column": "label"}, "pair_columns")],
+    )
+    def test_pair_columns_and_label_go_together(self, options, missing):
+        with pytest.raises(ValueError, match=f"`{missing}` is not"):
+            PreferenceDatasetArguments(**options)
 
-class TestLoadPromptDataset:
-    def test_prompts_of_the_package(self):
-        train, held_out = load_prompt_dataset(TAPOScriptArguments(), tapo_args())
-        assert train["prompt"][:] == default_prompts()["prompt"][:]
-        assert held_out is None
-
-    def test_held_out_split(self):
-        Dataset.from_dict(ROWS).to_parquet("p.parquet")
-        train, held_out = load_prompt_dataset(
-            TAPOScriptArguments(dataset_test_split="train[2:]"),
-            tapo_args(dataset_name="p.parquet", dataset_split="train[:2]"),
+    def test_presets_are_those_of_the_api(self):
+        names, _ = get_args(PreferenceDatasetArguments.__annotations__["pair_preset"])
+        assert set(get_args(names)) == set(PAIR_PRESETS) | {"none"}
+        assert (
+            PreferenceDatasetArguments(pair_preset="none", pair_columns=["a", "b"], label_column="c").pair_preset
+            is None
         )
-        assert train["prompt"][:] == ["a cat", "a dog"]
-        assert held_out["prompt"][:] == ["a fox"]
 
-    def test_held_out_file(self, tmp_path):
-        (tmp_path / "held_out.txt").write_text("a yak\n")
-        Dataset.from_dict(ROWS).to_parquet("p.parquet")
-        train, held_out = load_prompt_dataset(
-            TAPOScriptArguments(eval_dataset_name="held_out.txt"), tapo_args(dataset_name="p.parquet")
-        )
-        assert train["prompt"][:] == ROWS["prompt"]
-        assert held_out["prompt"][:] == ["a yak"]
-
-    def test_evaluation_needs_held_out_prompts(self):
-        with pytest.raises(ValueError, match="no prompts are held out"):
-            load_prompt_dataset(TAPOScriptArguments(), tapo_args(eval_strategy="steps"))
-
-    def test_split_of_nothing(self):
-        with pytest.raises(ValueError, match="neither `eval_dataset_name` nor `dataset_name`"):
-            load_prompt_dataset(TAPOScriptArguments(dataset_test_split="test"), tapo_args())
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"pair_preset": "hpdv3", "pair_columns": ["a", "b"], "label_column": "c"}, "`pair_preset` and `pair_columns`"),
+            ({"pair_preset": "hpdv3", "chosen_column": "a"}, "`pair_preset` and `chosen_column` exclude"),
+            ({"label_values": {"left": 1}}, "`label_values` is set but `label_column` is not"),
+            ({"label_values": "{left"}, "`label_values` is not valid JSON"),
+            ({"label_values": "3"}, "`label_values` must map"),
+        ],
+    )  # fmt: skip
+    def test_options_that_exclude_each_other(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            PreferenceDatasetArguments(**options)
 
 
 class TestLoadPreferencePairs:
@@ -266,45 +251,6 @@ class TestLoadPreferencePairs:
             load_preference_pairs(args, "train")
 
 
-class TestLoadRewardModels:
-    @pytest.fixture(autouse=True)
-    def module(self, tmp_path):
-        (tmp_path / "my_rewards.py").write_text(
-            "LIMIT = 3\n\ndef brightness(images, prompts):\n    return images.mean()\n"
-        )
-        yield
-        sys.modules.pop("my_rewards", None)
-
-    def test_function_of_the_working_directory(self):
-        assert load_reward_models(["my_rewards:brightness"]).__name__ == "brightness"
-
-    def test_folder_and_hub_id_stay_as_they_are(self):
-        assert load_reward_models(["user/slrm"]) == "user/slrm"
-
-    def test_several(self):
-        folder, function = load_reward_models(["outputs/slrm", "my_rewards:brightness"])
-        assert folder == "outputs/slrm"
-        assert callable(function)
-
-    @pytest.mark.parametrize("specs", [None, []])
-    def test_missing(self, specs):
-        with pytest.raises(ValueError, match="`reward_model` is missing"):
-            load_reward_models(specs)
-
-    @pytest.mark.parametrize(
-        ("spec", "message"),
-        [
-            ("my_rewards", "form `package.module:function`"),
-            ("no_such_module:f", "cannot import `no_such_module:f`"),
-            ("my_rewards:darkness", "module `my_rewards` has no `darkness`"),
-            ("my_rewards:LIMIT", "is a `int`, not a function"),
-        ],
-    )
-    def test_bad_functions(self, spec, message):
-        with pytest.raises(ValueError, match=f"`guard_reward`.*{message}"):
-            load_function(spec, "guard_reward")
-
-
 class TestReadPrompts:
     def test_file(self, tmp_path):
         (tmp_path / "p.txt").write_text("a\n\n b \n", encoding="utf-8-sig")  # with a byte order mark
@@ -319,75 +265,3 @@ class TestReadPrompts:
         (tmp_path / "empty.txt").write_text("\n")
         with pytest.raises(ValueError, match="`prompts` has no prompt"):
             read_prompts(["empty.txt"], "prompts")
-
-
-class TestBuildCallbacks:
-    train = Dataset.from_dict({"prompt": [f"train {i}" for i in range(20)]})
-    held_out = Dataset.from_dict({"prompt": [f"held out {i}" for i in range(20)]})
-
-    def build(self, held_out=None, resume=None, **flags):
-        return build_callbacks(
-            TAPOScriptArguments(**flags), tapo_args(resume_from_checkpoint=resume), self.train, held_out
-        )
-
-    def test_none_by_default(self):
-        assert self.build() == []
-
-    def test_shares_of_the_gradient(self):
-        (callback,) = self.build(gradient_share_every_steps=7)
-        assert isinstance(callback, GradientShareCallback)
-        assert callback.every_n_steps == 7
-
-    @pytest.mark.parametrize("held_out", [True, False])
-    def test_sample_prompts_by_default(self, held_out):
-        (callback,) = self.build(self.held_out if held_out else None, sample_every_steps=5, sample_seed=3)
-        assert isinstance(callback, SampleGridCallback)
-        assert callback.prompts == [f"{'held out' if held_out else 'train'} {i}" for i in range(8)]
-        assert (callback.every_n_steps, callback.seed, callback.ema) == (5, 3, None)
-
-    def test_grid_is_drawn_with_the_average_that_comes_before_it(self):
-        ema, grid = self.build(sample_every_steps=5, sample_prompts=["a"], ema_decay=0.9)
-        assert isinstance(ema, EMACallback)
-        assert ema.decay == 0.9
-        assert grid.ema is ema
-        assert grid.prompts == ["a"]
-
-    @pytest.mark.parametrize(
-        ("resume", "expected"), [(None, None), ("True", None), (True, None), ("checkpoint-3", "checkpoint-3")]
-    )
-    def test_average_resumes_from_the_checkpoint(self, tmp_path, resume, expected):
-        (tmp_path / "checkpoint-3").mkdir()
-        (ema,) = self.build(resume=resume, ema_decay=0.9)
-        assert ema.resume_from == expected
-
-    def test_guard(self, tmp_path):
-        (tmp_path / "guard_rewards.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
-        (guard,) = self.build(
-            self.held_out,
-            guard_reward="guard_rewards:f",
-            guard_every_steps=7,
-            guard_num_prompts=4,
-            guard_patience=3,
-            guard_min_drop=0.5,
-            guard_action="stop",
-        )
-        sys.modules.pop("guard_rewards")
-        assert isinstance(guard, RewardHackingGuardCallback)
-        assert guard.prompts == [f"held out {i}" for i in range(4)]
-        assert (guard.every_n_steps, guard.patience, guard.min_drop, guard.action) == (7, 3, 0.5, "stop")
-
-    def test_guard_needs_held_out_prompts(self):
-        with pytest.raises(ValueError, match="`guard_reward` needs held-out prompts"):
-            self.build(guard_reward="a:b")
-
-
-class TestLoadPolicy:
-    def test_precision_and_extra_arguments(self, tmp_path, tiny_sd3_pipeline):
-        import torch
-
-        tiny_sd3_pipeline.save_pretrained(tmp_path / "base")
-        args = DiffusionModelConfig(model_name_or_path=str(tmp_path / "base"), torch_dtype="bfloat16")
-        policy = load_policy_from_args(args, SimpleNamespace(model_init_kwargs=None))
-        assert policy.transformer.dtype == torch.bfloat16
-        policy = load_policy_from_args(args, SimpleNamespace(model_init_kwargs={"torch_dtype": torch.float32}))
-        assert policy.transformer.dtype == torch.float32

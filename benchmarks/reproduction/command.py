@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from .parser import RecipeParser
+from tapo_trl.cli.parser import RecipeParser
 
 
 ALL = "all"
@@ -59,7 +59,7 @@ class ReproduceArguments:
     )
 
     def __post_init__(self):
-        from ..reproduction import EXPERIMENTS
+        from . import EXPERIMENTS
 
         unknown = [name for name in self.experiments if name not in (*EXPERIMENTS, ALL)]
         if unknown or not self.experiments:
@@ -94,10 +94,11 @@ def main(args: ReproduceArguments) -> None:
     Args:
         args ([`ReproduceArguments`]): The experiments, the world and the number of seeds.
     """
-    from ..metrics.plots import check_matplotlib
-    from ..reproduction import EXPERIMENTS, Lab, RunQueue, load_world
-    from ..reproduction.report import write_index
-    from ..reproduction.runs import read_results
+    from tapo_trl.metrics.plots import check_matplotlib
+
+    from . import EXPERIMENTS, Lab, RunQueue, load_world
+    from .report import write_index
+    from .runs import read_results
 
     check_matplotlib()
     world = load_world(args.world)

@@ -1,0 +1,201 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Arguments of the commands that train nothing. `tapo-trl COMMAND --help` describes the fields."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..data.loading import PreferenceDatasetArguments
+from ..estimate.known_pipelines import SIZES
+from ..field_types import check_folder_name, convert_fields, option
+
+
+@dataclass
+class GenerationArguments:
+    """How a command draws samples."""
+
+    prompts: list[str] | None = option("Prompts, or the path of one .txt file with a prompt per line.")
+    lora: str | None = option("Folder or Hub id with `pytorch_lora_weights.safetensors`.")
+    num_inference_steps: int = option("Sampling steps.", 28)
+    guidance_scale: float = option("Guidance scale; 1 turns guidance off.", 4.5)
+    negative_prompt: str = option("Negative prompt.", "")
+    resolution: int | None = option("Height and width in pixels; by default the pipeline's.")
+    height: int | None = option("Height in pixels. Overrides `resolution`.")
+    width: int | None = option("Width in pixels. Overrides `resolution`.")
+    num_frames: int | None = option("Number of frames of a video; 81 by default.")
+    fps: int = option("Frames per second of a video.", 16)
+    max_sequence_length: int | None = option("Number of T5 (or UMT5) tokens; by default the model family's.")
+    vae_tiling: bool = option("Whether to decode large samples in overlapping tiles.", False)
+    vae_slicing: bool = option("Whether to decode one sample at a time.", False)
+    batch_size: int = option("Prompts (or pairs) per forward pass.", 4)
+    seed: int = option("Seed of the first sample; sample `i` uses `seed + i`.", 0)
+
+    def __post_init__(self):
+        for name in ("num_inference_steps", "resolution", "height", "width", "num_frames", "fps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but it is {value}.")
+
+
+@dataclass
+class SampleArguments(GenerationArguments):
+    """Arguments of `tapo-trl sample` beside [`PipelineConfig`]: those of [`GenerationArguments`]."""
+
+    output_dir: str = option("Folder of the PNG or MP4 files.", "samples")
+    columns: int | None = option("Columns of the grid.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.prompts is None:
+            raise ValueError("`prompts` is missing: give one or more prompts, or the path of a .txt file.")
+
+
+@dataclass
+class ScoredPairsArguments(PreferenceDatasetArguments):
+    """A latent reward model, and the held-out pairs of [`PreferenceDatasetArguments`] that it scores."""
+
+    dataset_test_split: str = option(
+        "Split of held-out pairs; slices such as `train[90%%:]` work for files and Hub data sets.", "test"
+    )
+    slrm: str | None = option("Hub id or folder of the latent reward model that is measured.")
+    sigmas: list[float] = option("Noise levels in [0, 1).", [0.1, 0.3, 0.5, 0.7, 0.9])
+    rules: list[str] | None = option(
+        "Velocity targets of an SLRM's score: `ground_truth` is the paper's rule, which sees the clean sample; "
+        "`reference` and `none` can be used while sampling. By default the first two, and `none` for other reward "
+        "models."
+    )
+    max_pairs: int | None = option("Measure on the first so many pairs.")
+    short_videos: Literal["refuse", "uniform"] = option(
+        "Whether videos that are too short count as files that cannot be used (`refuse`), or give frames at equal "
+        "distances (`uniform`).",
+        "refuse",
+    )
+    dimension_weights: dict[str, float] | str | None = option(
+        "Weights of the columns `label_<dimension>`, which then say which side is preferred."
+    )
+    skip_bad_files: bool = option(
+        "Whether to leave out pairs with a file that is unreadable, damaged or too short.", False
+    )
+    cache_dir: str | None = option("Where latents and prompt embeddings are kept.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        convert_fields(self)
+        if isinstance(self.dimension_weights, str):
+            self.dimension_weights = json.loads(self.dimension_weights)
+        if self.dimension_weights is not None:
+            from ..data.dimensions import check_dimension_weights
+
+            check_dimension_weights(self.dimension_weights)
+        if any(not 0.0 <= sigma < 1.0 for sigma in self.sigmas):
+            raise ValueError(f"`sigmas` must lie in [0, 1), but they are {self.sigmas}.")
+        if self.slrm is not None and self.dataset_name is None:
+            raise ValueError("`slrm` needs `dataset_name`: the held-out preference pairs to measure it on.")
+
+
+@dataclass
+class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
+    """
+    Arguments of `tapo-trl evaluate` beside [`PipelineConfig`]: the accuracy of a reward model on held-out pairs
+    (`slrm` and `dataset_name`), the mean reward of a model's samples (`reward_model` and `prompts`), or both. The pairs are
+    described by [`ScoredPairsArguments`] and the samples by [`GenerationArguments`], whose size, `fps`, `batch_size` and
+    `seed` hold for the pairs, too; by default their size is that of the SLRM's training.
+    """
+
+    reward_model: list[str] | None = option("`package.module:function` callables that score the samples.")
+    output_file: str | None = option("JSON file for the result.")
+
+    def __post_init__(self):
+        ScoredPairsArguments.__post_init__(self)
+        GenerationArguments.__post_init__(self)
+        if self.slrm is None and self.reward_model is None:
+            raise ValueError("Give `slrm` (accuracy on pairs), `reward_model` (reward of samples), or both.")
+        if self.output_file is not None:  # before the work, rather than after it
+            check_folder_name(Path(self.output_file).parent, "output_file")
+            if not self.output_file.strip() or Path(self.output_file).is_dir():
+                raise ValueError(f"`output_file={self.output_file}` must name a file.")
+        if self.reward_model is not None and self.prompts is None:
+            raise ValueError("`reward_model` needs `prompts`: what the model should draw.")
+
+
+@dataclass
+class DiagnoseArguments(ScoredPairsArguments):
+    """
+    Arguments of `tapo-trl diagnose` beside [`PipelineConfig`]: a reward model and held-out pairs, which
+    [`ScoredPairsArguments`] describe, the folders of trainings, or both.
+    """
+
+    sigmas: list[float] = option(
+        "Noise levels in [0, 1), at least two.", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    )
+    tie_threshold: float | None = option(
+        "Largest difference of the scores of a predicted tie. By default the one with the highest accuracy with ties "
+        "on these pairs."
+    )
+    batch_size: int = option("Pairs per forward pass.", 8)
+    seed: int = option("Seed of the noise.", 0)
+    fps: int = option("Frames per second of videos.", 16)
+    runs: list[str] | None = option("Output folders of `tapo-trl tapo`, whose logs are drawn.")
+    judge: str = option(
+        "What the training reward of `runs` is compared to, by its name in the logs.", "guard/held_out_reward"
+    )
+    output_dir: str = option("Folder of `diagnosis.json` and `diagnosis.png`.", "diagnosis")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.slrm is None and self.runs is None:
+            raise ValueError("Give `slrm` and `dataset_name` (a reward model on pairs), `runs` (trainings), or both.")
+        if len(set(self.sigmas)) < 2:
+            raise ValueError(f"`sigmas` must be at least two noise levels to compare, but they are {self.sigmas}.")
+        for name in ("batch_size", "fps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")
+
+
+@dataclass
+class BenchArguments:
+    """Arguments of `tapo-trl bench`."""
+
+    size: Literal["tiny", "tiny_wan", "sd35", "wan21"] = option(
+        "Networks with random weights; gives the defaults of what is left out.", "tiny"
+    )
+    model_name_or_path: str | None = option("A pipeline to load instead.")
+    device: str = option("Where to run.", "cpu")
+    torch_dtype: Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] = option(
+        "Precision of the frozen weights.", "float32"
+    )
+    height: int | None = option("Height of a sample in pixels.")
+    width: int | None = option("Width of a sample in pixels.")
+    num_frames: int | None = option("Number of frames of a video.")
+    max_sequence_length: int | None = option("Number of tokens of the T5 or UMT5 text encoder.")
+    num_inference_steps: int | None = option("Sampling steps T.")
+    num_sde_steps: list[int] = option("Stochastic steps n.", [2, 4, 8, 16])
+    num_candidates: list[int] = option("Candidates P per branch.", [2, 4])
+    prompts: list[int] = option("Prompts per batch.", [1, 4, 8])
+    sweep_steps: list[int] = option("Other values of T, with the first n and prompts and the last P.", [])
+    sweep_resolutions: list[int] = option("Heights and widths, with the first n and prompts and the last P.", [])
+    guidance_scale: float = option("Scale of classifier-free guidance.", 4.5)
+    score_batch_size: int | None = option("Candidates per forward of the reward model. All of a step by default.")
+    transition_batch_size: int = option("Transition pairs per forward and backward.", 1)
+    lora_r: int = option("Rank of the LoRA.", 64)
+    share_backbone: bool = option("Whether policy and reward model share one set of base weights.", False)
+    layerwise_casting: bool = option("Whether the policy's frozen linear layers are kept in float8.", False)
+    reward_layerwise_casting: bool = option("Whether the reward model's linear layers are kept in float8.", False)
+    reward_group_offload: bool = option(
+        "Whether the reward model stays on the CPU and lends its blocks to the device.", False
+    )
+    attention_backend: str | None = option("Another implementation of attention, by diffusers' name.")
+    torch_compile: bool = option("Whether every transformer block is compiled.", False)
+    repeats: int = option("How often everything is run. The median counts.", 3)
+    warm_up: bool = option("Whether to run everything once before.", True)
+    plot: bool = option("Whether to draw `bench.png`, which needs matplotlib.", True)
+    output_dir: str = option("Where to write the results.", "bench")
+
+    def __post_init__(self):
+        size = SIZES[self.size]
+        for name in ("height", "width", "num_frames", "max_sequence_length", "num_inference_steps"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(size, name))
