@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What a pair of trajectories costs: seconds of sampling, scoring and updating, forwards, floating point operations and memory,
-on random weights. `tapo-trl bench` writes it down.
+What a pair of trajectories costs: seconds of sampling, scoring and updating, forwards, floating-point operations and memory of
+[`TAPOTrainer`] with random weights. `tapo-trl bench` writes it down.
 """
 
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,25 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .losses import tapo_loss
-from .networks.compilation import compile_blocks
-from .networks.sharing import all_tensors, share_parameters
+from .networks.sharing import all_tensors
 from .policies import FlowPolicy, PromptEmbeddings
+from .policies.sampling import eval_mode
 from .profiling import StageTimer, on_forward
-from .rewards import LatentReward, SLRMModel, WeightedReward
+from .rewards import SLRMModel
 from .rollouts import TAPOSampler, TrajectoryPairs
-from .runs.option_checks import check_speed_options
-from .schedulers import sde_step_indices
-from .trainer.policy_setup import apply_memory_options
-from .trainer.reward_setup import check_rewards, check_sharing, move_rewards
-from .trainer.rollout_config import RolloutConfig
-
-
-BETA = 1000.0
+from .trainer.tapo_config import TAPOConfig
+from .trainer.tapo_trainer import TAPOTrainer
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class Measurement:
         setting ([`Setting`]): what was run.
         seconds (`dict[str, float]`): `sampling` (the policy and the steps of the SDE), `scoring` and `update`, each the
             median over the repetitions.
-        bare_seconds (`float`): of the rollout's forwards in the same batches, and nothing else.
+        bare_seconds (`float`): of the rollout's forwards alone.
         forwards (`dict[str, int]`): latents through `policy` and `reward` in the rollout, guidance counted twice, and
             through `training` (forward and backward) and `reference`.
         flops (`dict[str, int]`): operations of `rollout` and `update`, recomputation not counted.
@@ -91,46 +86,40 @@ class Measurement:
 @dataclass
 class Bench:
     """
-    A policy with random weights, its LoRA and a new SLRM of it, to be measured.
+    A [`TAPOTrainer`] with a policy, its LoRA and a new SLRM of it, to be measured.
 
     Args:
-        policy ([`FlowPolicy`]): the policy, on the device. Its transformer gets a LoRA.
-        max_sequence_length (`int`): tokens of the T5 or UMT5 text encoder.
-        options ([`RolloutConfig`]): those of its options that change speed and memory are applied as a trainer does.
-        lora_r (`int`): rank of the LoRA.
-        guidance_scale (`float`): scale of classifier-free guidance.
-        score_batch_size (`int`, *optional*): candidates per forward of the reward model.
-        transition_batch_size (`int`, *optional*, defaults to `1`): transition pairs per forward and backward.
+        policy ([`FlowPolicy`]): the policy, whose prompts are random embeddings from now on.
+        options ([`TAPOConfig`]): the configuration. Steps, candidates and sizes are those of each [`Setting`].
+        lora_r (`int`, *optional*, defaults to `64`): rank of the LoRA.
     """
 
     policy: FlowPolicy
-    max_sequence_length: int
-    options: RolloutConfig
+    options: TAPOConfig
     lora_r: int = 64
-    guidance_scale: float = 4.5
-    score_batch_size: int | None = None
-    transition_batch_size: int = 1
-    model: PeftModel = field(init=False)
-    reward: WeightedReward = field(init=False)
+    trainer: TAPOTrainer = field(init=False)
 
     def __post_init__(self):
-        transformer = self.policy.transformer.requires_grad_(False).eval()
-        slrm = SLRMModel.from_policy(self.policy, max_sequence_length=self.max_sequence_length).requires_grad_(False)
-        if self.options.share_backbone:
+        policy, args = self.policy, self.options
+        policy.encode_prompts = lambda prompts, max_sequence_length=None: self.embeddings(len(prompts))
+        slrm = SLRMModel.from_policy(policy, max_sequence_length=args.max_sequence_length)
+        if args.share_backbone:
             slrm.add_lora(self._lora())
-            slrm.requires_grad_(False)
-            share_parameters(slrm.transformer, transformer)
-        self.reward = WeightedReward([LatentReward(slrm, "parent", self.score_batch_size)])
-        check_rewards([slrm], self.options)
-        check_sharing([slrm], self.options, self._lora())
-        check_speed_options(self.options, self._lora())
-        self.model = get_peft_model(transformer, self._lora())
-        apply_memory_options(self.policy, None, self.reward.rewards, self.options)
-        move_rewards(self.reward.rewards, self.policy, self.options)
-        if self.options.torch_compile:
-            options = (self.options.torch_compile_backend, self.options.torch_compile_mode)
-            compile_blocks([transformer, slrm.transformer], *options)
-        transformer.enable_gradient_checkpointing()
+        with tempfile.TemporaryDirectory() as args.cache_dir:
+            prompts = Dataset.from_dict({"prompt": ["prompt"]})
+            self.trainer = TAPOTrainer(policy, slrm, args, prompts, peft_config=self._lora())
+
+    @property
+    def model(self) -> PeftModel:
+        return self.trainer.model
+
+    @property
+    def slrm(self) -> SLRMModel:
+        return self.trainer.reward.rewards[0].model
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.accelerator.device
 
     @property
     def weight_bytes(self) -> int:
@@ -139,112 +128,58 @@ class Bench:
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
 
-    @property
-    def slrm(self) -> SLRMModel:
-        return self.reward.rewards[0].model
-
-    @property
-    def device(self) -> torch.device:
-        return self.policy.transformer.device
-
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """As in a trainer: LoRA in float32 over a base in half precision."""
-        dtype = self.policy.transformer.dtype
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            yield
-
     def embeddings(self, count: int) -> PromptEmbeddings:
         """Random embeddings of `count` prompts."""
         generator = torch.Generator().manual_seed(count)
-        config = self.policy.transformer.config
-        if self.policy.modality == "video":
-            shape = (count, self.max_sequence_length, config.text_dim)
-            return PromptEmbeddings(torch.randn(shape, generator=generator)).to(self.device)
-        shape = (count, 77 + self.max_sequence_length, config.joint_attention_dim)
-        pooled = torch.randn(count, config.pooled_projection_dim, generator=generator)
-        return PromptEmbeddings(torch.randn(shape, generator=generator), pooled).to(self.device)
+        shapes = self.policy.prompt_shapes(self.options.max_sequence_length)
+        tensors = {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes.items()}
+        return PromptEmbeddings(**tensors).to(self.options.device)
 
     def sampler(self, setting: Setting, timer: StageTimer | None = None) -> TAPOSampler:
-        """The sampler of a setting."""
-        latent_shape = self.policy.latent_shape(*setting.size)
-        return TAPOSampler(
+        """The trainer's sampler of a setting."""
+        trainer, args = self.trainer, self.options
+        args.num_inference_steps, args.num_sde_steps = setting.num_inference_steps, setting.num_sde_steps
+        args.num_candidates, trainer.latent_shape = setting.num_candidates, self.policy.latent_shape(*setting.size)
+        return trainer.build_sampler(
             policy=self.policy,
-            scheduler=self.policy.build_scheduler(setting.num_inference_steps, latent_shape, self.device),
-            step_indices=sde_step_indices(setting.num_inference_steps, setting.num_sde_steps),
-            num_candidates=setting.num_candidates,
-            reward=self.reward,
-            latent_shape=latent_shape,
-            guidance_scale=self.guidance_scale,
+            reward=trainer.reward,
+            latent_shape=trainer.latent_shape,
+            guidance_scale=args.guidance_scale,
             timer=timer or StageTimer(),
         )
 
     def rollout(self, sampler: TAPOSampler, embeds: PromptEmbeddings) -> TrajectoryPairs:
         """The pairs of a batch of prompts, from the noise of seeds 0, 1, ..."""
         prompts, generators = ["prompt"] * len(embeds), seeded_generators(len(embeds))
-        with self.autocast():
+        with eval_mode(self.model), self.trainer.accelerator.autocast():
             return sampler.sample(self.model, prompts, embeds, self.embeddings(1), generators)
 
-    def update(self, sampler: TAPOSampler, pairs: TrajectoryPairs, optimizer: torch.optim.Optimizer) -> None:
-        """An optimiser step on the pairs of a rollout, in the chunks of [`TAPOTrainer`]."""
-        negative = self.embeddings(1)
-        for chunk in pairs.transitions(self.transition_batch_size):
-            chunk = chunk.to(self.device)
-            latents, indices = chunk.latents.flatten(0, 1), chunk.step_indices.repeat(2)
-            sigma = sampler.scheduler.sigma(indices.to(sampler.scheduler.sigmas.device))
-            arguments = (latents, sigma, chunk.prompt_embeds.repeat(2), negative, self.guidance_scale)
-            with self.autocast():
-                velocity = self.policy.velocity(self.model, *arguments)
-                with torch.no_grad(), self.model.disable_adapter():
-                    ref_velocity = self.policy.velocity(self.model, *arguments)
-            mean, std = sampler.scheduler.sde_mean_std(latents, velocity, indices)
-            ref_mean, _ = sampler.scheduler.sde_mean_std(latents, ref_velocity, indices)
-            ratios = sampler.scheduler.log_ratio(chunk.next_latents.flatten(0, 1), mean, ref_mean, std)
-            losses, _ = tapo_loss(*ratios.chunk(2), beta=BETA)
+    def update(self, pairs: TrajectoryPairs, optimizer: torch.optim.Optimizer) -> None:
+        """An optimiser step on the pairs of a rollout, in the trainer's chunks and with its loss."""
+        for chunk in pairs.transitions(self.options.transition_batch_size):
+            with self.trainer.accelerator.autocast():
+                _, losses, _ = self.trainer.transition_losses(self.model, chunk.to(self.device))
             (losses.mean() * chunk.share).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    @torch.no_grad()
-    def bare_forwards(self, sampler: TAPOSampler, embeds: PromptEmbeddings) -> None:
-        """The networks' forwards of a rollout, in the same batches."""
-        batch_size, negative = len(embeds), self.embeddings(1)
-        first, size = sampler.step_indices[0], 2 * sampler.num_candidates * batch_size
-        latents = torch.randn(size, *sampler.latent_shape, device=self.device)
-        repeated, many = embeds.repeat(2), embeds.repeat(2 * sampler.num_candidates)
-        chunk_size = self.score_batch_size or size
-        for index in range(sampler.scheduler.num_inference_steps):
-            branches, sigma = 1 if index <= first else 2, sampler.scheduler.sigma(index)
-            chosen, some = (embeds if branches == 1 else repeated), latents[: branches * batch_size]
-            with self.autocast():
-                self.policy.velocity(self.model, some, sigma, chosen, negative, self.guidance_scale)
-                for start in range(0, size if index in sampler.step_indices else 0, chunk_size):
-                    part = slice(start, start + chunk_size)
-                    embed, sigma = many[part], sampler.scheduler.sigma(index + 1)
-                    texts = (embed.prompt_embeds, embed.pooled_prompt_embeds)
-                    self.slrm.score(latents[part], sigma, *texts, velocity_target=latents[part])
-
     def flops(self, size: tuple[int, ...]) -> dict[str, int]:
         """
-        Floating point operations of one latent through `policy`, `reward` and, forward and backward without what
+        Floating-point operations of one latent through `policy`, `reward` and, forward and backward without what
         checkpointing computes again, `training`. They are counted on the meta device, where attention is two products.
         """
         transformer = self.policy.transformer
         with torch.device("meta"):
-            model = get_peft_model(
-                type(transformer).from_config(transformer.config).requires_grad_(False), self._lora()
-            )
-            slrm = SLRMModel.without_weights(self.policy)
+            base = type(transformer).from_config(transformer.config).requires_grad_(False)
+            model, slrm = get_peft_model(base, self._lora()), SLRMModel.without_weights(self.policy)
             if self.options.share_backbone:
                 slrm.add_lora(self._lora())
-            latents = torch.randn(1, *self.policy.latent_shape(*size))
-            sigma = torch.tensor(0.5)
+            latents, sigma = torch.randn(1, *self.policy.latent_shape(*size)), torch.tensor(0.5)
         model, slrm = (nn.Module.to(network, transformer.dtype) for network in (model, slrm))
         embeds = self.embeddings(1).to("meta")
-        texts = (embeds.prompt_embeds, embeds.pooled_prompt_embeds)
         programs = {
             "policy": torch.no_grad()(lambda: self.policy.velocity(model, latents, sigma, embeds)),
-            "reward": torch.no_grad()(lambda: slrm.score(latents, sigma, *texts)),
+            "reward": torch.no_grad()(lambda: slrm.score(latents, sigma, **embeds.tensors)),
             "training": lambda: self.policy.velocity(model, latents, sigma, embeds).sum().backward(),
         }
         counts = {}
@@ -266,30 +201,25 @@ class Bench:
             repeats (`int`, *optional*, defaults to `3`): times each part is run; the median counts.
             warm_up (`bool`, *optional*, defaults to `True`): run everything once before.
         """
-        flops = self.flops(setting.size)
-        embeds = self.embeddings(setting.prompts)
+        flops, embeds = self.flops(setting.size), self.embeddings(setting.prompts)
         optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-6)
-        on_accelerator = self.device.type != "cpu"
-        if on_accelerator:
+        if self.device.type != "cpu":
             torch.cuda.reset_peak_memory_stats()
         times: dict[str, list[float]] = {"sampling": [], "scoring": [], "update": [], "bare": []}
         for repeat in range(repeats + warm_up):
             timer = StageTimer(enabled=True, device=self.device)
-            sampler = self.sampler(setting, timer)
-            with (
-                _latents_through(self.policy.transformer) as policy,
-                _latents_through(self.slrm.transformer) as reward,
-            ):
+            sampler, network = self.sampler(setting, timer), self.policy.transformer
+            with _latents_through(network) as policy, _latents_through(self.slrm.transformer) as reward:
                 elapsed, pairs = seconds(lambda: self.rollout(sampler, embeds), self.device)  # noqa: B023
-            with _latents_through(self.policy.transformer) as update:
-                update_seconds, _ = seconds(lambda: self.update(sampler, pairs, optimizer), self.device)  # noqa: B023
-            bare, _ = seconds(lambda: self.bare_forwards(sampler, embeds), self.device)  # noqa: B023
+            with _latents_through(network) as update:
+                update_seconds, _ = seconds(lambda: self.update(pairs, optimizer), self.device)  # noqa: B023
             if repeat < warm_up:
                 continue
             scoring = timer.stages["reward"].seconds
-            for name, value in (("sampling", elapsed - scoring), ("scoring", scoring), ("update", update_seconds)):
+            bare = scoring + timer.stages["policy"].seconds
+            found = {"sampling": elapsed - scoring, "scoring": scoring, "update": update_seconds, "bare": bare}
+            for name, value in found.items():
                 times[name].append(value / setting.prompts)
-            times["bare"].append(bare / setting.prompts)
         forwards = {"policy": sum(policy), "reward": sum(reward), "training": sum(update) // 2}
         forwards = {name: count // setting.prompts for name, count in forwards.items()}
         forwards["reference"] = forwards["training"]
@@ -303,7 +233,7 @@ class Bench:
                 "rollout": forwards["policy"] * flops["policy"] + forwards["reward"] * flops["reward"],
                 "update": forwards["training"] * (flops["training"] + flops["policy"]),
             },
-            peak_bytes=torch.cuda.max_memory_allocated() if on_accelerator else process_peak_bytes(),
+            peak_bytes=process_peak_bytes() if self.device.type == "cpu" else torch.cuda.max_memory_allocated(),
         )
 
 

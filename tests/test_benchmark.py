@@ -81,7 +81,7 @@ class TestMeasure:
         trained = {n: p for n, p in bench.model.named_parameters() if p.requires_grad}
         before = {name: p.detach().clone() for name, p in trained.items()}
         pairs = bench.rollout(sampler, bench.embeddings(1))
-        bench.update(sampler, pairs, torch.optim.SGD(trained.values(), lr=1.0))
+        bench.update(pairs, torch.optim.SGD(trained.values(), lr=1.0))
         moved = {name for name, p in trained.items() if not torch.equal(p, before[name])}
         assert moved and all("lora_B" in name for name in moved)  # lora_A moves when B is no longer 0
 

@@ -34,7 +34,15 @@ PARSERS = {
     "bench": bench.make_parser,
 }
 LAUNCHER_FLAGS = {  # of accelerate, torchrun and Slurm
-    *("accelerate_config", "config_file", "machine_rank", "main_process_ip", "mixed_precision", "num_machines", "num_processes"),
+    *(
+        "accelerate_config",
+        "config_file",
+        "machine_rank",
+        "main_process_ip",
+        "mixed_precision",
+        "num_machines",
+        "num_processes",
+    ),
     *("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"),
     *("gpus", "nodes", "ntasks", "requeue", "signal"),
 }

@@ -6,10 +6,9 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..data.loading import PreferenceDatasetArguments
-from ..estimate.known_pipelines import SIZES
 from ..field_types import check_folder_name, convert_fields, option
 
 
@@ -153,6 +152,46 @@ class DiagnoseArguments(ScoredPairsArguments):
         for name in ("batch_size", "fps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Size:
+    """
+    What `tapo-trl bench` measures under one word.
+
+    Args:
+        repository (`str`): Released pipeline whose family and sizes it has.
+        height, width, num_frames (`int`): Size of a sample.
+        max_sequence_length (`int`): Tokens of a prompt.
+        num_inference_steps (`int`): Sampling steps.
+        tiny (`dict[str, int]`, *optional*): Sizes of the transformer of the family's tiny pipeline, which stands in.
+    """
+
+    repository: str
+    height: int
+    width: int
+    num_frames: int | None
+    max_sequence_length: int
+    num_inference_steps: int
+    tiny: dict[str, Any] | None = None
+
+
+SD35, WAN21 = "stabilityai/stable-diffusion-3.5-medium", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+_TINY_SD35 = {
+    "num_layers": 4,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "caption_projection_dim": 128,
+    "pos_embed_max_size": 16,
+    "dual_attention_layers": (0, 1),
+}
+_TINY_WAN21 = {"num_layers": 4, "attention_head_dim": 24, "num_attention_heads": 4, "ffn_dim": 256}
+SIZES = {
+    "tiny": Size(SD35, 64, 64, None, 16, 20, _TINY_SD35),
+    "tiny_wan": Size(WAN21, 64, 64, 9, 16, 20, _TINY_WAN21),
+    "sd35": Size(SD35, 512, 512, None, 256, 20),
+    "wan21": Size(WAN21, 480, 832, 17, 512, 40),
+}
 
 
 @dataclass

@@ -11,6 +11,12 @@ from .parser import RecipeParser
 if TYPE_CHECKING:
     from ..benchmark import Bench, Measurement, Setting
 
+STAGES = ("sampling", "scoring", "update")
+TRAINER_OPTIONS = (  # of `TAPOConfig`
+    *("max_sequence_length", "guidance_scale", "score_batch_size", "transition_batch_size", "share_backbone"),
+    *("layerwise_casting", "reward_layerwise_casting", "reward_group_offload", "attention_backend", "torch_compile"),
+)
+
 
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl bench`."""
@@ -21,46 +27,47 @@ def make_parser() -> RecipeParser:
 
 def make_bench(args) -> "Bench":
     """
-    The networks to measure.
+    The trainer to measure.
 
     Args:
-        args ([`BenchArguments`]): Their size, and the options of the rollout.
+        args ([`BenchArguments`]): The size of its networks, and its options.
     """
     import torch
 
     from ..benchmark import Bench, randomize
-    from ..estimate.known_pipelines import SIZES
     from ..estimate.meta_models import make_meta_policy
     from ..policies import load_policy
+    from ..policies.families import family_of, known_pipelines
     from ..policies.loading import parse_dtype
     from ..trainer.tapo_config import TAPOConfig
+    from .arguments import SIZES
 
-    device, dtype = torch.device(args.device), parse_dtype(args.torch_dtype)
+    device, dtype, size = torch.device(args.device), parse_dtype(args.torch_dtype), SIZES[args.size]
+    pipeline, components = known_pipelines()[size.repository]
     if args.model_name_or_path is not None:
         policy = load_policy(args.model_name_or_path, torch_dtype=dtype)
-        policy.transformer.to(device)
+    elif size.tiny is not None:
+        policy = load_policy(family_of(pipeline).policy_class.tiny(**size.tiny))
+        policy.transformer.to(dtype)
     else:
-        policy = make_meta_policy(*SIZES[args.size].pipeline)
+        policy = make_meta_policy(pipeline, components)
         randomize(policy, device, dtype)
-    return Bench(
-        policy,
-        max_sequence_length=args.max_sequence_length,
-        lora_r=args.lora_r,
-        guidance_scale=args.guidance_scale,
-        score_batch_size=args.score_batch_size,
-        transition_batch_size=args.transition_batch_size,
-        options=TAPOConfig(
-            args.output_dir,
-            use_cpu=device.type == "cpu",
-            bf16=False,
-            share_backbone=args.share_backbone,
-            layerwise_casting=args.layerwise_casting,
-            reward_layerwise_casting=args.reward_layerwise_casting,
-            reward_group_offload=args.reward_group_offload,
-            attention_backend=args.attention_backend,
-            torch_compile=args.torch_compile,
-        ),
+    policy.transformer.to(device)
+    options = {name: getattr(args, name) for name in TRAINER_OPTIONS}
+    config = TAPOConfig(
+        args.output_dir,
+        use_cpu=device.type == "cpu",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        velocity_target="parent",
+        report_to="none",
+        disable_tqdm=True,
+        height=args.height,
+        width=args.width,
+        num_frames=args.num_frames,
+        **options,
     )
+    return Bench(policy, config, args.lora_r)
 
 
 def settings(args) -> list["Setting"]:
@@ -84,82 +91,72 @@ def settings(args) -> list["Setting"]:
 
 def summarize(measurements: list["Measurement"], peak_flops: float) -> dict[str, Any]:
     """
-    What the measurements say together.
+    Put measurements together.
 
     Args:
         measurements (`list[Measurement]`): One per setting.
         peak_flops (`float`): Operations per second of the device's best matrix product.
 
     Returns:
-        `dict[str, Any]`: `rows`, one per setting; `fits`, by prompts per batch, seconds of a rollout against its forwards at
-            the first resolution, and of all rollouts against their operations; `n`, the cost of each n over the least.
+        `dict[str, Any]`: `rows`, one per setting; `fits`, seconds of a rollout against its forwards at the first resolution, by
+            prompts per batch, and against its operations at all resolutions; `n`, the cost of each n over the least.
     """
     from ..benchmark import linear_fit
 
-    rows, first = [], measurements[0].setting
-    for m in measurements:
-        setting, update = m.setting, m.seconds["update"]
-        rows.append(
-            {
-                "size": "x".join(map(str, setting.size)),
-                "T": setting.num_inference_steps,
-                "n": setting.num_sde_steps,
-                "P": setting.num_candidates,
-                "prompts": setting.prompts,
-                "sampling s": m.seconds["sampling"],
-                "scoring s": m.seconds["scoring"],
-                "update s": update,
-                "rollout / bare forwards": m.rollout_seconds / m.bare_seconds,
-                "policy forwards": m.forwards["policy"],
-                "reward forwards": m.forwards["reward"],
-                "update forwards": m.forwards["training"] + m.forwards["reference"],
-                "rollout TFLOP": m.flops["rollout"] / 1e12,
-                "update TFLOP": m.flops["update"] / 1e12,
-                "rollout of peak": m.flops["rollout"] / m.rollout_seconds / peak_flops,
-                "update of peak": m.flops["update"] / update / peak_flops,
-                "peak GiB": m.peak_bytes / 2**30,
-            }
-        )
+    first = measurements[0].setting
     fits, ratios = {}, {}
     for prompts in sorted({m.setting.prompts for m in measurements}):
         same = [m for m in measurements if m.setting.size == first.size and m.setting.prompts == prompts]
         if len({m.rollout_forwards for m in same}) > 2:
-            fits[f"seconds of a rollout against its forwards, {prompts} prompts"] = linear_fit(
-                [m.rollout_forwards for m in same], [m.rollout_seconds for m in same]
-            )
+            points = [m.rollout_forwards for m in same], [m.rollout_seconds for m in same]
+            fits[f"seconds of a rollout against its forwards, {prompts} prompts"] = linear_fit(*points)
         for candidates in sorted({m.setting.num_candidates for m in same}):
-            row = [
-                m
-                for m in same
-                if m.setting.num_candidates == candidates
-                and m.setting.num_inference_steps == first.num_inference_steps
-            ]
+            row = [m for m in same if m.setting.num_candidates == candidates]
+            row = [m for m in row if m.setting.num_inference_steps == first.num_inference_steps]
             least = min(row, key=lambda m: m.setting.num_sde_steps)
-            for m in row:
-                if m is not least:
-                    name = f"n = {m.setting.num_sde_steps} over {least.setting.num_sde_steps}, P = {candidates}, {prompts} prompts"
-                    ratios[name] = {
-                        "seconds": m.rollout_seconds / least.rollout_seconds,
-                        "forwards": m.rollout_forwards / least.rollout_forwards,
-                    }
+            for m in [m for m in row if m is not least]:
+                n = f"n = {m.setting.num_sde_steps} over {least.setting.num_sde_steps}"
+                ratios[f"{n}, P = {candidates}, {prompts} prompts"] = {
+                    "seconds": m.rollout_seconds / least.rollout_seconds,
+                    "forwards": m.rollout_forwards / least.rollout_forwards,
+                }
     alone = [m for m in measurements if m.setting.prompts == first.prompts]
     if len({m.flops["rollout"] for m in alone}) > 2:
-        fits[f"seconds of a rollout against its TFLOP, all sizes, {first.prompts} prompts"] = linear_fit(
-            [m.flops["rollout"] / 1e12 for m in alone], [m.rollout_seconds for m in alone]
-        )
-    return {"rows": rows, "fits": fits, "n": ratios}
+        points = [m.flops["rollout"] / 1e12 for m in alone], [m.rollout_seconds for m in alone]
+        fits[f"seconds of a rollout against its TFLOP, all sizes, {first.prompts} prompts"] = linear_fit(*points)
+    return {"rows": [_row(m, peak_flops) for m in measurements], "fits": fits, "n": ratios}
+
+
+def _row(m: "Measurement", peak_flops: float) -> dict[str, Any]:
+    """What the table says of a setting."""
+    return {
+        "size": "x".join(map(str, m.setting.size)),
+        "T": m.setting.num_inference_steps,
+        "n": m.setting.num_sde_steps,
+        "P": m.setting.num_candidates,
+        "prompts": m.setting.prompts,
+        **{f"{stage} s": m.seconds[stage] for stage in STAGES},
+        "rollout / bare forwards": m.rollout_seconds / m.bare_seconds,
+        "policy forwards": m.forwards["policy"],
+        "reward forwards": m.forwards["reward"],
+        "update forwards": m.forwards["training"] + m.forwards["reference"],
+        "rollout TFLOP": m.flops["rollout"] / 1e12,
+        "update TFLOP": m.flops["update"] / 1e12,
+        "rollout of peak": m.flops["rollout"] / m.rollout_seconds / peak_flops,
+        "update of peak": m.flops["update"] / m.seconds["update"] / peak_flops,
+        "peak GiB": m.peak_bytes / 2**30,
+    }
 
 
 def format_report(report: dict[str, Any]) -> str:
     """The report in Markdown."""
 
-    def cell(value) -> str:
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-
     def table(rows: list[dict[str, Any]]) -> list[str]:
-        names = list(rows[0])
-        lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-        return [*lines, *("| " + " | ".join(map(cell, row.values())) + " |" for row in rows), ""]
+        def cell(value: Any) -> str:
+            return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+        cells = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+        return [*(f"| {' | '.join(line)} |" for line in cells), ""]
 
     machine = report["machine"]
     lines = [
@@ -172,10 +169,9 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         *table(report["rows"]),
     ]
-    if report["fits"]:
-        lines += table([{"least squares": name} | fit for name, fit in report["fits"].items()])
-    if report["n"]:
-        lines += table([{"rollout": name} | ratio for name, ratio in report["n"].items()])
+    for name, parts in (("least squares", report["fits"]), ("rollout", report["n"])):
+        if parts:
+            lines += table([{name: key} | values for key, values in parts.items()])
     return "\n".join(lines)
 
 
@@ -191,9 +187,9 @@ def plot_report(report: dict[str, Any], path) -> None:
     left, right = figure.subplots(1, 2)
     labels = [f"{row['size']} T{row['T']} n{row['n']} P{row['P']} x{row['prompts']}" for row in rows]
     below = [0.0] * len(rows)
-    for stage in ("sampling s", "scoring s", "update s"):
-        values = [row[stage] for row in rows]
-        left.bar(range(len(rows)), values, bottom=below, label=stage[:-2])
+    for stage in STAGES:
+        values = [row[f"{stage} s"] for row in rows]
+        left.bar(range(len(rows)), values, bottom=below, label=stage)
         below = [a + b for a, b in zip(below, values, strict=True)]
     left.set_xticks(range(len(rows)), labels, rotation=90, fontsize=5)
     left.set_ylabel("seconds per pair of trajectories")

@@ -46,12 +46,9 @@ def sample_size(policy, args) -> tuple[int, int, int | None]:
         policy ([`FlowPolicy`]): The policy, whose size is the default.
         args ([`GenerationArguments`]): The sizes that are asked for.
     """
-    if policy.modality == "video":
-        height, width, num_frames = 480, 832, args.num_frames or 81  # of `WanPipeline.__call__`
-    else:
-        height = width = policy.transformer.config.sample_size * policy.pipeline.vae_scale_factor
-        num_frames = args.num_frames
-    return args.height or args.resolution or height, args.width or args.resolution or width, num_frames
+    size = policy.defaults
+    height, width = args.height or args.resolution or size.height, args.width or args.resolution or size.width
+    return height, width, args.num_frames or size.num_frames
 
 
 def draw(policy, prompts: list[str], args):

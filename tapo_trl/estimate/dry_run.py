@@ -1,89 +1,238 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-What a training command would do, found out on the meta device: shapes, tokens, parameters, forwards and an estimate of the
-memory. No weight is loaded and no data set is opened. This is the report; `dry_run_pairs.py` and `dry_run_rollouts.py` have
-those of the commands.
-"""
+"""Dry runs of the training commands."""
 
-from dataclasses import dataclass, field
+import copy
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import PartialState
+from torch import nn
+
+from ..policies import FlowPolicy
+from ..policies.loading import pop_dtype
+from ..rewards import REWARD_MODELS, StepRewardModel
+from ..runs.option_checks import autocast_dtype
+from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
+from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
+from ..trainer.model_config import DiffusionModelConfig, get_lora_config
+from ..trainer.policy_setup import fill_in_sizes
+from ..trainer.reward_setup import check_has_transformer
+from ..trainer.rollout_config import RolloutConfig
+from ..trainer.slrm_config import SLRMConfig
+from ..trainer.slrm_trainer import SLRMTrainer, is_reward_model
+from .forward_counts import count_pair, count_reward_pair, count_rollout
+from .memory import (
+    TRAINED,
+    TRAINED_BYTES,
+    count_lora,
+    count_parameters,
+    policy_activations,
+    policy_memory,
+    reward_activations,
+    reward_memory,
+    shared_reward_memory,
+    vae_memory,
+)
+from .meta_models import load_meta_policy, load_meta_reward_model
+from .report import DryRun, Row
 
 
-ESTIMATE_NOTE = (
+NOTE = (
     "The memory is an estimate from shapes, not a measurement: temporary buffers, the CUDA context and fragmentation come "
     "on top, and sharding (DeepSpeed, FSDP) is not counted. Text encoders are in memory only before the training."
 )
-
-
-@dataclass
-class Row:
-    """A line of a table: a name, a number, and where the number comes from."""
-
-    name: str
-    value: int
-    formula: str
-
-
-@dataclass
-class DryRun:
-    """
-    What a dry run found.
-
-    Args:
-        title (`str`): Command, pipeline and where its configuration is from.
-        size (`tuple[int, ...]`): Height, width and, for video, frames of a sample.
-        latent_shape (`tuple[int, ...]`): Shape of one latent.
-        sample_tokens (`int`): Tokens of an image or a video in the transformer.
-        text_tokens (`int`): Tokens of a prompt.
-        parameters (`dict[str, int]`): Number of parameters of each network.
-        unit (`str`): What a batch consists of, `"prompt"` or `"pair"`.
-        per_step (`int`): Units per optimizer step on one process.
-        forwards (`list[Row]`): Latents that go through a network for one unit.
-        memory (`list[Row]`): Estimated bytes of one process.
-        notes (`list[str]`): Remarks.
-    """
-
-    title: str
-    size: tuple[int, ...]
-    latent_shape: tuple[int, ...]
-    sample_tokens: int
-    text_tokens: int
-    parameters: dict[str, int]
-    unit: str
-    per_step: int
-    forwards: list[Row]
-    memory: list[Row]
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        height, width, *frames = self.size
-        size = "".join(f"{number} frames of " for number in frames) + f"{height} x {width} pixels (height x width)"
-        lines = [
-            f"Dry run of {self.title}. Nothing was loaded or trained.",
-            "",
-            f"samples    {size}",
-            f"latents    {' x '.join(map(str, self.latent_shape))}",
-            f"tokens     {self.sample_tokens:,} of a sample + {self.text_tokens:,} of its prompt",
-            *(
-                f"{'parameters' if index == 0 else '':<11}{number:>14,} {name}"
-                for index, (name, number) in enumerate(self.parameters.items())
-            ),
-            "",
-            f"Latents through a network for one {self.unit}, of which an optimizer step has {self.per_step} on each process:",
-            *(f"{row.value:>8,} {row.name:<42}{row.formula}" for row in self.forwards),
-            "",
-            "Estimate of the memory of one process, in GiB (1024^3 bytes):",
-            *(f"{row.value / 2**30:>8.2f} {row.name:<42}{row.formula}" for row in self.memory),
-            "",
-            *self.notes,
-        ]
-        return "\n".join(lines).rstrip() + "\n"
+TRAINING = "policy, training (forward and backward)"
 
 
 def print_dry_run(report: DryRun) -> None:
-    """Prints the report on one process of several."""
+    """Print the report on one process of several."""
     if PartialState().is_main_process:
         print(report)
+
+
+def _report(command: str, unit: str, policy: FlowPolicy, source: str, args: Any, **findings: Any) -> DryRun:
+    """The report, with what all commands say of samples."""
+    latent_shape = policy.latent_shape(args.height, args.width, args.num_frames)
+    findings["memory"].append(Row("sum", sum(row.value for row in findings["memory"]), "on the accelerator"))
+    findings["memory"] += findings.pop("beside", [])
+    return DryRun(
+        title=f"`{command}` with {policy.name_or_path} ({source})",
+        size=(args.height, args.width) if args.num_frames is None else (args.height, args.width, args.num_frames),
+        latent_shape=latent_shape,
+        tokens=policy.num_tokens(latent_shape, args.max_sequence_length),
+        unit=unit,
+        per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        **findings,
+    )
+
+
+def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
+    """
+    What `tapo-trl slrm` would do.
+
+    Args:
+        args ([`SLRMConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline that the reward model starts from, or the reward model.
+    """
+    args, dtype = copy.copy(args), model_args.known_dtype
+    name, revision = model_args.require_model(), model_args.model_revision
+    recorded = StepRewardModel.load_config(name) if os.path.isdir(name) and is_reward_model(name) else {}
+    args.fill_in(recorded)
+    if recorded:
+        name, revision = recorded["base_model_name_or_path"], recorded.get("base_revision")
+    policy, source = load_meta_policy(name, revision)
+    latent_shape = fill_in_sizes(args, policy)
+    config = args.model_config() | {"max_sequence_length": args.max_sequence_length}
+    model = REWARD_MODELS[args.reward_model_type].without_weights(policy, **config)
+    forwards = count_reward_pair(SLRMTrainer, args, policy, model).rows()
+    parameters = {"base model": count_parameters(policy.transformer), "reward model": count_parameters(model)}
+    lora_config = get_lora_config(model_args, policy, model.lora_target_modules(policy))
+    if lora_config is None:
+        memory = [Row("reward model", parameters["reward model"] * TRAINED_BYTES, TRAINED)]
+    else:
+        in_full = sum(p.numel() for p in model.trained_in_full().values() if isinstance(p, nn.Parameter))
+        parameters["LoRA"] = count_lora(copy.deepcopy(model.backbone), lora_config)
+        frozen = (parameters["reward model"] - in_full) * dtype.itemsize
+        memory = [
+            Row("reward model", frozen, f"backbone x {dtype.itemsize} bytes"),
+            Row(f"LoRA and {model.trained_part}", (in_full + parameters["LoRA"]) * TRAINED_BYTES, TRAINED),
+        ]
+        model._cast_backbone(dtype)
+        model.add_lora(lora_config)
+    if any(row.name == "base model" for row in forwards):
+        base = parameters["base model"] * dtype.itemsize
+        memory.append(Row("base model", base, f"parameters x {dtype.itemsize} bytes"))
+    notes = [NOTE]
+    if model.scores_x0_prediction or not args.cache_latents:
+        memory.append(vae_memory(policy, dtype))
+    if model.scores_x0_prediction:
+        notes.append("The activations of the CLIP and of the VAE are not estimated: they come on top.")
+    else:
+        activations = reward_activations(model, policy, latent_shape, autocast_dtype(args))
+        latents = 2 * args.per_device_train_batch_size
+        memory += activations.rows(latents, args.activation_checkpointing)
+    return _report(
+        "slrm", "pair", policy, source, args, parameters=parameters, forwards=forwards, memory=memory, notes=notes
+    )
+
+
+def dry_run_dpo(args: DiffusionDPOConfig, model_args: DiffusionModelConfig) -> DryRun:
+    """
+    What `tapo-trl dpo` would do.
+
+    Args:
+        args ([`DiffusionDPOConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+    """
+    policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
+    args = copy.copy(args)
+    latent_shape = fill_in_sizes(args, policy)
+    forwards = count_pair(DiffusionDPOTrainer, args, policy).rows()
+    parameters, memory = _policy_memory(policy, args, model_args)
+    activations = policy_activations(policy, latent_shape, args.max_sequence_length, autocast_dtype(args))
+    memory += activations.rows(2 * args.per_device_train_batch_size, args.activation_checkpointing)
+    beside = []
+    if args.cache_inversions:
+        latents = 2 * args.num_inference_steps
+        words = f"on disk: {latents} latents in float32"
+        beside.append(Row("inversions of one pair", latents * 4 * math.prod(latent_shape), words))
+    return _report(
+        "dpo",
+        "pair",
+        policy,
+        source,
+        args,
+        parameters=parameters,
+        forwards=forwards,
+        memory=memory,
+        beside=beside,
+        notes=[NOTE],
+    )
+
+
+def dry_run_rollouts(
+    command: str,
+    trainer_class: type,
+    args: RolloutConfig,
+    model_args: DiffusionModelConfig,
+    rewards: Sequence[str] | None,
+) -> DryRun:
+    """
+    What `tapo-trl tapo`, `online_dpo` or `grpo` would do.
+
+    Args:
+        command (`str`): Its name.
+        trainer_class (`type`): Its trainer.
+        args ([`RolloutConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to align.
+        rewards (`Sequence[str]`, *optional*): Folders or Hub ids of reward models, and `package.module:function`.
+    """
+    policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
+    args = copy.copy(args)
+    latent_shape = fill_in_sizes(args, policy)
+    functions = [spec for spec in rewards or [] if ":" in spec and not Path(spec).exists()]
+    models, notes = [], [NOTE]
+    for spec in rewards or []:
+        if spec not in functions:
+            model, remarks = load_meta_reward_model(policy, spec)
+            check_has_transformer(model, args)
+            models.append(model)
+            notes += remarks
+    counts, rollout, scored = count_rollout(trainer_class, args, policy, models, bool(functions))
+    parameters, memory = _policy_memory(policy, args, model_args, args.layerwise_casting)
+    for model in models:
+        parameters["reward model"] = parameters.get("reward model", 0) + count_parameters(model)
+        if args.share_backbone:
+            memory.append(shared_reward_memory(model, parameters.get("LoRA", 0)))
+        else:
+            dtype = pop_dtype(dict(args.reward_model_init_kwargs or {})) or torch.float32
+            model = nn.Module.to(model, dtype)
+            memory.append(reward_memory(model, args.reward_layerwise_casting, args.reward_group_offload))
+
+    # One prompt has been counted
+    prompts, latent_bytes = args.per_device_train_batch_size, 4 * math.prod(latent_shape)
+    words = f"{prompts} prompts x {scored} samples x 5 (noise, x, x', estimate, target) x one latent"
+    memory.append(Row("samples that are scored at once", 5 * scored * prompts * latent_bytes, words))
+    per_example = sum(counts.sizes[TRAINING]) // rollout.num_examples
+    activations = policy_activations(policy, latent_shape, args.max_sequence_length, autocast_dtype(args))
+    latents = per_example * (args.transition_batch_size or prompts)
+    memory += activations.rows(latents, args.activation_checkpointing)
+    stored = {
+        name: math.prod(value.shape[: -len(latent_shape)])
+        for name, value in vars(rollout).items()
+        if isinstance(value, torch.Tensor) and value.shape[-len(latent_shape) :] == latent_shape
+    }
+    offload = policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
+    place = "on the CPU" if offload else "on the accelerator, beside the sum"
+    words = f"{place}: {prompts} prompts x ({', '.join(f'{number} {name}' for name, number in stored.items())})"
+    beside = [Row("latents of a rollout", prompts * sum(stored.values()) * latent_bytes, words)]
+    return _report(
+        command,
+        "prompt",
+        policy,
+        source,
+        args,
+        parameters=parameters,
+        forwards=counts.rows(),
+        memory=memory,
+        beside=beside,
+        notes=notes,
+    )
+
+
+def _policy_memory(
+    policy: FlowPolicy, args: Any, model_args: DiffusionModelConfig, layerwise_casting: bool = False
+) -> tuple[dict[str, int], list[Row]]:
+    """Parameters and memory of the policy, its reference and the VAE. With LoRA, the policy has it from then on."""
+    parameters, dtype = {"policy": count_parameters(policy.transformer)}, model_args.known_dtype
+    lora_config = get_lora_config(model_args, policy)
+    memory = policy_memory(policy, lora_config, dtype, layerwise_casting)
+    if lora_config is not None:
+        parameters["LoRA"] = memory[-1].value // TRAINED_BYTES
+    return parameters, [*memory, vae_memory(policy, dtype)]

@@ -1,120 +1,269 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Latents that go through each network for one prompt or pair, which a dry run reports."""
+"""Latents that go through each network, counted while a trainer's own sampler and loss run on the meta device."""
 
-from collections.abc import Sequence
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
-from ..rewards.targets import MIN_SIGMA
-from ..rollouts import PAIRINGS
-from ..schedulers import sde_step_indices
-from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
-from ..trainer.flow_grpo_config import FlowGRPOConfig
-from ..trainer.online_dpo_config import OnlineDiffusionDPOConfig
-from ..trainer.tapo_config import TAPOConfig
-from .dry_run import Row
+import torch
+from torch import nn
+
+from ..policies import FlowPolicy
+from ..profiling import StageTimer, on_forward
+from ..rewards import LatentRewardModel, StepRewardModel
+from ..rewards.candidates import Candidates
+from ..rewards.scoring import LatentReward, WeightedReward
+from ..rewards.step_reward import RewardOutput
+from ..rollouts import Rollout
+from ..seeding import seeded_generator
+from .meta_models import prompts_of_shapes, shrink
+from .report import Row
 
 
-def tapo_forwards(
-    args: TAPOConfig,
-    sigmas: Sequence[float],
-    velocity_target: str | None,
-    latents_per_score: int,
-    has_function: bool = False,
-) -> list[Row]:
+META = torch.device("meta")
+
+
+class ForwardCounts:
+    """Batch sizes of forwards, by what they are for."""
+
+    def __init__(self):
+        self.sizes: dict[str, list[int]] = defaultdict(list)
+        self._phase = ""
+
+    def watch(self, network: nn.Module, name: str, has_phases: bool = True) -> None:
+        """Count the forwards of a diffusers transformer, each under its name and, unless it has none, its phase."""
+        on_forward(network, lambda latents: self.add(f"{name}, {self._phase}" if has_phases else name, latents))
+
+    def add(self, name: str, latents: int) -> None:
+        self.sizes[name + (" (forward and backward)" if torch.is_grad_enabled() else "")].append(latents)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        before, self._phase = self._phase, name
+        yield
+        self._phase = before
+
+    def rows(self) -> list[Row]:
+        """Latents of each kind of forward, and the batches that they come in."""
+        rows = []
+        for name, sizes in self.sizes.items():
+            batches = " or ".join(str(size) for size in sorted(set(sizes)))
+            rows.append(Row(name, sum(sizes), f"{len(sizes)} forward{'s' * (len(sizes) > 1)} of {batches}"))
+        return rows
+
+
+class MetaReward(WeightedReward):
     """
-    Latents that go through each network for one prompt. Guidance takes two of them for each velocity; that of the reference
-    at the candidates has none.
+    Rewards on the meta device: what they ask the policy for is asked, and no value comes of it.
 
     Args:
-        args ([`TAPOConfig`]): The training.
-        sigmas (`Sequence[float]`): The grid of noise levels.
-        velocity_target (`str`, *optional*): What the SLRM's velocity is compared to.
-        latents_per_score (`int`): Latents that the latent reward model looks at for one score, 0 if there is none.
-        has_function (`bool`, *optional*, defaults to `False`):
-            Whether there is a reward of decoded samples, a function or an SPM.
+        counts ([`ForwardCounts`]): Where that is counted.
+        rewards (`list[Callable]`): Of candidates.
+    """
+
+    def __init__(self, counts: ForwardCounts, rewards: Sequence[Callable[[Candidates], torch.Tensor]]):
+        super().__init__(rewards)
+        self.counts = counts
+        self.batch_size = 0
+
+    def __call__(self, candidates: Candidates) -> torch.Tensor:
+        self.batch_size = max(self.batch_size, len(candidates))
+        if candidates.sigma.is_meta:  # of clean samples
+            candidates.sigma = torch.zeros(())
+        with self.counts.phase("at the candidates"):
+            return super().__call__(candidates)
+
+
+def meta_reward(counts: ForwardCounts, models: Sequence[StepRewardModel], has_function: bool, args: Any) -> MetaReward:
+    """
+    Rewards of a training with rollouts.
+
+    Args:
+        counts ([`ForwardCounts`]): Where forwards are counted.
+        models (`Sequence[StepRewardModel]`): Reward models on the meta device.
+        has_function (`bool`): Whether there is a function of decoded samples, too.
+        args ([`RolloutConfig`]): The training.
+    """
+
+    def read_estimates(candidates: Candidates, name: str | None = None) -> torch.Tensor:
+        if name is not None:
+            counts.add(name, len(candidates))
+        return candidates.denoised.flatten(1).mean(1)
+
+    rewards = [read_estimates] if has_function else []
+    for model in models:
+        if isinstance(model, LatentRewardModel):
+            model = _shrunk(model)
+            counts.watch(model.transformer, "reward model", has_phases=False)
+            rewards.append(LatentReward(model, model.rollout_target(args.velocity_target), args.score_batch_size))
+        else:
+            rewards.append(partial(read_estimates, name="reward model"))
+            rewards[-1].__name__ = model.kind
+    return MetaReward(counts, rewards)
+
+
+def meta_trainer(trainer_class: type, args: Any, policy: FlowPolicy, counts: ForwardCounts, **attributes) -> Any:
+    """
+    A trainer of which only what makes rollouts and losses works, on the meta device and with one layer.
+
+    Args:
+        trainer_class (`type`): Its class.
+        args (`TrainingArguments`): Its configuration, in which sizes are filled in.
+        policy ([`FlowPolicy`]): The policy on the meta device. It is not changed.
+        counts ([`ForwardCounts`]): Where its forwards are counted.
+        attributes: Further attributes of the trainer.
+    """
+    policy, args = copy.copy(policy), copy.copy(args)
+    policy.pipeline = copy.copy(policy.pipeline)
+    policy.pipeline.transformer, reference = _shrunk(policy.transformer), _shrunk(policy.transformer)
+    counts.watch(policy.transformer, "policy")
+    counts.watch(reference, "reference")
+    args.self_check = False
+    trainer = object.__new__(trainer_class)
+    vars(trainer).update(
+        args=args,
+        policy=policy,
+        model=policy.transformer,
+        ref_model=reference,
+        latent_shape=policy.latent_shape(args.height, args.width, args.num_frames),
+        negative_prompt_embeds=prompts_of_shapes(policy, 1, args.max_sequence_length),
+        timer=StageTimer(),
+        # Noise levels are numbers, on the CPU
+        accelerator=SimpleNamespace(
+            device=torch.device("cpu"),
+            unwrap_model=lambda model: model,
+            autocast=nullcontext,
+            gather=lambda state: torch.zeros_like(state, device="cpu"),
+            gather_for_metrics=lambda values: values,
+        ),
+        _record=lambda metrics: None,
+        _record_pairs=lambda metrics, labels: None,
+        **attributes,
+    )
+    return trainer
+
+
+def _shrunk(network: nn.Module) -> nn.Module:
+    network = copy.deepcopy(network)
+    shrink(network)
+    return network
+
+
+def count_rollout(
+    trainer_class: type,
+    args: Any,
+    policy: FlowPolicy,
+    models: Sequence[StepRewardModel] = (),
+    has_function: bool = False,
+) -> tuple[ForwardCounts, Rollout, int]:
+    """
+    Make the rollout of one prompt, and the losses of its examples.
+
+    Args:
+        trainer_class (`type`): A [`RolloutTrainer`].
+        args ([`RolloutConfig`]): Its configuration, in which sizes are filled in.
+        policy ([`FlowPolicy`]): The policy on the meta device.
+        models (`Sequence[StepRewardModel]`, *optional*): Reward models on the meta device.
+        has_function (`bool`, *optional*, defaults to `False`): Whether there is a reward of decoded samples, too.
 
     Returns:
-        `list[Row]`: Networks and numbers of latents.
+        `tuple[ForwardCounts, Rollout, int]`: What was counted, the rollout, and the most samples that were scored at once.
     """
-    steps = sde_step_indices(args.num_inference_steps, args.num_sde_steps, args.t_init)
-    compared = [index for index in steps if sigmas[index + 1] >= MIN_SIGMA]  # where the score has a distance
-    by_policy = steps if has_function else compared if velocity_target == "policy" else []
-    guidance = 2 if args.guidance_scale > 1 else 1
-    words = "guidance x " if guidance == 2 else ""
-    branches = PAIRINGS[args.pairing].num_branches
-    candidates = branches * args.num_candidates
-    trajectories = "1 or 2 trajectories" if branches == 2 else "1 trajectory"
-
-    # One trajectory until the first stochastic step. Where the policy has seen the candidates, the next step needs no
-    # forward of its own.
-    own = [index for index in range(args.num_inference_steps) if index - 1 not in by_policy]
-    latents = sum(1 if index <= steps[0] else branches for index in own)
-    rows = [Row("policy, rollout", guidance * latents, f"{words}{len(own)} steps, {trajectories}")]
-    asked = {"policy": by_policy, "reference": compared if velocity_target == "reference" else []}
-    for name, indices in asked.items():
-        if indices:
-            times, guided = (guidance, words) if name == "policy" else (1, "")
-            value = times * candidates * len(indices)
-            rows.append(Row(f"{name}, at the candidates", value, f"{guided}{len(indices)} steps x {branches} x P"))
-    if latents_per_score:
-        enhancement = f"{latents_per_score} x " if latents_per_score > 1 else ""
-        scored, scored_words = candidates * args.num_sde_steps, f"n x {branches} x P"
-        if args.consistent_pairs:
-            scored, scored_words = scored + branches, f"({scored_words} + {branches} samples)"
-        rows.append(Row("reward model", latents_per_score * scored, f"{enhancement}{scored_words}"))
-    train_guidance, train_words = (guidance, words) if args.train_cfg else (1, "")
-    parents = branches * args.num_sde_steps * train_guidance
-    rows.append(Row("policy, training (forward and backward)", parents, f"{train_words}n x {branches}"))
-    rows.append(Row("reference, training", parents, f"{train_words}n x {branches}"))
-    return rows
+    counts = ForwardCounts()
+    reward = meta_reward(counts, models, has_function, args)
+    trainer = meta_trainer(trainer_class, args, policy, counts, reward=reward)
+    trainer.sampler = trainer.build_sampler(
+        policy=trainer.policy, reward=reward, latent_shape=trainer.latent_shape, guidance_scale=args.guidance_scale
+    )
+    embeds = prompts_of_shapes(policy, 1, args.max_sequence_length)
+    generators = [seeded_generator("dry run", 0)]
+    with counts.phase("rollout"):
+        rollout = trainer.sampler.sample(trainer.model, [""], embeds, trainer.negative_prompt_embeds, generators)
+    if hasattr(rollout, "advantages"):
+        rollout.advantages = rollout.rewards
+    with counts.phase("training"):
+        for chunk in rollout.transitions(args.transition_batch_size or 1):
+            trainer.transition_losses(trainer.model, chunk.to(META))
+    return counts, rollout, reward.batch_size
 
 
-def sample_forwards(args: OnlineDiffusionDPOConfig | FlowGRPOConfig, latents_per_score: int) -> list[Row]:
+def count_pair(trainer_class: type, args: Any, policy: FlowPolicy) -> ForwardCounts:
     """
-    Latents that go through each network for the rollout of one prompt whose final samples are rewarded.
+    Make the loss of one pair, of [`DiffusionDPOTrainer`].
 
     Args:
-        args ([`OnlineDiffusionDPOConfig`] or [`FlowGRPOConfig`]): The training.
-        latents_per_score (`int`): Latents that the latent reward model looks at for one score, 0 if there is none.
+        trainer_class (`type`): The trainer.
+        args ([`DiffusionDPOConfig`]): Its configuration, in which sizes are filled in.
+        policy ([`FlowPolicy`]): The policy on the meta device.
     """
-    guidance, words = (2, "guidance x ") if args.guidance_scale > 1 else (1, "")
-    samples = args.num_generations
-    rows = [Row("policy, rollout", guidance * samples * args.num_inference_steps, f"{words}K x T steps")]
-    if latents_per_score:
-        enhancement = f"{latents_per_score} x " if latents_per_score > 1 else ""
-        rows.append(Row("reward model", latents_per_score * samples, f"{enhancement}K"))
-    return rows
+    counts = ForwardCounts()
+    trainer = meta_trainer(trainer_class, args, policy, counts, inversion_cache=None)
+    invert = trainer.policy.invert
+
+    def invert_in_phase(*values, **kwargs) -> torch.Tensor:
+        with counts.phase("inversion"):
+            return invert(*values, **kwargs)
+
+    trainer.policy.invert = invert_in_phase
+    trainer.sigmas = policy.build_scheduler(args.num_inference_steps, trainer.latent_shape).sigmas[:-1]
+    inputs, noise = _meta_pair(policy, args, trainer.latent_shape)
+    with counts.phase("training"):
+        trainer._pair_losses(trainer.model, inputs, torch.zeros(1, dtype=torch.long), noise)
+    return counts
 
 
-def online_dpo_forwards(args: OnlineDiffusionDPOConfig, latents_per_score: int) -> list[Row]:
-    """Latents that go through each network for one prompt, see [`sample_forwards`]."""
-    latents, words = 2 * args.num_noise_levels, "noise levels x both sides of a pair"
-    return [
-        *sample_forwards(args, latents_per_score),
-        Row("policy, training (forward and backward)", latents, words),
-        Row("reference, training", latents, words),
-    ]
+def count_reward_pair(trainer_class: type, args: Any, policy: FlowPolicy, model: StepRewardModel) -> ForwardCounts:
+    """
+    Make the loss of one pair, of [`SLRMTrainer`].
+
+    Args:
+        trainer_class (`type`): The trainer.
+        args ([`SLRMConfig`]): Its configuration, in which sizes are filled in.
+        policy ([`FlowPolicy`]): The policy on the meta device, whose transformer is the base model.
+        model ([`StepRewardModel`]): The reward model on the meta device, in training mode.
+    """
+    counts = ForwardCounts()
+    trainer = meta_trainer(trainer_class, args, policy, counts)
+    base, model = _shrunk(policy.transformer), _shrunk(model)
+    trainer.policy.pipeline.transformer = base
+    counts.watch(base, "base model", has_phases=False)
+    if isinstance(model, LatentRewardModel):
+        counts.watch(model.transformer, "reward model", has_phases=False)
+    else:
+        _read_no_images(model, trainer.policy, counts)
+    vars(trainer).update(model=model.train(), base_model=base)
+    inputs, noise = _meta_pair(policy, args, trainer.latent_shape)
+    trainer._pair_loss(model, inputs, torch.full((1,), 0.5, device=META), torch.cat([noise, noise]))
+    return counts
 
 
-def grpo_forwards(args: FlowGRPOConfig, latents_per_score: int) -> list[Row]:
-    """Latents that go through each network for one prompt, see [`sample_forwards`]."""
-    guidance, words = (2, "guidance x ") if args.guidance_scale > 1 else (1, "")
-    latents = guidance * args.num_generations * len(args.step_indices)
-    rows = [
-        *sample_forwards(args, latents_per_score),
-        Row("policy, training (forward and backward)", latents, f"{words}K x n"),
-    ]
-    return rows if args.beta == 0 else [*rows, Row("reference, training", latents, f"{words}K x n")]
+def _meta_pair(policy: FlowPolicy, args: Any, latent_shape: tuple[int, ...]) -> tuple[dict[str, Any], torch.Tensor]:
+    """A batch of one pair, and its noise."""
+    latents = torch.empty(1, *latent_shape, device=META)
+    inputs = {
+        "prompt": [""],
+        "prompt_embeds": prompts_of_shapes(policy, 1, args.max_sequence_length),
+        "chosen_latents": latents,
+        "rejected_latents": latents,
+        "label": torch.ones(1, device=META),
+        "row": torch.zeros(1, dtype=torch.long),
+    }
+    return inputs, latents
 
 
-def dpo_forwards(args: DiffusionDPOConfig) -> list[Row]:
-    """Latents that go through each network for one pair."""
-    rows = [
-        Row("policy, training (forward and backward)", 2, "both sides of a pair"),
-        Row("reference, training", 2, "both sides of a pair"),
-    ]
-    if args.variant == "inversion_dpo":
-        when = "in the first epoch" if args.cache_inversions else "at most, less for later steps"
-        rows.append(Row("reference, inversion", 2 * args.num_inference_steps, f"both sides x T, {when}"))
-    return rows
+def _read_no_images(model: StepRewardModel, policy: FlowPolicy, counts: ForwardCounts) -> None:
+    """Let a reward model of images do without a decoder, a tokenizer and its towers, whose shapes do not matter here."""
+
+    def forward(pixel_values: torch.Tensor, sigma: torch.Tensor, input_ids: torch.Tensor) -> RewardOutput:
+        counts.add("reward model", len(pixel_values))
+        return RewardOutput(logits=pixel_values.flatten(1).mean(1).requires_grad_())
+
+    policy.decode = model.pixel_values = lambda images: images
+    model.tokenize = lambda prompts: torch.zeros(len(prompts), 1, dtype=torch.long)
+    model.forward = forward

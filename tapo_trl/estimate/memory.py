@@ -1,26 +1,31 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Parameters, weights and activations of a training, estimated from shapes, which a dry run reports."""
+"""Memory of a training, from the shapes of its weights and of the tensors that its backward pass keeps."""
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..trainer.model_config import DiffusionModelConfig
 from ..networks.float8 import store_base_in_float8
 from ..networks.sharing import base_tensors
 from ..policies import FlowPolicy
+from ..policies.base import cast_inputs
 from ..rewards import LatentRewardModel, StepRewardModel
 from ..trainer.reward_setup import store_in_float8
-from .dry_run import Row
-from .meta_models import add_meta_lora
+from .meta_models import blocks_of, prompts_of_shapes, shrink
+from .report import Row
 
-
-# Bytes that one block keeps for its backward pass, per token and channel: measured on the CPU with saved-tensor hooks, on
-# blocks of the width of SD3.5-medium (with dual attention) and Wan2.1-1.3B, with LoRA on the attention projections, bfloat16
-# autocast and attention that does not keep its matrix.
-BLOCK_BYTES = {"SD3Transformer2DModel": 66, "WanTransformer3DModel": 62}
 
 TRAINED_BYTES = 16  # float32: weight, gradient, and Adam's two moments
+TRAINED = f"parameters x {TRAINED_BYTES}: weight, gradient, Adam"
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -28,60 +33,184 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters and of the buffers, such as SD3's table of positions."""
+    """Bytes of the parameters and of the buffers, such as a table of positions."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _count_buffers(module: nn.Module) -> int:
-    return sum(buffer.numel() for buffer in module.buffers())
+def count_lora(network: nn.Module, lora_config: LoraConfig) -> int:
+    """Number of parameters of a LoRA that is added to a network."""
+    with torch.device("meta"):
+        model = get_peft_model(network, lora_config)
+    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
 
 
-def activation_rows(transformer: nn.Module, latents: int, tokens: int, checkpointing: bool) -> list[Row]:
+@dataclass
+class Activations:
     """
-    Memory that the backward pass needs, by [`BLOCK_BYTES`].
+    Bytes that one latent keeps for the backward pass.
 
     Args:
-        transformer (`nn.Module`): The network.
-        latents (`int`): Latents in one forward.
-        tokens (`int`): Tokens of each in a block.
-        checkpointing (`bool`): Whether blocks keep their input only and are computed again.
+        kept (`int`): Without activation checkpointing.
+        inputs (`int`): Inputs of the blocks, which are kept with it.
+        num_blocks (`int`): Number of blocks.
     """
-    config = transformer.config
-    dim = config.num_attention_heads * config.attention_head_dim
-    class_name = next(name for name in BLOCK_BYTES if name in [base.__name__ for base in type(transformer).__mro__])
-    size, per_block = latents * tokens * dim, BLOCK_BYTES[class_name]
-    num_blocks = len(_blocks(transformer))
-    words = f"{latents} latents x {tokens:,} tokens x {dim:,} channels"
-    if not checkpointing:
+
+    kept: int
+    inputs: int
+    num_blocks: int
+
+    def rows(self, latents: int, checkpointing: bool) -> list[Row]:
+        """Memory of a forward with so many latents."""
+
+        def row(name: str, size: int) -> Row:
+            return Row(f"activations{name}", latents * size, f"{latents} latents x {size / 2**20:,.1f} MiB")
+
+        if not checkpointing:
+            return [row(f" of {self.num_blocks} blocks", self.kept)]
         return [
-            Row(
-                "activations",
-                num_blocks * size * per_block,
-                f"{num_blocks} blocks x {words} x {per_block}",
-            )
+            row(f": inputs of {self.num_blocks} blocks", self.inputs),
+            row(": one block, recomputed", self.kept // self.num_blocks),
         ]
-    return [
-        Row(
-            "activations: inputs of the blocks",
-            num_blocks * size * 2,
-            f"{num_blocks} blocks x {words} x 2",
-        ),
-        Row("activations: one block, recomputed", size * per_block, f"{words} x {per_block}"),
-    ]
 
 
-def _blocks(transformer: nn.Module) -> nn.ModuleList:
-    return next(module for module in transformer.children() if isinstance(module, nn.ModuleList))
+def measure_activations(
+    model: nn.Module, forward: Callable[[nn.Module, int], torch.Tensor], dtype: torch.dtype | None
+) -> Activations:
+    """
+    Find out what autograd keeps.
+
+    Args:
+        model (`nn.Module`): The network on the meta device, with its LoRA.
+        forward (`Callable`): `(model, batch_size) -> output`. It is called with fake tensors, which have the shapes and the
+            devices of real ones, and no memory.
+        dtype (`torch.dtype`, *optional*): Precision of the autocast, if there is one.
+    """
+    network = copy.deepcopy(model)
+    counts = shrink(network)
+    totals = []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network.to_empty(device="cpu").train()
+        for batch_size in (1, 2):
+            kept = _KeptTensors(blocks_of(network), counts)
+            autocast = torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+            with autocast, torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+                forward(network, batch_size)
+            totals.append(kept.finish())
+    # One more latent: the weights, which autograd keeps, too, do not grow
+    (kept, inputs), (more_kept, more_inputs) = totals
+    return Activations(more_kept - kept, more_inputs - inputs, sum(counts))
+
+
+class _KeptTensors:
+    """Memory behind tensors, each counted once, and as often as the block in which it is kept is there."""
+
+    def __init__(self, blocks: list[nn.Module], counts: list[int]):
+        self.kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self.inputs: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self._count, self._hooks = 1, []
+        for block, count in zip(blocks, counts, strict=True):
+            self._hooks += [
+                block.register_forward_pre_hook(partial(self._enter, count), with_kwargs=True),
+                block.register_forward_hook(self._leave),
+            ]
+
+    def _enter(self, count: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._count = count
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor):
+                self._add(self.inputs, value)
+
+    def _leave(self, *_) -> None:
+        self._count = 1
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._add(self.kept, tensor)
+        return tensor
+
+    def _add(self, found: dict, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        found.setdefault(storage._cdata, (storage, self._count))
+
+    def finish(self) -> tuple[int, int]:
+        """Bytes that are kept, and those of the blocks' inputs."""
+        for hook in self._hooks:
+            hook.remove()
+        kept, inputs = (sum(s.nbytes() * n for s, n in found.values()) for found in (self.kept, self.inputs))
+        return kept, inputs
+
+
+def policy_activations(
+    policy: FlowPolicy, latent_shape: tuple[int, ...], max_sequence_length: int, dtype: torch.dtype | None
+) -> Activations:
+    """[`measure_activations`] of a policy's network."""
+
+    def forward(network: nn.Module, batch_size: int) -> torch.Tensor:
+        prompts = prompts_of_shapes(policy, batch_size, max_sequence_length, "cpu")
+        latents, sigma = torch.empty(batch_size, *latent_shape), torch.empty(batch_size)
+        inputs = policy.model_inputs(network.config, latents, sigma, prompts)
+        return network(**cast_inputs(inputs, network.dtype), return_dict=False)[0]
+
+    return measure_activations(policy.transformer, forward, dtype)
+
+
+def reward_activations(
+    model: LatentRewardModel, policy: FlowPolicy, latent_shape: tuple[int, ...], dtype: torch.dtype | None
+) -> Activations:
+    """[`measure_activations`] of a latent reward model."""
+
+    def forward(network: LatentRewardModel, batch_size: int) -> torch.Tensor:
+        prompts = prompts_of_shapes(policy, batch_size, model.config.max_sequence_length, "cpu")
+        return network(torch.empty(batch_size, *latent_shape), torch.empty(batch_size), **prompts.tensors).logits
+
+    return measure_activations(model, forward, dtype)
+
+
+# Weights
+
+
+def policy_memory(
+    policy: FlowPolicy, lora_config: LoraConfig | None, dtype: torch.dtype, layerwise_casting: bool = False
+) -> list[Row]:
+    """
+    Memory of the policy and of its reference.
+
+    Args:
+        policy ([`FlowPolicy`]): The policy on the meta device. Its transformer gets the LoRA.
+        lora_config ([`~peft.LoraConfig`], *optional*): Its LoRA; without it all weights are trained.
+        dtype (`torch.dtype`): Precision of the frozen weights.
+        layerwise_casting (`bool`, *optional*, defaults to `False`): See [`RolloutConfig`].
+    """
+    transformer, element = policy.transformer, dtype.itemsize
+    if lora_config is None:
+        buffers = sum(buffer.numel() for buffer in transformer.buffers())
+        number = count_parameters(transformer)
+        return [
+            Row("policy", number * TRAINED_BYTES, TRAINED),
+            Row("reference", (number + buffers) * 4, "parameters and buffers x 4 bytes: a frozen copy"),
+        ]
+    nn.Module.to(transformer.requires_grad_(False), dtype)
+    frozen = Row("policy", count_bytes(transformer), f"parameters and buffers x {element} bytes")
+    lora = count_lora(transformer, lora_config)
+    if layerwise_casting:
+        store_base_in_float8(transformer)
+        base = sum(tensor.numel() * tensor.element_size() for tensor in base_tensors(transformer).values())
+        frozen = Row("policy", base, f"linear layers x 1 byte and a scale per row, the rest x {element} bytes")
+    return [frozen, Row("LoRA", lora * TRAINED_BYTES, TRAINED)]
+
+
+def vae_memory(policy: FlowPolicy, dtype: torch.dtype) -> Row:
+    element = policy.component_dtypes.get("vae", dtype).itemsize
+    return Row("VAE", count_parameters(policy.vae) * element, f"parameters x {element} bytes")
 
 
 def reward_memory(model: StepRewardModel, layerwise_casting: bool, group_offload: bool) -> Row:
     """
-    Memory of the weights of a frozen latent reward model on the accelerator.
+    Memory of the weights of a frozen reward model on the accelerator.
 
     Args:
         model ([`StepRewardModel`]): The reward model on the meta device, in the precision it is loaded in. Changed in place.
-        layerwise_casting (`bool`): See `reward_layerwise_casting` of [`TAPOConfig`].
-        group_offload (`bool`): See `reward_group_offload` of [`TAPOConfig`].
+        layerwise_casting (`bool`): See `reward_layerwise_casting` of [`RolloutConfig`].
+        group_offload (`bool`): See `reward_group_offload` of [`RolloutConfig`].
     """
     words = "all weights"
     if layerwise_casting:
@@ -89,9 +218,9 @@ def reward_memory(model: StepRewardModel, layerwise_casting: bool, group_offload
         words = "linear layers in float8, the rest as it is"
     if not group_offload:
         return Row("reward model", count_bytes(model), words)
-    blocks = _blocks(model.transformer)
-    resident = count_bytes(model) - count_bytes(blocks) + 2 * max(count_bytes(block) for block in blocks)
-    return Row("reward model", resident, f"two of {len(blocks)} blocks and what is outside of them; {words}")
+    sizes = [count_bytes(block) for block in blocks_of(model)]
+    resident = count_bytes(model) - sum(sizes) + 2 * max(sizes)
+    return Row("reward model", resident, f"two of {len(sizes)} blocks and what is outside of them; {words}")
 
 
 def shared_reward_memory(model: LatentRewardModel, lora_parameters: int) -> Row:
@@ -105,37 +234,3 @@ def shared_reward_memory(model: LatentRewardModel, lora_parameters: int) -> Row:
     own = sum(tensor.numel() for tensor in model.trained_in_full().values()) + lora_parameters
     words = f"{model.trained_part} and LoRA (as the policy's) x 4 bytes; the backbone is the policy's"
     return Row("reward model", own * 4, words)
-
-
-def policy_memory(
-    policy: FlowPolicy, model_args: DiffusionModelConfig, parameters: dict[str, int], layerwise_casting: bool = False
-) -> list[Row]:
-    """Memory of the policy, its reference and the VAE. With LoRA, which is added to the transformer and `parameters`."""
-    transformer, buffers = policy.transformer, _count_buffers(policy.transformer)
-    if model_args.use_peft:
-        parameters["LoRA"] = add_meta_lora(transformer, model_args, policy)
-        element = model_args.known_dtype.itemsize
-        policy_row = Row(
-            "policy", (parameters["policy"] + buffers) * element, f"parameters and buffers x {element} bytes"
-        )
-        if layerwise_casting:
-            store_base_in_float8(nn.Module.to(transformer, model_args.known_dtype))
-            base = sum(tensor.numel() * tensor.element_size() for tensor in base_tensors(transformer).values())
-            policy_row = Row("policy", base, f"linear layers x 1 byte and a scale per row, the rest x {element} bytes")
-        memory = [
-            policy_row,
-            Row("LoRA", parameters["LoRA"] * TRAINED_BYTES, f"parameters x {TRAINED_BYTES}: weight, gradient, Adam"),
-        ]
-    else:
-        memory = [
-            Row(
-                "policy", parameters["policy"] * TRAINED_BYTES, f"parameters x {TRAINED_BYTES}: weight, gradient, Adam"
-            ),
-            Row("reference", (parameters["policy"] + buffers) * 4, "parameters and buffers x 4 bytes: a frozen copy"),
-        ]
-    return [*memory, vae_memory(policy, model_args)]
-
-
-def vae_memory(policy: FlowPolicy, model_args: DiffusionModelConfig) -> Row:
-    element = 4 if policy.modality == "video" else model_args.known_dtype.itemsize
-    return Row("VAE", count_parameters(policy.vae) * element, f"parameters x {element} bytes")

@@ -1,35 +1,29 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Policies and reward models without weights, on the meta device: their shapes, and nothing else."""
+"""Policies and reward models on the meta device."""
 
 import inspect
-import math
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from peft import get_peft_model
+import transformers
+from diffusers import DiffusionPipeline
 from torch import nn
-from transformers import CLIPTokenizer
 
-from ..policies import FlowPolicy, SD3Policy, load_policy
+from ..policies import FlowPolicy, PromptEmbeddings, load_policy
+from ..policies.families import known_pipelines
 from ..rewards import SLRMModel, StepRewardModel
 from ..rewards.loading import saved_class
-from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
-from ..trainer.model_config import DiffusionModelConfig, get_lora_config
-from ..trainer.rollout_config import RolloutConfig
-from ..trainer.slrm_config import SLRMConfig
-from .known_pipelines import KNOWN_PIPELINES
 
 
 def load_meta_policy(name: str, revision: str | None = None) -> tuple[FlowPolicy, str]:
     """
-    A policy without weights. Configurations come from the folder or the local cache; else, for the pipelines of the
-    recipes, from the copies in `known_pipelines.py`; else from the Hub.
+    A policy without weights. Configurations come from the folder or the local cache; else, for the pipelines that the package
+    knows, from the policies; else from the Hub.
 
     Args:
         name (`str`): Hub id or folder of a diffusers pipeline.
@@ -41,25 +35,22 @@ def load_meta_policy(name: str, revision: str | None = None) -> tuple[FlowPolicy
     Raises:
         ValueError: if there is no configuration.
     """
-    tokenizer = {}
+    known = known_pipelines()
     try:
-        pipeline_class, components, tokenizer = _read_configs(name, revision, local_files_only=True)
+        policy = make_meta_policy(*_read_configs(name, revision, local_files_only=True))
         source = "the folder's configuration" if Path(name).is_dir() else "the configuration in the local cache"
     except OSError:
-        if name in KNOWN_PIPELINES:
-            pipeline_class, components = KNOWN_PIPELINES[name]
-            source = "the configuration that ships with tapo_trl"
+        if name in known:
+            policy, source = make_meta_policy(*known[name]), "the configuration that ships with tapo_trl"
         else:
             try:
-                pipeline_class, components, tokenizer = _read_configs(name, revision, local_files_only=False)
+                policy = make_meta_policy(*_read_configs(name, revision, local_files_only=False))
             except OSError as error:
                 raise ValueError(
                     f"There is no pipeline `{name}` here, and none could be read from the Hub. Without a network, a dry run "
-                    f"needs a folder or one of {sorted(KNOWN_PIPELINES)}."
+                    f"needs a folder or one of {sorted(known)}."
                 ) from error
             source = "the configuration on the Hub"
-
-    policy = make_meta_policy(pipeline_class, components, tokenizer)
     policy.name_or_path = name
     return policy, source
 
@@ -72,8 +63,9 @@ def make_meta_policy(
 
     Args:
         pipeline_class (`str`): Class of the pipeline in diffusers.
-        components (`dict`): Class and configuration of `transformer`, `vae` and `scheduler`, as in `KNOWN_PIPELINES`.
-        tokenizer (`dict`, *optional*): `tokenizer`, where its length counts.
+        components (`dict`): Class and configuration of `transformer`, `vae` and `scheduler`, as in
+            [`~policies.families.known_pipelines`].
+        tokenizer (`dict`, *optional*): `tokenizer`, whose length counts in some families.
     """
     built = dict(tokenizer or {})
     for component, (class_name, config) in components.items():
@@ -85,7 +77,7 @@ def make_meta_policy(
     return load_policy(pipeline_class(**{**dict.fromkeys(required), **built}))
 
 
-def _read_configs(name: str, revision: str | None, local_files_only: bool):
+def _read_configs(name: str, revision: str | None, local_files_only: bool) -> tuple[str, dict, dict]:
     options = {"revision": revision, "local_files_only": local_files_only}
     index = DiffusionPipeline.load_config(name, **options)
     components = {}
@@ -93,19 +85,51 @@ def _read_configs(name: str, revision: str | None, local_files_only: bool):
         class_name = index[component][1]
         config = getattr(diffusers, class_name).load_config(name, subfolder=component, **options)
         components[component] = (class_name, config)
-    tokenizer = {}
-    if index["_class_name"] == StableDiffusion3Pipeline.__name__:  # whose length counts
-        tokenizer["tokenizer"] = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
+    tokenizer, (_, class_name) = {}, index.get("tokenizer", (None, None))
+    if class_name is not None:
+        with suppress(OSError):
+            tokenizer_class = getattr(transformers, class_name)
+            tokenizer["tokenizer"] = tokenizer_class.from_pretrained(name, subfolder="tokenizer", **options)
     return index["_class_name"], components, tokenizer
 
 
-def add_meta_lora(
-    network: nn.Module, model_args: DiffusionModelConfig, policy: FlowPolicy, target_modules: list[str] | None = None
-) -> int:
-    """Number of parameters of the LoRA that is added to `network`, see [`get_lora_config`]."""
-    with torch.device("meta"):
-        model = get_peft_model(network, get_lora_config(model_args, policy, target_modules))
-    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Transformer blocks of a network: what activation checkpointing and offloading treat as one."""
+    return [module for module in network.modules() if type(module).__name__ in network._no_split_modules]
+
+
+def shrink(network: nn.Module) -> list[int]:
+    """
+    Keep one transformer block of each kind, in place. A forward takes as many latents as before. Networks that read the
+    features of certain blocks stay as they are.
+
+    Returns:
+        `list[int]`: how many blocks each of those that are left stands for, in the order of [`blocks_of`].
+    """
+    counts: list[int] = []
+    blocks = set(blocks_of(network))
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and blocks.intersection(child):
+                kinds: dict[tuple, list[nn.Module]] = {}
+                for block in child:
+                    kind = (block,) if hasattr(parent, "feature_layers") else _shapes(block)
+                    kinds.setdefault(kind, []).append(block)
+                setattr(parent, name, nn.ModuleList(same[0] for same in kinds.values()))
+                counts += [len(same) for same in kinds.values()]
+    return counts
+
+
+def _shapes(block: nn.Module) -> tuple:
+    return tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+
+
+def prompts_of_shapes(
+    policy: FlowPolicy, count: int, max_sequence_length: int, device: torch.device | str = "meta"
+) -> PromptEmbeddings:
+    """Embeddings of `count` prompts, without values."""
+    shapes = policy.prompt_shapes(max_sequence_length)
+    return PromptEmbeddings(**{name: torch.empty(count, *shape, device=device) for name, shape in shapes.items()})
 
 
 def load_meta_reward_model(policy: FlowPolicy, name: str) -> tuple[StepRewardModel, list[str]]:
@@ -119,38 +143,3 @@ def load_meta_reward_model(policy: FlowPolicy, name: str) -> tuple[StepRewardMod
         ]
     with torch.device("meta"):
         return model_class.from_config({**config, "lora": False}), []
-
-
-def count_tokens(policy: FlowPolicy, latent_shape: Sequence[int], max_sequence_length: int) -> tuple[int, int]:
-    """
-    Tokens of a sample and of a prompt.
-
-    Args:
-        policy ([`FlowPolicy`]): The policy.
-        latent_shape (`Sequence[int]`): Shape of one latent, channels first.
-        max_sequence_length (`int`): Tokens of the T5 or UMT5 text encoder.
-
-    Returns:
-        `tuple[int, int]`: The number of patches, and that of text tokens (with CLIP's, where the family has them).
-    """
-    _, *sides = latent_shape
-    patch = policy.transformer.config.patch_size
-    patches = [patch] * len(sides) if isinstance(patch, int) else patch
-    clip = policy.pipeline.tokenizer_max_length if isinstance(policy, SD3Policy) else 0
-    return math.prod(side // size for side, size in zip(sides, patches, strict=True)), clip + max_sequence_length
-
-
-def sample_sizes(
-    policy: FlowPolicy, args: SLRMConfig | RolloutConfig | DiffusionDPOConfig
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]:
-    """Size of a sample, shape of its latent, and tokens."""
-    height, width = args.height or args.resolution, args.width or args.resolution
-    latent_shape = policy.latent_shape(height, width, args.num_frames)
-    size = (height, width) if args.num_frames is None else (height, width, args.num_frames)
-    tokens = count_tokens(policy, latent_shape, args.max_sequence_length or policy.max_sequence_length)
-    return size, latent_shape, tokens
-
-
-def block_tokens(policy: FlowPolicy, tokens: tuple[int, int]) -> int:
-    """Tokens of the stream that a block transforms: SD3 joins the text to the image, Wan only looks at it."""
-    return sum(tokens) if isinstance(policy, SD3Policy) else tokens[0]

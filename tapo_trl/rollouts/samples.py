@@ -141,7 +141,7 @@ class OnlineDPOSampler(RolloutSampler):
         return SamplePairs(
             prompt_embeds=prompt_embeds,
             # 0 where all samples are rewarded alike
-            weights=torch.ones_like(sigmas) * (rewards.amax(1) != rewards.amin(1)).to(sigmas.device),
+            weights=(rewards.amax(1) != rewards.amin(1)).to(sigmas.dtype).repeat(self.num_noise_levels, 1),
             rewards=rewards,
             reward_parts=parts,
             samples=pairs.to(storage),

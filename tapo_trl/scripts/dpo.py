@@ -79,8 +79,7 @@ def make_trainer(script_args, training_args, model_args):
 def main(script_args, training_args, model_args):
     """Align a policy with preference pairs, and save or upload it. With `dry_run`, print what it would do."""
     if script_args.dry_run:
-        from tapo_trl.estimate.dry_run import print_dry_run
-        from tapo_trl.estimate.dry_run_pairs import dry_run_dpo
+        from tapo_trl.estimate.dry_run import dry_run_dpo, print_dry_run
 
         return print_dry_run(dry_run_dpo(training_args, model_args))
 

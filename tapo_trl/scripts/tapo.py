@@ -77,10 +77,11 @@ def make_trainer(script_args, training_args, model_args):
 def main(script_args, training_args, model_args):
     """Align a policy with its reward model, and save or upload it. With `dry_run`, print what it would do."""
     if script_args.dry_run:
-        from tapo_trl.estimate.dry_run import print_dry_run
-        from tapo_trl.estimate.dry_run_rollouts import dry_run_tapo
+        from tapo_trl import TAPOTrainer
+        from tapo_trl.estimate.dry_run import dry_run_rollouts, print_dry_run
 
-        return print_dry_run(dry_run_tapo(script_args, training_args, model_args))
+        report = dry_run_rollouts("tapo", TAPOTrainer, training_args, model_args, script_args.reward_model)
+        return print_dry_run(report)
 
     from tapo_trl.scripts.utils import save_or_push
 

@@ -19,6 +19,7 @@ TEXT = {
     r"yuvalkirstain/pickapic_v1|liuhuohuo2/pick-a-pic-v2": "tiny/pick_a_pic",
     r"path/to/pairs\.parquet": "video_pairs.parquet",
     r"recipes/accelerate/\w+\.yaml": "recipes/accelerate/cpu.yaml",
+    r"--accelerate_config\n\w+": "--accelerate_config\ncpu",
     r"/tmp/": "scratch/",
     r"--(\w*minutes)\n[\d.]+": r"--\1\n0.01",  # words stand in lines of their own
     r"latent_shape\(512, 512\)": "latent_shape(32, 32)",

@@ -8,13 +8,26 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from tapo_trl import FlowGRPOConfig, FlowGRPOTrainer, OnlineDiffusionDPOConfig, OnlineDiffusionDPOTrainer, TAPOConfig
-from tapo_trl.estimate.forward_counts import grpo_forwards, online_dpo_forwards, tapo_forwards
+from tapo_trl import (
+    DiffusionDPOConfig,
+    DiffusionDPOTrainer,
+    FlowGRPOConfig,
+    FlowGRPOTrainer,
+    OnlineDiffusionDPOConfig,
+    OnlineDiffusionDPOTrainer,
+    SLRMConfig,
+    SLRMTrainer,
+    TAPOConfig,
+    TAPOTrainer,
+)
+from tapo_trl.estimate.forward_counts import count_pair, count_reward_pair, count_rollout
+from tapo_trl.estimate.meta_models import load_meta_policy
 from tapo_trl.policies import SD3Policy
 from tapo_trl.rewards import SLRMModel
 from tapo_trl.rewards.scoring import LatentReward, WeightedReward
 from tapo_trl.rollouts import PAIRINGS, TAPOSampler, get_pairing
 from tapo_trl.schedulers import sde_step_indices
+from tests.data.preference_pairs import color_pairs
 from tests.testing_utils import tiny_sd3_pipeline
 
 
@@ -24,6 +37,15 @@ class CountingPolicy(SD3Policy):
     def forward(self, model, latents, *args):
         self.latents.append(len(latents))
         return super().forward(model, latents, *args)
+
+
+def meta_policy(folder):
+    tiny_sd3_pipeline().save_pretrained(folder / "pipeline")
+    return load_meta_policy(str(folder / "pipeline"))[0]
+
+
+def values_of(counts):
+    return {row.name: row.value for row in counts.rows()}
 
 
 class TestForwards:
@@ -68,42 +90,49 @@ class TestForwards:
             pairing=pairing,
             consistent_pairs=consistent,
             guidance_scale=guidance_scale,
+            velocity_target=velocity_target,
+            height=32,
+            width=32,
+            max_sequence_length=3,
             use_cpu=True,
             bf16=False,
         )
-        rows = {
-            row.name: row.value for row in tapo_forwards(args, scheduler.sigmas, velocity_target, latents_per_score=1)
-        }
+        meta = meta_policy(tmp_path)
+        counts, rollout, at_once = count_rollout(TAPOTrainer, args, meta, [SLRMModel.without_weights(meta)])
+        rows = values_of(counts)
         assert sum(scored) == rows.pop("reward model")
+        assert at_once == 2 * PAIRINGS[pairing].num_branches
         training = PAIRINGS[pairing].num_branches * sde_steps * (2 if guidance_scale > 1 else 1)
         assert rows.pop("policy, training (forward and backward)") == rows.pop("reference, training") == training
+        assert rollout.num_examples == sde_steps * PAIRINGS[pairing].pairs_per_prompt
         assert sum(policy.latents) == sum(rows.values())
+        expected = {"policy, rollout", f"{velocity_target}, at the candidates"} - {"parent, at the candidates"}
+        assert rows.keys() == expected
+
+    def test_functions_ask_for_the_velocity_at_the_candidates(self, tmp_path):
+        args = TAPOConfig(
+            str(tmp_path), num_inference_steps=5, num_sde_steps=2, num_candidates=3, guidance_scale=1.0, height=32,
+            width=32, max_sequence_length=3, use_cpu=True, bf16=False,
+        )  # fmt: skip
+        counts, _, _ = count_rollout(TAPOTrainer, args, meta_policy(tmp_path), has_function=True)
+        assert values_of(counts)["policy, at the candidates"] == 2 * 2 * 3
 
 
-class TestSampleForwards:
-    @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-    @pytest.mark.parametrize(
-        ("config", "trainer", "forwards", "kwargs"),
-        [
-            (OnlineDiffusionDPOConfig, OnlineDiffusionDPOTrainer, online_dpo_forwards, {"num_noise_levels": 2}),
-            (FlowGRPOConfig, FlowGRPOTrainer, grpo_forwards, {"num_sde_steps": 2}),
-            (FlowGRPOConfig, FlowGRPOTrainer, grpo_forwards, {"beta": 0.0}),
-        ],
-    )
-    def test_are_those_of_an_update(self, tmp_path, config, trainer, forwards, kwargs, guidance_scale):
+class TestUpdates:
+    """The counts of a training on the CPU."""
+
+    def count(self, tmp_path, config, kwargs, guidance_scale=1.0):
         policy = CountingPolicy(tiny_sd3_pipeline())
         policy.latents = []
-        slrm, scored = SLRMModel.from_policy(policy, max_sequence_length=3), []
-        slrm.register_forward_pre_hook(lambda module, args: scored.append(len(args[0])))
         args = config(
             str(tmp_path),
             **kwargs,
-            num_generations=3,
             num_inference_steps=4,
             guidance_scale=guidance_scale,
             per_device_train_batch_size=1,
             max_steps=1,
-            resolution=32,
+            height=32,
+            width=32,
             max_sequence_length=3,
             cache_dir=str(tmp_path / "cache"),
             use_cpu=True,
@@ -112,10 +141,48 @@ class TestSampleForwards:
             save_strategy="no",
             activation_checkpointing=False,
         )
-        peft_config = LoraConfig(r=2, lora_alpha=2)
-        dataset = Dataset.from_dict({"prompt": ["cat"]})
-        trainer(policy, slrm, args, train_dataset=dataset, peft_config=peft_config).train()
-        rows = {row.name: row.value for row in forwards(args, latents_per_score=1)}
-        assert sum(scored) == rows.pop("reward model") == 3
+        return policy, args, meta_policy(tmp_path), LoraConfig(r=2, lora_alpha=2)
+
+    @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+    @pytest.mark.parametrize(
+        ("config", "trainer", "kwargs"),
+        [
+            (OnlineDiffusionDPOConfig, OnlineDiffusionDPOTrainer, {"num_noise_levels": 2}),
+            (FlowGRPOConfig, FlowGRPOTrainer, {"num_sde_steps": 2}),
+            (FlowGRPOConfig, FlowGRPOTrainer, {"beta": 0.0}),
+        ],
+    )
+    def test_on_samples(self, tmp_path, config, trainer, kwargs, guidance_scale):
+        kwargs = kwargs | {"num_generations": 3}
+        policy, args, meta, peft_config = self.count(tmp_path, config, kwargs, guidance_scale)
+        counts, _, at_once = count_rollout(trainer, args, meta, [SLRMModel.without_weights(meta)])
+        slrm, scored = SLRMModel.from_policy(policy, max_sequence_length=3), []
+        slrm.register_forward_pre_hook(lambda module, args: scored.append(len(args[0])))
+        trainer(policy, slrm, args, Dataset.from_dict({"prompt": ["cat"]}), peft_config=peft_config).train()
+        rows = values_of(counts)
+        assert sum(scored) == rows.pop("reward model") == at_once == 3
         assert sum(policy.latents) == sum(rows.values())
         assert ("reference, training" in rows) == (args.beta > 0)
+
+    @pytest.mark.parametrize("variant", ["diffusion_dpo", "inversion_dpo"])
+    def test_on_pairs(self, tmp_path, variant):
+        kwargs = {"variant": variant, "cache_inversions": variant == "inversion_dpo"}
+        policy, args, meta, peft_config = self.count(tmp_path, DiffusionDPOConfig, kwargs)
+        rows = values_of(count_pair(DiffusionDPOTrainer, args, meta))
+        pairs = color_pairs(1)
+        DiffusionDPOTrainer(policy, args, pairs, peft_config=peft_config).train()
+        assert sum(policy.latents) == sum(rows.values())
+        assert rows.get("reference, inversion", 0) == (2 * 4 if variant == "inversion_dpo" else 0)
+
+    @pytest.mark.parametrize("velocity_target", ["ground_truth", "reference"])
+    def test_of_a_reward_model(self, tmp_path, velocity_target):
+        _, _, meta, _ = self.count(tmp_path, DiffusionDPOConfig, {})
+        args = SLRMConfig(
+            str(tmp_path), velocity_target=velocity_target, height=32, width=32, max_sequence_length=3, use_cpu=True, bf16=False
+        )  # fmt: skip
+        args.fill_in({})
+        rows = values_of(count_reward_pair(SLRMTrainer, args, meta, SLRMModel.without_weights(meta)))
+        expected = {"reward model (forward and backward)": 2} | (
+            {"base model": 2} if velocity_target == "reference" else {}
+        )
+        assert rows == expected

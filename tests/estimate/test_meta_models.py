@@ -4,7 +4,7 @@
 import pytest
 
 from tapo_trl.estimate.memory import count_bytes, count_parameters
-from tapo_trl.estimate.meta_models import count_tokens, load_meta_policy
+from tapo_trl.estimate.meta_models import load_meta_policy
 from tapo_trl.policies import SD3Policy, WanPolicy
 from tapo_trl.rewards import SLRMModel
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
@@ -28,7 +28,7 @@ class TestKnownPipelines:
         assert policy.transformer.device.type == policy.vae.device.type == "meta"
         assert count_parameters(policy.transformer) == parameters
         assert policy.latent_shape(*size) == latent_shape
-        assert count_tokens(policy, latent_shape, length) == tokens
+        assert policy.num_tokens(latent_shape, length) == tokens
 
     def test_14b_by_its_name(self):
         policy, _ = load_meta_policy("Wan-AI/Wan2.1-T2V-14B-Diffusers")
@@ -52,5 +52,5 @@ class TestFolders:
         slrm = SLRMModel.from_policy(family(pipeline), num_task_tokens=3)
         assert count_parameters(SLRMModel.without_weights(policy, num_task_tokens=3)) == count_parameters(slrm)
         if family is SD3Policy:
-            assert count_tokens(policy, (4, 8, 8), 5) == (16, 8 + 5)
+            assert policy.num_tokens((4, 8, 8), 5) == (16, 8 + 5)
             assert family(pipeline).encode_prompts(["cat"], 5).prompt_embeds.shape[1] == 8 + 5

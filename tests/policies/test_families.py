@@ -19,7 +19,7 @@ from tapo_trl.rewards.backbones.score_stream import ScoreTransformerMixin
 FAMILY_CLASS = re.compile(r"\b(SD3|Wan|StableDiffusion3|Flux|AutoencoderKL|JointTransformer)[A-Z]\w+")
 OWNERS = ("policies/", "rewards/backbones/")
 # Places that still name a family: to be emptied
-TO_DO = {"cli/sample.py", "estimate/known_pipelines.py", "estimate/memory.py", "estimate/meta_models.py"}
+TO_DO: set[str] = set()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.pipeline)
