@@ -13,7 +13,7 @@ import tapo_trl
 
 PACKAGE = Path(tapo_trl.__file__).parent
 LAYERS = [
-    {"version", "lazy", "moved", "checkout", "field_types", "method_card", "profiling", "seeding"},
+    {"version", "lazy", "moved", "checkout", "field_types", "files", "method_card", "profiling", "seeding"},
     {"schedulers", "losses"},
     {"networks"},
     {"policies"},

@@ -21,6 +21,8 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
+from tapo_trl.files import atomic_write
+
 from .world import World, load_world
 
 
@@ -203,9 +205,8 @@ def write_results(file: Path, results: Mapping[Run, dict[str, Any]]) -> None:
         entry = {"folder": run.folder, "label": run.label, "seed": run.seed, "result": _rounded(result)}
         kept[run.folder] = json.dumps(entry, separators=(",", ":"))
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
-    os.replace(temporary, file)
+    with atomic_write(file) as aside:
+        aside.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
 
 
 def _rounded(value: Any) -> Any:
@@ -257,9 +258,8 @@ def execute(run: Run, world_name: str, root: Path, threads: int, samples_per_pro
 
             trained = None if run.command == BASE_COMMAND else folder
             result["judges"] = measure_policy(world, recipe, trained, samples_per_prompt)
-    temporary = folder / f"{RESULT}.tmp"
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, folder / RESULT)
+    with atomic_write(folder / RESULT) as aside:
+        aside.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _train(run: Run, recipe: Path) -> dict[str, int]:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..files import atomic_write
 from ..policies.saving import save_policy
 from .base import PolicyCallback
 
@@ -114,9 +115,8 @@ class EMACallback(PolicyCallback):
     def _save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{index:06d}": tensor.contiguous() for index, tensor in enumerate(self.ema.shadow_params)}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"optimization_step": json.dumps(self.ema.optimization_step)})
-        os.replace(partial, path)
+        with atomic_write(path) as aside:
+            save_file(tensors, aside, metadata={"optimization_step": json.dumps(self.ema.optimization_step)})
 
     def _load(self, path: Path) -> None:
         if not path.is_file():

@@ -26,14 +26,12 @@ def load_sampling_policy(model_args, args):
     from accelerate import PartialState
 
     from ..policies import load_policy
+    from ..trainer.policy_setup import set_vae_options
 
     policy = load_policy(model_args.require_model(), torch_dtype=model_args.dtype, revision=model_args.model_revision)
     if args.lora is not None:
         policy.pipeline.load_lora_weights(args.lora, use_safetensors=True)
-    if args.vae_tiling:
-        policy.vae.enable_tiling()
-    if args.vae_slicing:
-        policy.vae.enable_slicing()
+    set_vae_options(policy, args)
     policy.pipeline.to(PartialState().device)
     return policy
 

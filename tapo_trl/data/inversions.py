@@ -4,13 +4,12 @@
 """Inverted trajectories of clean latents, kept on disk so that each is computed once."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
-from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 
+from ..files import atomic_write, cache_root
 from ..policies import FlowPolicy
 from .prompts import encoder_fingerprint
 
@@ -41,7 +40,7 @@ class InversionCache:
         max_sequence_length: int | None = None,
         embeds_dtype: torch.dtype | None = None,
     ):
-        root = Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl"
+        root = cache_root(cache_dir)
         config = {name: value for name, value in policy.pipeline.scheduler.config.items() if not name.startswith("_")}
         encoders = encoder_fingerprint(policy, max_sequence_length, embeds_dtype)
         key = (
@@ -79,6 +78,5 @@ class InversionCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         for prompt, latent, trajectory in zip(prompts, latents, trajectories.unbind(1), strict=True):
             file = self._file(prompt, latent)
-            aside = file.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"trajectory": trajectory.cpu().contiguous()}, aside)
-            aside.replace(file)
+            with atomic_write(file) as aside:
+                save_file({"trajectory": trajectory.cpu().contiguous()}, aside)

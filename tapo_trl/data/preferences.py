@@ -4,7 +4,6 @@
 """Preference pairs: columns `prompt`, `chosen`, `rejected` (images, videos or latents), optional `margin` and labels."""
 
 import json
-import os
 from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
@@ -14,10 +13,10 @@ import numpy as np
 import torch
 from datasets import Array2D, Array3D, Array4D, Array5D, Dataset, Image, List, Value, Video
 from datasets.fingerprint import Hasher
-from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..files import atomic_write, cache_root
 from ..policies import FlowPolicy
 from .buckets import BucketedPairs, assign_buckets, bucket_sizes, cropped_share
 from .columns import column_values, refuse_transform
@@ -302,7 +301,7 @@ def prepare_preference_dataset(
     if holds_latents:
         pairs.reader = LatentReader(shape)
 
-    folder = (Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl") / "latents"
+    folder = cache_root(cache_dir) / "latents"
     cache_file = folder / f"{latents_fingerprint(pairs, policy)}.arrow"
     cache_latents = cache_latents or holds_latents
     batch_size = batch_size or (1 if is_video else 8)
@@ -342,9 +341,8 @@ def _prepare_buckets(
             pairs.report_bad_files(messages, len(rows))
         if cache_latents:
             record.parent.mkdir(parents=True, exist_ok=True)
-            aside = record.with_suffix(f".{os.getpid()}.tmp")
-            aside.write_text(json.dumps(found), encoding="utf-8")
-            aside.replace(record)
+            with atomic_write(record) as aside:
+                aside.write_text(json.dumps(found), encoding="utf-8")
     parts, messages = [], found["bad_files"]
     for (height, width), rows in found["buckets"]:
         part = copy(pairs)

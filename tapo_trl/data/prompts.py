@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 from importlib import resources
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets
-from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 
+from ..files import atomic_write, cache_root
 from ..networks.fingerprints import update_with_weights
 from ..policies import FlowPolicy, PromptEmbeddings
 from .columns import refuse_transform, stored_table
@@ -116,7 +115,7 @@ class PromptCache:
         self.policy = policy
         self.max_sequence_length = max_sequence_length
         self.dtype = dtype
-        root = Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "tapo_trl" / "prompts"
+        root = cache_root(cache_dir) / ("prompts" if cache_dir is None else "")
         self.folder = root / encoder_fingerprint(policy, max_sequence_length, dtype)
 
     def _file(self, prompt: str) -> Path:
@@ -145,9 +144,8 @@ class PromptCache:
                 }
                 tensors["sequence_length"] = torch.tensor(len(tokens))
                 file = self._file(prompt)
-                aside = file.with_suffix(f".{os.getpid()}.tmp")
-                save_file(tensors, aside)
-                aside.replace(file)
+                with atomic_write(file) as aside:
+                    save_file(tensors, aside)
 
     def load(self, prompts: list[str]) -> PromptEmbeddings:
         """

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 from transformers.utils import logging
 
 from ..field_types import BOOLEANS
+from ..files import atomic_write
 
 
 logger = logging.get_logger(__name__)
@@ -41,12 +42,10 @@ def seal_checkpoint(folder: str | Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "crc32": _crc32(path)}
-    partial = folder / f"{SEAL_NAME}.partial"
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_write(folder / SEAL_NAME) as aside, aside.open("w", encoding="utf-8") as file:
         json.dump({"files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, folder / SEAL_NAME)
     for directory in (folder, folder.parent):
         descriptor = os.open(directory, os.O_RDONLY)
         os.fsync(descriptor)

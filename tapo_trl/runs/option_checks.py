@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.constants import HF_HOME
 from peft import PeftConfig
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..field_types import check_folder_name
+from ..files import cache_root
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
 from .hub import check_hub_strategy
@@ -182,7 +182,7 @@ def check_speed_options(args: TrainingArguments, peft_config: PeftConfig | None)
 def check_folders(args: TrainingArguments) -> None:
     """[`check_writable`] of the folders that a run writes to."""
     check_writable(args.output_dir)
-    check_writable(args.cache_dir or Path(HF_HOME) / "tapo_trl", "cache_dir")
+    check_writable(cache_root(args.cache_dir), "cache_dir")
 
 
 def check_writable(folder: str | Path, option: str = "output_dir") -> None:

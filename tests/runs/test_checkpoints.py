@@ -32,7 +32,7 @@ class TestSeal:
         assert checkpoint_damage(folder) is None
         files = json.loads((folder / SEAL_NAME).read_text())["files"]
         assert set(files) == {"weights.safetensors", "global_step/optimizer.pt"}
-        assert not list(folder.glob("*.partial"))
+        assert not list(folder.glob("*.tmp"))
 
     def test_without_a_seal_it_was_never_finished(self, tmp_path):
         assert "never finished" in checkpoint_damage(make_checkpoint(tmp_path, 1, sealed=False))
