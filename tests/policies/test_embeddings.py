@@ -6,10 +6,15 @@ from dataclasses import make_dataclass
 
 import pytest
 import torch
+from datasets import Dataset
 
-from tapo_trl.policies import PromptEmbeddings
+from tapo_trl import FlowGRPOTrainer, TAPOTrainer
+from tapo_trl.policies import PromptEmbeddings, SD3Policy
 from tapo_trl.rollouts import SamplePairs
 from tapo_trl.rollouts.reuse import load_rollouts, save_rollouts
+from tests.testing_utils import tiny_sd3_pipeline
+from tests.trainer.test_flow_grpo_trainer import make_args as make_grpo_args
+from tests.trainer.test_tapo_trainer import make_args as make_tapo_args
 
 
 def masked(*lengths, longest=None):
@@ -85,7 +90,7 @@ class TestCheckpoints:
         monkeypatch.setattr(sys.modules["tapo_trl.policies.base"], "PromptEmbeddings", Written01)
         save_rollouts(tmp_path, 0, [([3], rollout(Written01(torch.full((1, 2, 3), 5.0), pooled)))])
         monkeypatch.undo()
-        ((rows, found),) = load_rollouts(tmp_path, 0, torch.device("cpu"))
+        ((rows, found),) = load_rollouts(tmp_path, 0, torch.device("cpu"), SamplePairs)
         embeds = found.prompt_embeds
         assert rows == [3] and type(embeds) is PromptEmbeddings
         assert torch.equal(embeds[[0]].prompt_embeds, torch.full((1, 2, 3), 5.0))
@@ -95,5 +100,37 @@ class TestCheckpoints:
 
     def test_masks_come_back(self, tmp_path):
         save_rollouts(tmp_path, 0, [([0], rollout(masked(2)))])
-        ((_, found),) = load_rollouts(tmp_path, 0, torch.device("cpu"))
+        ((_, found),) = load_rollouts(tmp_path, 0, torch.device("cpu"), SamplePairs)
         assert found.prompt_embeds.tensors["prompt_embeds_mask"].tolist() == [[True, True]]
+
+
+class MaskedSD3Policy(SD3Policy):
+    """Prompts have their own lengths, a token per word, as those of Qwen-Image have."""
+
+    def encode_prompts(self, prompts, max_sequence_length=None):
+        embeds = super().encode_prompts(prompts, max_sequence_length)
+        lengths = torch.tensor([len(prompt.split(" ")) for prompt in prompts])
+        mask = torch.arange(embeds.prompt_embeds.shape[1]) < lengths[:, None]
+        masked = embeds.prompt_embeds * mask[..., None]
+        return PromptEmbeddings(masked, embeds.pooled_prompt_embeds, prompt_embeds_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "make_args", "loss"),
+    [(TAPOTrainer, make_tapo_args, 0.693147), (FlowGRPOTrainer, make_grpo_args, 0.0)],
+)
+def test_trainers_take_prompts_of_different_lengths(tmp_path, trainer_class, make_args, loss):
+    lengths = []
+    policy = MaskedSD3Policy(tiny_sd3_pipeline())
+    policy.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    trainer = trainer_class(
+        policy,
+        lambda images, prompts: images.mean((1, 2, 3)),
+        make_args(tmp_path, guidance_scale=2.0, max_steps=4, max_sequence_length=3, per_device_train_batch_size=1),
+        train_dataset=Dataset.from_dict({"prompt": ["a", "a red fox", "a cat", "an old blue dog"]}),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, abs=1e-5)
+    assert set(lengths) == {1, 2, 3, 4}

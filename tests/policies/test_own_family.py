@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import tapo_trl
+from tapo_trl.cli.main import main
 from tapo_trl.policies import FAMILIES, Family
 from tests.data.preference_pairs import color_pairs
 from tests.policies.flux_family import FluxPolicy
@@ -116,3 +117,14 @@ def test_training(tmp_path, method):
     inputs = (torch.randn(1, 4, 4, 4), 0.5, trainer.prompt_cache.load([dataset["prompt"][0]]), None, 3.5)
     found = FluxPolicy(pipeline).velocity(pipeline.transformer, *inputs)
     torch.testing.assert_close(found, trainer.policy.velocity(trainer.model.eval(), *inputs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("command", ["tapo", "grpo", "online_dpo", "dpo", "slrm"])
+def test_dry_run(tmp_path, capsys, command):
+    FluxPolicy.tiny().save_pretrained(tmp_path / "flux")
+    data = ["--dataset_name", "pairs"] if command in ("dpo", "slrm") else ["--reward_model", "judges:redness"]
+    model = ["--model_name_or_path", str(tmp_path / "flux"), "--use_peft", "--dry_run"]
+    size = ["--height", "64", "--width", "32", "--output_dir", str(tmp_path / "out")]
+    assert main([command, *data, *model, *size]) == 0
+    text = capsys.readouterr().out
+    assert "4 x 8 x 4" in text and "8 of a sample + 512 of its prompt" in text and "is an estimate" in text

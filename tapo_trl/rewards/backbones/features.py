@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
 from ...networks.sharing import all_tensors
 from .base import RewardBackboneMixin
@@ -75,6 +76,27 @@ class FeatureTransformerMixin(RewardBackboneMixin):
         unused = {name for name, _ in all_tensors(transformer) if model._is_unused(name)}
         model._fill(transformer, added=set(), unused=unused, share=share)
         return model
+
+    @abstractmethod
+    def embed(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> tuple:
+        """Visual tokens, text tokens, the embedding of the noise level, and what else blocks read."""
+
+    @abstractmethod
+    def step(
+        self, block: nn.Module, visual: torch.Tensor, text: torch.Tensor | None, time: torch.Tensor, *others
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Visual and text tokens after a block, from those before it."""
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Features:
+        """Arguments are those of the whole transformer."""
+        visual, text, time, *others = self.embed(*args, **kwargs)
+        features = Features(visual=[], text=[], time=time)
+        for number, block in enumerate(self.block_list, start=1):
+            visual, text = self.step(block, visual, text, time, *others)
+            if number in self.feature_layers:
+                features.visual.append(visual)
+                features.text.append(text)
+        return features
 
     def _is_unused(self, name: str) -> bool:
         first, _, rest = name.partition(".")

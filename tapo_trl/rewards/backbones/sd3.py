@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
 from .base import RewardBackboneMixin
-from .features import Features, FeatureTransformerMixin
+from .features import FeatureTransformerMixin
 from .score_stream import ScoreHead, ScoreProjections, ScoreTransformerMixin
 
 
@@ -38,7 +38,7 @@ class SD3Backbone(RewardBackboneMixin):
         return image, self.context_embedder(encoder_hidden_states), temb
 
 
-class SD3FeatureTransformer2DModel(FeatureTransformerMixin, SD3Backbone, SD3Transformer2DModel):
+class SD3FeatureTransformer2DModel(SD3Backbone, FeatureTransformerMixin, SD3Transformer2DModel):
     """The joint blocks of SD3 up to the last tapped one, see [`FeatureTransformerMixin`]."""
 
     unused_layers = ("norm_out", "proj_out")
@@ -48,22 +48,9 @@ class SD3FeatureTransformer2DModel(FeatureTransformerMixin, SD3Backbone, SD3Tran
     def last_layer_with_text(cls, num_layers: int) -> int:
         return num_layers - 1
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        pooled_projections: torch.Tensor,
-    ) -> Features:
-        """Arguments are those of [`~diffusers.SD3Transformer2DModel`]."""
-        image, text, temb = self.embed(hidden_states, timestep, encoder_hidden_states, pooled_projections)
-        features = Features(visual=[], text=[], time=temb)
-        for number, block in enumerate(self.transformer_blocks, start=1):
-            text, image = self.run_block(block, image, text, temb)
-            if number in self.feature_layers:
-                features.visual.append(image)
-                features.text.append(text)
-        return features
+    def step(self, block, visual, text, time):
+        text, visual = self.run_block(block, visual, text, time)
+        return visual, text
 
 
 class ScoreOutputPath(nn.Module):
@@ -185,7 +172,7 @@ def _residual_update(tokens, attention, modulation, to_out, norm, ff):
     return tokens + gate_mlp.unsqueeze(1) * ff(normed)
 
 
-class SD3ScoreTransformer2DModel(ScoreTransformerMixin, SD3Backbone, SD3Transformer2DModel):
+class SD3ScoreTransformer2DModel(SD3Backbone, ScoreTransformerMixin, SD3Transformer2DModel):
     """
     SD3's transformer with learnable score tokens as a third stream in every joint attention. It returns the velocity,
     which the score tokens influence, and one logit per sample.

@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 
 from .base import RewardBackboneMixin
-from .features import Features, FeatureTransformerMixin
+from .features import FeatureTransformerMixin
 from .score_stream import ScoreHead, ScoreProjections, ScoreTransformerMixin
 
 
@@ -35,7 +35,7 @@ class WanBackbone(RewardBackboneMixin):
         return video, text, temb, block_temb.unflatten(1, (6, -1)), rotary_emb
 
 
-class WanFeatureTransformer3DModel(FeatureTransformerMixin, WanBackbone, WanTransformer3DModel):
+class WanFeatureTransformer3DModel(WanBackbone, FeatureTransformerMixin, WanTransformer3DModel):
     """
     The blocks of Wan up to the last tapped one, see [`FeatureTransformerMixin`]. They look at the prompt and do not change it:
     its features are the same at all of them.
@@ -47,18 +47,8 @@ class WanFeatureTransformer3DModel(FeatureTransformerMixin, WanBackbone, WanTran
     def last_layer_with_text(cls, num_layers: int) -> int:
         return num_layers
 
-    def forward(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> Features:
-        """Arguments are those of [`~diffusers.WanTransformer3DModel`]."""
-        video, text, temb, block_temb, rotary_emb = self.embed(hidden_states, timestep, encoder_hidden_states)
-        features = Features(visual=[], text=[], time=temb)
-        for number, block in enumerate(self.blocks, start=1):
-            video = self.run_block(block, video, text, block_temb, rotary_emb)
-            if number in self.feature_layers:
-                features.visual.append(video)
-                features.text.append(text)
-        return features
+    def step(self, block, visual, text, time, block_temb, rotary_emb):
+        return self.run_block(block, visual, text, block_temb, rotary_emb), text
 
 
 class WanScoreBlock(WanTransformerBlock):
@@ -142,7 +132,7 @@ def _rotate(tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return rotated.flatten(-2).type_as(tokens)
 
 
-class WanScoreTransformer3DModel(ScoreTransformerMixin, WanBackbone, WanTransformer3DModel):
+class WanScoreTransformer3DModel(WanBackbone, ScoreTransformerMixin, WanTransformer3DModel):
     """
     Wan's text-to-video transformer with learnable score tokens in every self-attention. It returns the velocity, which
     the score tokens influence, and one logit per sample.
