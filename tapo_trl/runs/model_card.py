@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -94,34 +95,12 @@ def citation(paper: str) -> str:
     return re.search(rf"^@\w+{{{re.escape(paper)},.*?^}}", bibliography, re.DOTALL | re.MULTILINE)[0]
 
 
-def write_model_card(
-    path: str | Path,
-    *,
-    method: MethodCard,
-    template_file: str,
-    reward_model: "type[StepRewardModel] | None" = None,
-    base_model: str | None,
-    model_name: str,
-    dataset_name: str | None,
-    pipeline_class: str,
-    transformer_class: str,
-    modality: Literal["image", "video"],
-    fps: int | None,
-    is_lora: bool,
-    tags: list[str],
-    license: str | None,
-    method_table: dict[str, Any],
-    metrics: dict[str, float],
-    images: list[Path],
-    hub_model_id: str | None,
-    command: str | None,
-) -> ModelCard:
+@dataclass(kw_only=True)
+class CardFacts:
     """
-    Writes the model card of a trained policy or reward model. Needs no network, and puts no path of this machine and no
-    access token into the card: a base model or data set in a local folder is called by the folder's name.
+    What a model card is made of.
 
     Args:
-        path (`str` or `Path`): Where the card goes, `<output folder>/README.md`.
         method ([`MethodCard`]): What it says about the method.
         template_file (`str`): Template of the card, in `runs/templates`.
         reward_model (`type`, *optional*): Class of the reward model, if one was trained.
@@ -140,69 +119,100 @@ def write_model_card(
         images (`list[Path]`): Images (strips of frames for video) in the folder of the card, for a gallery.
         hub_model_id (`str`, *optional*): Repository of the trained model, for the code example.
         command (`str`, *optional*): Command that started the training.
+    """
+
+    method: MethodCard
+    template_file: str
+    reward_model: "type[StepRewardModel] | None" = None
+    base_model: str | None
+    model_name: str
+    dataset_name: str | None
+    pipeline_class: str
+    transformer_class: str
+    modality: Literal["image", "video"]
+    fps: int | None
+    is_lora: bool
+    tags: list[str]
+    license: str | None = None
+    method_table: dict[str, Any]
+    metrics: dict[str, float]
+    images: list[Path]
+    hub_model_id: str | None
+    command: str | None
+
+    def metadata(self, folder: Path) -> ModelCardData:
+        """Header of a card in `folder`."""
+        base_on_hub, is_policy, task = (
+            is_hub_id(self.base_model),
+            self.reward_model is None,
+            f"text-to-{self.modality}",
+        )
+        license, license_name = self.license, None
+        if license is None and base_on_hub:
+            license, license_name = base_license(self.base_model) or (None, None)
+        kinds = ["reward-model"] if not is_policy else ["lora", "template:sd-lora"] if self.is_lora else []
+        tags = ["trl", *self.method.tags, *kinds, task, "diffusers", "diffusers-training", *map(_one_line, self.tags)]
+        return ModelCardData(
+            base_model=self.base_model if base_on_hub else None,
+            datasets=[self.dataset_name] if is_hub_id(self.dataset_name) else None,
+            library_name="diffusers",
+            license=license,
+            license_name=license_name,
+            license_link=f"https://huggingface.co/{self.base_model}/blob/main/LICENSE.md" if license_name else None,
+            metrics=sorted(map(_one_line, self.metrics)) or None,
+            model_name=_one_line(self.model_name),
+            pipeline_tag=task if is_policy else None,
+            tags=list(dict.fromkeys(tags)),
+            widget=_gallery(self.images, folder) or None,
+        )
+
+    def variables(self) -> dict[str, Any]:
+        """Variables of the template: these facts in words that can be published."""
+        base_name = Path(self.base_model).name if self.base_model else "an unnamed pipeline"
+        if is_hub_id(self.base_model):
+            base_link, base_argument = (
+                f"[{self.base_model}](https://huggingface.co/{self.base_model})",
+                self.base_model,
+            )
+        else:
+            base_link, base_argument = f"the pipeline `{base_name}`", f"path/to/{base_name}"
+        data_link = f"`{Path(self.dataset_name).name}`" if self.dataset_name else None
+        if is_hub_id(self.dataset_name):
+            data_link = f"[{self.dataset_name}](https://huggingface.co/datasets/{self.dataset_name})"
+        packages = ("trl", "transformers", "diffusers", "peft", "torch", "datasets")
+        return vars(self) | {
+            "reads_pixels": self.reward_model is not None and self.reward_model.scores_x0_prediction,
+            "model_name": _one_line(self.model_name),
+            "base_model_link": base_link,
+            "base_model_argument": _in_code(base_argument),
+            "model_argument": _in_code(self.hub_model_id or f"path/to/{self.model_name}"),
+            "dataset_link": data_link,
+            "is_video": self.modality == "video",
+            "has_gallery": len(self.images) > 0,
+            "method_table": {name: _in_table(str(value)) for name, value in self.method_table.items()},
+            "metrics": {_in_table(name): _in_table(value) for name, value in self.metrics.items()},
+            "command": public_command(self.command) if self.command else None,
+            "versions": {"tapo_trl": __version__, **{package: version(package) for package in packages}},
+            "paper_citation": citation(self.method.paper),
+            "trl_citation": citation("vonwerra2020trl"),
+        }
+
+
+def write_model_card(path: str | Path, facts: CardFacts) -> ModelCard:
+    """
+    Write the model card of a trained policy or reward model. Needs no network, and puts no path of this machine and no access
+    token into the card: a base model or data set in a local folder is called by the folder's name.
+
+    Args:
+        path (`str` or `Path`): Where the card goes, `<output folder>/README.md`.
+        facts ([`CardFacts`]): What it is made of.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card, as written.
     """
     path = Path(path)
-    base_name = Path(base_model).name if base_model else "an unnamed pipeline"
-    base_on_hub, data_on_hub = is_hub_id(base_model), is_hub_id(dataset_name)
-    license_name = None
-    if license is None and base_on_hub:
-        license, license_name = base_license(base_model) or (license, license_name)
-
-    is_policy = reward_model is None
-    lora_tags = ["lora", "template:sd-lora"] if is_lora else []
-    own_tags = [*method.tags, *(lora_tags if is_policy else ["reward-model"])]
-    task = f"text-to-{modality}"
-    card_data = ModelCardData(
-        base_model=base_model if base_on_hub else None,
-        datasets=[dataset_name] if data_on_hub else None,
-        library_name="diffusers",
-        license=license,
-        license_name=license_name,
-        license_link=f"https://huggingface.co/{base_model}/blob/main/LICENSE.md" if license_name else None,
-        metrics=sorted(map(_one_line, metrics)) or None,
-        model_name=_one_line(model_name),
-        pipeline_tag=task if is_policy else None,
-        tags=list(dict.fromkeys(["trl", *own_tags, task, "diffusers", "diffusers-training", *map(_one_line, tags)])),
-        widget=_gallery(images, path.parent) or None,
-    )
-    if base_on_hub:
-        base_link = f"[{base_model}](https://huggingface.co/{base_model})"
-    else:
-        base_link = f"the pipeline `{base_name}`"
-    data_name = Path(dataset_name).name if dataset_name else None
-    data_link = (
-        f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if data_on_hub else f"`{data_name}`"
-    )
-    packages = ("trl", "transformers", "diffusers", "peft", "torch", "datasets")
-
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(resources.files("tapo_trl").joinpath("runs", "templates", template_file)),
-        method=method,
-        reward_model=reward_model,
-        reads_pixels=not is_policy and reward_model.scores_x0_prediction,
-        model_name=_one_line(model_name),
-        base_model_link=base_link,
-        base_model_argument=_in_code(base_model if base_on_hub else f"path/to/{base_name}"),
-        model_argument=_in_code(hub_model_id or f"path/to/{model_name}"),
-        dataset_name=dataset_name,
-        dataset_link=data_link,
-        is_lora=is_lora,
-        is_video=modality == "video",
-        fps=fps,
-        pipeline_class=pipeline_class,
-        transformer_class=transformer_class,
-        has_gallery=len(images) > 0,
-        method_table={name: _in_table(str(value)) for name, value in method_table.items()},
-        metrics={_in_table(name): _in_table(value) for name, value in metrics.items()},
-        command=public_command(command) if command else None,
-        versions={"tapo_trl": __version__, **{package: version(package) for package in packages}},
-        paper_citation=citation(method.paper),
-        trl_citation=citation("vonwerra2020trl"),
-    )
+    template = str(resources.files("tapo_trl").joinpath("runs", "templates", facts.template_file))
+    card = ModelCard.from_template(facts.metadata(path.parent), template_path=template, **facts.variables())
     path.parent.mkdir(parents=True, exist_ok=True)
     card.save(path)
     return card
@@ -217,8 +227,7 @@ def write_card_of(
     metrics = {}
     for logs in trainer.state.log_history:
         metrics |= {name: value for name, value in logs.items() if name.startswith(trainer._card_metrics)}
-    write_model_card(
-        folder / "README.md",
+    facts = CardFacts(
         method=trainer.method_card,
         template_file=trainer._template_file,
         reward_model=trainer._reward_model_class,
@@ -231,10 +240,10 @@ def write_card_of(
         fps=args.fps if policy.modality == "video" else None,
         is_lora=is_peft_model(trainer.accelerator.unwrap_model(trainer.model)),
         tags=[tags] if isinstance(tags, str) else tags or [],
-        license=None,
         method_table=trainer._method_table(),
         metrics=metrics,
         images=sorted(folder.glob("samples/*.png"))[-4:],
         hub_model_id=hub_model_id,
         command=current_command(),
     )
+    write_model_card(folder / "README.md", facts)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from tapo_trl import FlowGRPOTrainer, OnlineDiffusionDPOTrainer, SLRMModel
 from tapo_trl.rewards import REWARD_MODELS
 from tapo_trl.rollouts import PAIRINGS
-from tapo_trl.runs.model_card import citation, current_command, is_hub_id, public_command, write_model_card
+from tapo_trl.runs.model_card import CardFacts, citation, current_command, is_hub_id, public_command, write_model_card
 from tapo_trl.trainer.diffusion_dpo_trainer import VARIANT_CARDS
 
 
@@ -54,7 +54,7 @@ def write(folder, **kwargs):
         "hub_model_id": "user/my-model",
         "command": "python tapo_sd35.py --config recipe.yaml",
     }
-    write_model_card(folder / "README.md", **{**options, **kwargs})
+    write_model_card(folder / "README.md", CardFacts(**{**options, **kwargs}))
     return ModelCard.load(folder / "README.md")
 
 
