@@ -14,7 +14,7 @@ from ..policies import PromptEmbeddings
 from ..rewards.candidates import Candidates
 from ..schedulers import draw_candidates
 from .base import Rollout, RolloutSampler, Transitions, randn
-from .pairing import PAIRINGS, Pairing
+from .pairing import PAIRINGS, Pairing, Selection
 
 
 @dataclass(kw_only=True)
@@ -156,97 +156,50 @@ class TAPOSampler(RolloutSampler):
         generators: list[torch.Generator],
         columns: dict[str, list[Any]] | None = None,
     ) -> TrajectoryPairs:
-        """
-        Run Algorithm 1, lines 4-13, for a batch of prompts.
-
-        Args:
-            model (`torch.nn.Module`): the policy's network.
-            prompts (`list[str]`): B prompts.
-            prompt_embeds ([`PromptEmbeddings`]): their embeddings, on the device of the rollout.
-            negative_prompt_embeds ([`PromptEmbeddings`], *optional*): a single embedding, for guidance.
-            generators (`list[torch.Generator]`): one per prompt, on the CPU: its noise depends on nothing else.
-            columns (`dict[str, list]`, *optional*): further columns of the dataset, for pixel rewards.
-
-        Returns:
-            [`TrajectoryPairs`]
-        """
-        batch_size, device = len(prompts), prompt_embeds.device
-        noise = randn(generators, self.latent_shape, device)
-        latents = noise.unsqueeze(0)  # (branches, B, *latent_shape): one branch until the first stochastic step
-        velocity = None
-        pairing, branches = self.pairing, self.pairing.num_branches
-        steps, stds, rewards, pair_rewards, parts = [], [], [], [], []
-        shape = (pairing.pairs_per_prompt * batch_size, *self.latent_shape)
-        parents = torch.empty(len(self.step_indices), pairing.num_parents, *shape, device=self.store_on or device)
-        pairs = torch.empty(len(self.step_indices), 2, *shape, device=self.store_on or device)
+        """Run Algorithm 1, lines 4-13, for a batch of prompts. The arguments are those of [`~rollouts.base.RolloutSampler`]."""
+        noise = randn(generators, self.latent_shape, prompt_embeds.device)
+        batch = _Batch(model, prompts, prompt_embeds, negative_prompt_embeds, generators, columns or {}, noise)
+        record = _Record(self, batch)
+        latents, velocity = noise.unsqueeze(0), None  # one branch until the first stochastic step
 
         for index in self.steps():
             if velocity is None:
                 velocity = self.velocity(model, latents, index, prompt_embeds, negative_prompt_embeds)
-
             if index not in self.step_indices:
-                latents = self.scheduler.ode_step(latents, velocity, index)
-                velocity = None
+                latents, velocity = self.scheduler.ode_step(latents, velocity, index), None
                 continue
 
-            latents, velocity = latents.expand(branches, *noise.shape), velocity.expand(branches, *noise.shape)
-            with self.timer.stage("stochastic steps"):
-                mean, std = self.scheduler.sde_mean_std(latents, velocity, index)
-                noise_shape = (branches, self.num_candidates, *self.latent_shape)
-                step_noise = randn(generators, noise_shape, device).transpose(0, 1)
-                next_latents = draw_candidates(mean.flatten(0, 1), std, step_noise.flatten(0, 1))
-            candidates = self._candidates(
-                model,
-                next_latents,
-                clean_estimate=latents - self.scheduler.sigma(index) * velocity,
-                noise=noise,
-                index=index,
-                prompts=prompts,
-                embeds=prompt_embeds,
-                negative_embeds=negative_prompt_embeds,
-                columns=columns or {},
-            )
+            latents, velocity = (x.expand(self.pairing.num_branches, *noise.shape) for x in (latents, velocity))
+            candidates, std = self._draw(latents, velocity, index, batch)
             with self.timer.stage("reward", latents=len(candidates)):
-                scores = self.reward(candidates).view(branches, batch_size, self.num_candidates)
-
+                scores = self.reward(candidates).view(*latents.shape[:2], self.num_candidates)
             with self.timer.stage("selection"):
-                selection = pairing.select(scores, generators)
-                chosen = _take(candidates.latents, selection.chosen)
-                rejected = _take(candidates.latents, selection.rejected)
-                parents[len(steps)] = pairing.parents(latents)
-                pairs[len(steps)] = pairing.pairs(chosen, rejected)
+                selection = self.pairing.select(scores, generators)
+                record.add(latents, std, candidates, scores, selection)
                 latents = _take(candidates.latents, selection.kept)
                 velocity = _take(candidates.velocity, selection.kept) if candidates.has_velocity else None
-            pair_rewards.append(pairing.pairs(scores.amax(-1), scores.amin(-1)))
-            rewards.append(scores)
-            parts.append({name: part.view_as(scores) for name, part in self.reward.last_scores.items()})
-            steps.append(index)
-            stds.append(std.flatten()[0])
 
-        pair_rewards, final_rewards = torch.stack(pair_rewards), None
-        if pairing.consistent:
-            of_prompts, _ = self.score(latents, noise.expand_as(latents), prompts, prompt_embeds, columns or {})
+        final_rewards = None
+        if self.pairing.consistent:
+            of_prompts, _ = self.score(latents, noise.expand_as(latents), prompts, prompt_embeds, batch.columns)
             final_rewards = of_prompts.T
-        return TrajectoryPairs(
-            prompt_embeds=prompt_embeds.repeat(pairing.pairs_per_prompt),
-            step_indices=torch.tensor(steps),
-            latents=parents,
-            next_latents=pairs,
-            pair_rewards=pair_rewards,
-            weights=pairing.weights(pair_rewards, torch.stack(stds), final_rewards),
-            rewards=torch.stack(rewards),
-            final_latents=latents,
-            reward_parts={name: torch.stack([part[name] for part in parts]) for name in self.reward.names},
-        )
+        return record.pairs(latents, final_rewards)
 
-    def _candidates(
-        self, model, latents, clean_estimate, noise, index, prompts, embeds, negative_embeds, columns
-    ) -> Candidates:
-        """`latents` of shape `(branches B, P, *latent_shape)` with all that a reward may look at, as `branches B P` rows."""
-        branches = self.pairing.num_branches
-        latents = latents.flatten(0, 1)
+    def _draw(
+        self, parents: torch.Tensor, velocity: torch.Tensor, index: int, batch: "_Batch"
+    ) -> tuple[Candidates, torch.Tensor]:
+        """
+        P candidates of each of the parents, of shape `(branches, B, *latent_shape)`, as `branches B P` rows with all that a
+        reward may look at; and the standard deviation of the step.
+        """
+        branches = len(parents)
+        with self.timer.stage("stochastic steps"):
+            mean, std = self.scheduler.sde_mean_std(parents, velocity, index)
+            noise_shape = (branches, self.num_candidates, *self.latent_shape)
+            noise = randn(batch.generators, noise_shape, parents.device).transpose(0, 1)
+            latents = draw_candidates(mean.flatten(0, 1), std, noise.flatten(0, 1)).flatten(0, 1)
         sigma = self.scheduler.sigma(index + 1)
-        embeds = embeds.repeat(branches).repeat_interleave(self.num_candidates)
+        embeds = batch.prompt_embeds.repeat(branches).repeat_interleave(self.num_candidates)
 
         def predict(network: torch.nn.Module, *guidance) -> torch.Tensor:
             size = self.score_batch_size or len(latents)
@@ -258,23 +211,82 @@ class TAPOSampler(RolloutSampler):
             return torch.cat(velocities)
 
         def predict_reference() -> torch.Tensor:
-            with self.reference(model) as network:
+            with self.reference(batch.model) as network:
                 # Without classifier-free guidance, as the target of an SLRM's training
                 return predict(network, None, self.policy.unguided(self.guidance_scale))
 
         def per_candidate(values: list) -> list:
             return [value for value in values * branches for _ in range(self.num_candidates)]
 
-        return Candidates(
+        clean_estimate = parents - self.scheduler.sigma(index) * velocity
+        candidates = Candidates(
             latents=latents,
             sigma=sigma,
             clean_estimate=clean_estimate.flatten(0, 1).repeat_interleave(self.num_candidates, dim=0),
-            initial_noise=torch.cat([noise] * branches).repeat_interleave(self.num_candidates, dim=0),
-            prompts=per_candidate(prompts),
+            initial_noise=torch.cat([batch.noise] * branches).repeat_interleave(self.num_candidates, dim=0),
+            prompts=per_candidate(batch.prompts),
             prompt_embeds=embeds,
-            columns={name: per_candidate(values) for name, values in columns.items()},
-            predict_velocity=lambda: predict(model, negative_embeds, self.guidance_scale),
+            columns={name: per_candidate(values) for name, values in batch.columns.items()},
+            predict_velocity=lambda: predict(batch.model, batch.negative_prompt_embeds, self.guidance_scale),
             predict_reference_velocity=predict_reference,
+        )
+        return candidates, std
+
+
+@dataclass
+class _Batch:
+    """What stays the same during a rollout."""
+
+    model: torch.nn.Module
+    prompts: list[str]
+    prompt_embeds: PromptEmbeddings
+    negative_prompt_embeds: PromptEmbeddings | None
+    generators: list[torch.Generator]
+    columns: dict[str, list[Any]]
+    noise: torch.Tensor
+
+
+class _Record:
+    """Collects the pairs of a rollout, step by step."""
+
+    def __init__(self, sampler: TAPOSampler, batch: _Batch):
+        self.pairing, self.reward, self.step_indices = sampler.pairing, sampler.reward, sampler.step_indices
+        self.prompt_embeds = batch.prompt_embeds.repeat(self.pairing.pairs_per_prompt)
+        shape = (self.pairing.pairs_per_prompt * len(batch.prompts), *sampler.latent_shape)
+        num_steps, device = len(self.step_indices), sampler.store_on or batch.noise.device
+        self.latents = torch.empty(num_steps, self.pairing.num_parents, *shape, device=device)
+        self.next_latents = torch.empty(num_steps, 2, *shape, device=device)
+        self.stds, self.rewards, self.pair_rewards, self.parts = [], [], [], []
+
+    def add(
+        self,
+        parents: torch.Tensor,
+        std: torch.Tensor,
+        candidates: Candidates,
+        scores: torch.Tensor,
+        selection: Selection,
+    ) -> None:
+        step = len(self.stds)
+        chosen, rejected = (_take(candidates.latents, side) for side in (selection.chosen, selection.rejected))
+        self.latents[step] = self.pairing.parents(parents)
+        self.next_latents[step] = self.pairing.pairs(chosen, rejected)
+        self.stds.append(std.flatten()[0])
+        self.rewards.append(scores)
+        self.pair_rewards.append(self.pairing.pairs(scores.amax(-1), scores.amin(-1)))
+        self.parts.append({name: part.view_as(scores) for name, part in self.reward.last_scores.items()})
+
+    def pairs(self, final_latents: torch.Tensor, final_rewards: torch.Tensor | None) -> TrajectoryPairs:
+        pair_rewards = torch.stack(self.pair_rewards)
+        return TrajectoryPairs(
+            prompt_embeds=self.prompt_embeds,
+            step_indices=torch.tensor(sorted(self.step_indices)),
+            latents=self.latents,
+            next_latents=self.next_latents,
+            pair_rewards=pair_rewards,
+            weights=self.pairing.weights(pair_rewards, torch.stack(self.stds), final_rewards),
+            rewards=torch.stack(self.rewards),
+            final_latents=final_latents,
+            reward_parts={name: torch.stack([part[name] for part in self.parts]) for name in self.reward.names},
         )
 
 
