@@ -90,7 +90,8 @@ class Bench:
 
     Args:
         policy ([`FlowPolicy`]): the policy, whose prompts are random embeddings from now on.
-        options ([`TAPOConfig`]): the configuration. Steps, candidates and sizes are those of each [`Setting`].
+        options ([`TAPOConfig`]): the configuration. Steps, candidates and sizes are those of each [`Setting`]; its folders are
+            not used.
         lora_r (`int`, *optional*, defaults to `64`): rank of the LoRA.
     """
 
@@ -105,7 +106,8 @@ class Bench:
         slrm = SLRMModel.from_policy(policy, max_sequence_length=args.max_sequence_length)
         if args.share_backbone:
             slrm.add_lora(self._lora())
-        with tempfile.TemporaryDirectory() as args.cache_dir:
+        with tempfile.TemporaryDirectory() as folder:  # nothing is kept
+            args.output_dir = args.cache_dir = folder
             prompts = Dataset.from_dict({"prompt": ["prompt"]})
             self.trainer = TAPOTrainer(policy, slrm, args, prompts, peft_config=self._lora())
 

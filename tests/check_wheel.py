@@ -36,6 +36,9 @@ def main() -> None:
         run = command(*help_of, "--help")
         assert run.returncode == 0 and "usage: tapo-trl" in run.stdout, run.stderr
 
+    run = command("reproduce", "table1")
+    assert run.returncode == 2 and "need a checkout" in run.stderr, run.stderr
+
     from tapo_trl.policies import SD3Policy
 
     args = tapo_trl.TAPOConfig(

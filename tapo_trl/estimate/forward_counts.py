@@ -5,7 +5,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -64,13 +64,29 @@ class MetaReward(WeightedReward):
 
     Args:
         counts ([`ForwardCounts`]): Where that is counted.
-        rewards (`list[Callable]`): Of candidates.
+        models (`Sequence[StepRewardModel]`): Reward models on the meta device.
+        has_function (`bool`): Whether there is a function of decoded samples, too.
+        args ([`RolloutConfig`]): The training.
     """
 
-    def __init__(self, counts: ForwardCounts, rewards: Sequence[Callable[[Candidates], torch.Tensor]]):
+    def __init__(self, counts: ForwardCounts, models: Sequence[StepRewardModel], has_function: bool, args: Any):
+        self.counts, self.batch_size, rewards = counts, 0, []
+        for model in models:
+            if isinstance(model, LatentRewardModel):
+                model = _shrunk(model)
+                counts.watch(model.transformer, "reward model", has_phases=False)
+                rewards.append(LatentReward(model, model.rollout_target(args.velocity_target), args.score_batch_size))
+            else:
+                rewards.append(partial(self._read_estimates, name="reward model"))
+        rewards += [partial(self._read_estimates)] * has_function
+        for reward in rewards:
+            reward.__name__ = "reward"
         super().__init__(rewards)
-        self.counts = counts
-        self.batch_size = 0
+
+    def _read_estimates(self, candidates: Candidates, name: str | None = None) -> torch.Tensor:
+        if name is not None:
+            self.counts.add(name, len(candidates))
+        return candidates.denoised.flatten(1).mean(1)
 
     def __call__(self, candidates: Candidates) -> torch.Tensor:
         self.batch_size = max(self.batch_size, len(candidates))
@@ -78,34 +94,6 @@ class MetaReward(WeightedReward):
             candidates.sigma = torch.zeros(())
         with self.counts.phase("at the candidates"):
             return super().__call__(candidates)
-
-
-def meta_reward(counts: ForwardCounts, models: Sequence[StepRewardModel], has_function: bool, args: Any) -> MetaReward:
-    """
-    Rewards of a training with rollouts.
-
-    Args:
-        counts ([`ForwardCounts`]): Where forwards are counted.
-        models (`Sequence[StepRewardModel]`): Reward models on the meta device.
-        has_function (`bool`): Whether there is a function of decoded samples, too.
-        args ([`RolloutConfig`]): The training.
-    """
-
-    def read_estimates(candidates: Candidates, name: str | None = None) -> torch.Tensor:
-        if name is not None:
-            counts.add(name, len(candidates))
-        return candidates.denoised.flatten(1).mean(1)
-
-    rewards = [read_estimates] if has_function else []
-    for model in models:
-        if isinstance(model, LatentRewardModel):
-            model = _shrunk(model)
-            counts.watch(model.transformer, "reward model", has_phases=False)
-            rewards.append(LatentReward(model, model.rollout_target(args.velocity_target), args.score_batch_size))
-        else:
-            rewards.append(partial(read_estimates, name="reward model"))
-            rewards[-1].__name__ = model.kind
-    return MetaReward(counts, rewards)
 
 
 def meta_trainer(trainer_class: type, args: Any, policy: FlowPolicy, counts: ForwardCounts, **attributes) -> Any:
@@ -176,7 +164,7 @@ def count_rollout(
         `tuple[ForwardCounts, Rollout, int]`: What was counted, the rollout, and the most samples that were scored at once.
     """
     counts = ForwardCounts()
-    reward = meta_reward(counts, models, has_function, args)
+    reward = MetaReward(counts, models, has_function, args)
     trainer = meta_trainer(trainer_class, args, policy, counts, reward=reward)
     trainer.sampler = trainer.build_sampler(
         policy=trainer.policy, reward=reward, latent_shape=trainer.latent_shape, guidance_scale=args.guidance_scale
@@ -185,7 +173,7 @@ def count_rollout(
     generators = [seeded_generator("dry run", 0)]
     with counts.phase("rollout"):
         rollout = trainer.sampler.sample(trainer.model, [""], embeds, trainer.negative_prompt_embeds, generators)
-    if hasattr(rollout, "advantages"):
+    if hasattr(rollout, "advantages"):  # which the trainer computes of all processes
         rollout.advantages = rollout.rewards
     with counts.phase("training"):
         for chunk in rollout.transitions(args.transition_batch_size or 1):
@@ -252,7 +240,6 @@ def _meta_pair(policy: FlowPolicy, args: Any, latent_shape: tuple[int, ...]) -> 
         "chosen_latents": latents,
         "rejected_latents": latents,
         "label": torch.ones(1, device=META),
-        "row": torch.zeros(1, dtype=torch.long),
     }
     return inputs, latents
 
