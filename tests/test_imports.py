@@ -29,10 +29,6 @@ LAYERS = [
 ]
 LAYER_OF = {name: index for index, names in enumerate(LAYERS) for name in names}
 MODULES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
-# Known to run back. Each must go: a module that no longer does fails here
-PENDING: set[str] = set()
-
-
 def imported_names(path: Path) -> set[str]:
     """First parts of what a module imports from the package when it runs, without imports for type checkers."""
     tree = ast.parse(path.read_text())
@@ -52,10 +48,9 @@ def imported_names(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_one_way(path):
-    name = str(path.relative_to(PACKAGE))
     own = LAYER_OF[path.relative_to(PACKAGE).parts[0].removesuffix(".py")]
     back = {name for name in imported_names(path) if LAYER_OF.get(name, -1) > own}
-    assert bool(back) == (name in PENDING), back
+    assert not back
 
 
 def test_a_wrong_import_is_found(tmp_path, monkeypatch):
