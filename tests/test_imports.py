@@ -29,6 +29,8 @@ LAYERS = [
 ]
 LAYER_OF = {name: index for index, names in enumerate(LAYERS) for name in names}
 MODULES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+
+
 def imported_names(path: Path) -> set[str]:
     """First parts of what a module imports from the package when it runs, without imports for type checkers."""
     tree = ast.parse(path.read_text())
