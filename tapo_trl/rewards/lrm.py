@@ -3,6 +3,7 @@
 """Latent Reward Model (LRM) of LPO: how well the features of a noisy latent fit the text, as in CLIP."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ class LRMHead(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch_size,)`.
         """
-        with torch.autocast(visual.device.type, enabled=False):
+        # On the meta device, that of dry runs, there is no autocast
+        with nullcontext() if visual.is_meta else torch.autocast(visual.device.type, enabled=False):
             visual = F.linear(visual.float(), self.visual_projection.weight.float())
             text = F.linear(text.float(), self.text_projection.weight.float())
             return self.logit_scale.float().exp() * F.cosine_similarity(visual, text)
@@ -144,6 +146,13 @@ class LRMModel(LatentRewardModel):
                 f"`{transformer_class}` does not have: choose another kind of reward model, such as `slrm` or `dina`."
             )
         return backbone_class
+
+    @classmethod
+    def without_weights(cls, policy: FlowPolicy, **config) -> "LRMModel":
+        if "null_prompt_length" not in config:
+            length = config.get("max_sequence_length", DEFAULT_MAX_SEQUENCE_LENGTH)
+            config["null_prompt_length"] = policy.prompt_shapes(length)["prompt_embeds"][0]
+        return super().without_weights(policy, **config)
 
     @classmethod
     def from_policy(cls, policy: FlowPolicy, **config) -> "LRMModel":

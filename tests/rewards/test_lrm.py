@@ -116,6 +116,11 @@ class TestModel:
         with pytest.raises(ValueError, match="pooled prompt embeddings.* `WanTransformer3DModel` does not have"):
             LRMModel.from_policy(WanPolicy(tiny_wan_pipeline()))
 
+    def test_without_weights_it_has_the_same_shapes(self, policy):
+        shapes = {name: tensor.shape for name, tensor in make(policy).state_dict().items()}
+        config = {"max_sequence_length": 16}
+        assert {n: t.shape for n, t in LRMModel.without_weights(policy, **config).state_dict().items()} == shapes
+
     def test_needs_the_text_encoders(self):
         policy = SD3Policy(tiny_sd3_pipeline())
         policy.unload_text_encoders()
