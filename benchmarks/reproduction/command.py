@@ -45,13 +45,13 @@ class ReproduceArguments:
         default="emoji", metadata={"help": "Folder with a `world.py`, or the name of one in `examples`."}
     )
     seeds: int = field(default=3, metadata={"help": "Training seeds of every number."})
-    jobs: int = field(default=1, metadata={"help": "Trainings at once, each in a process of its own."})
+    jobs: int = field(default=1, metadata={"help": "Number of concurrent trainings, each in its own process."})
     threads: int = field(default=1, metadata={"help": "Processor threads of each."})
     samples_per_prompt: int = field(default=2, metadata={"help": "Samples of each held-out prompt that are judged."})
     runs_dir: str = field(default="runs/paper", metadata={"help": "Where trainings are kept."})
     known_results: str | None = field(
         default=None,
-        metadata={"help": "A `runs.jsonl` of results from elsewhere: what is in it is not trained again."},
+        metadata={"help": "A `runs.jsonl` of earlier results, which are not trained again."},
     )
     output_dir: str = field(
         default="benchmarks/paper",

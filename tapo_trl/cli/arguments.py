@@ -62,14 +62,18 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
     slrm: str | None = option("Hub id or folder of the latent reward model that is measured.")
     sigmas: list[float] = option("Noise levels in [0, 1).", [0.1, 0.3, 0.5, 0.7, 0.9])
     rules: list[str] | None = option(
-        "Velocity targets of an SLRM's score: `ground_truth` is the paper's rule, which sees the clean sample; "
-        "`reference` and `none` can be used while sampling. By default the first two, and `none` for other reward "
-        "models."
+        (
+            "Velocity targets of an SLRM's score: `ground_truth` (the paper's, which needs the clean "
+            "sample), or `reference` and `none`, which are known at inference time. Defaults to the "
+            "first two, and to `none` for other reward models."
+        )
     )
-    max_pairs: int | None = option("Measure on the first so many pairs.")
+    max_pairs: int | None = option("Number of pairs to use, from the start.")
     short_videos: Literal["refuse", "uniform"] = option(
-        "Whether videos that are too short count as files that cannot be used (`refuse`), or give frames at equal "
-        "distances (`uniform`).",
+        (
+            "What to do with videos that are too short: treat them as unusable files (`refuse`), or "
+            "sample frames uniformly (`uniform`)."
+        ),
         "refuse",
     )
     dimension_weights: dict[str, float] | str | None = option(
@@ -199,7 +203,7 @@ class BenchArguments:
     """Arguments of `tapo-trl bench`."""
 
     size: Literal["tiny", "tiny_wan", "sd35", "wan21"] = option(
-        "Networks with random weights; gives the defaults of what is left out.", "tiny"
+        "Size of the networks, which have random weights. Sets the defaults of the other options.", "tiny"
     )
     model_name_or_path: str | None = option("A pipeline to load instead.")
     device: str = option("Where to run.", "cpu")
@@ -224,12 +228,12 @@ class BenchArguments:
     layerwise_casting: bool = option("Whether the policy's frozen linear layers are kept in float8.", False)
     reward_layerwise_casting: bool = option("Whether the reward model's linear layers are kept in float8.", False)
     reward_group_offload: bool = option(
-        "Whether the reward model stays on the CPU and lends its blocks to the device.", False
+        "Whether to keep the reward model on the CPU and move one block at a time to the accelerator.", False
     )
     attention_backend: str | None = option("Another implementation of attention, by diffusers' name.")
     torch_compile: bool = option("Whether every transformer block is compiled.", False)
-    repeats: int = option("How often everything is run. The median counts.", 3)
-    warm_up: bool = option("Whether to run everything once before.", True)
+    repeats: int = option("Number of repetitions. The median is reported.", 3)
+    warm_up: bool = option("Whether to do one untimed run first.", True)
     plot: bool = option("Whether to draw `bench.png`, which needs matplotlib.", True)
     output_dir: str = option("Where to write the results.", "bench")
 

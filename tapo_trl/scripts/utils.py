@@ -86,7 +86,7 @@ class TAPOScriptArguments(SampleCallbackArguments):
     guard_every_steps: int = option("Optimizer steps between two checks of the guard.", 50)
     guard_num_prompts: int = option("Number of held-out prompts that the guard scores.", 32)
     guard_patience: int = option("Number of bad checks in a row before the guard acts.", 2)
-    guard_min_drop: float = option("Smallest fall of the held-out reward that counts.", 0.0)
+    guard_min_drop: float = option("Minimum drop of the held-out reward that makes a check bad.", 0.0)
     guard_action: Literal["warn", "stop"] = option("What the guard does: warn, or stop the training.", "warn")
     gradient_share_every_steps: int | None = option(
         "Measure the share of each stochastic step in the gradient every so many optimizer steps."

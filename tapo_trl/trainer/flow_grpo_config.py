@@ -63,16 +63,19 @@ class FlowGRPOConfig(StochasticRolloutConfig):
 
     # Parameters that control the training
     beta: float = field(
-        default=0.004, metadata={"help": "Weight of the KL divergence from the reference. 0 does without a reference."}
+        default=0.004, metadata={"help": "Weight of the KL divergence from the reference. 0 disables the reference."}
     )
     epsilon: float = field(
-        default=1e-3, metadata={"help": "Clips the ratio to the policy that sampled to `[1 - epsilon, 1 + epsilon]`."}
+        default=1e-3,
+        metadata={"help": "Clip range of the ratio to the sampling policy: `[1 - epsilon, 1 + epsilon]`."},
     )
     scale_rewards: str = field(
         default="group",
         metadata={
-            "help": "By which standard deviation advantages are divided: of the prompt's samples (`group`), of all samples "
-            "of a micro-step (`batch`), or by none.",
+            "help": (
+                "Standard deviation that advantages are divided by: of the prompt's samples (`group`), of "
+                "all samples of a micro-step (`batch`), or none (`none`)."
+            ),
             "choices": list(SCALE_REWARDS),
         },
     )

@@ -65,7 +65,9 @@ class OnlineDiffusionDPOConfig(RolloutConfig):
         },
     )
     beta: float = field(default=100.0, metadata={"help": "Strength of the regularisation to the reference."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a pair is the wrong way round."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Assumed probability that a preference label is flipped."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

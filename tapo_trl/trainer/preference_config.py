@@ -48,21 +48,27 @@ class PreferenceDataConfig(DiffusionConfig):
     short_videos: Literal["refuse", "uniform"] = field(
         default="refuse",
         metadata={
-            "help": "Whether videos that are too short for `num_frames` at `fps` count as files that cannot be used "
-            "(`refuse`), or give frames at equal distances (`uniform`)."
+            "help": (
+                "What to do with videos that are too short for `num_frames` at `fps`: treat them as unusable "
+                "files (`refuse`), or sample frames uniformly (`uniform`)."
+            )
         },
     )
     aspect_ratio_buckets: bool = field(
         default=False,
         metadata={
-            "help": "Whether images of the training keep about their aspect ratio, in batches of one size of at most `height` "
-            "x `width` pixels."
+            "help": (
+                "Whether to keep the approximate aspect ratio of training images, in batches of one size of "
+                "at most `height` x `width` pixels."
+            )
         },
     )
     cache_latents: bool = field(
         default=True, metadata={"help": "Whether to encode all images or videos before training, into a file."}
     )
-    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is flipped."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Assumed probability that a preference label is flipped."}
+    )
     eval_sigmas: list[float] = field(
         default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9],
         metadata={"help": "Noise levels at which held-out pairs are compared."},

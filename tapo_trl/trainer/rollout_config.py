@@ -128,7 +128,7 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
     )
     reward_group_offload: bool = field(
         default=False,
-        metadata={"help": "Whether to keep an SLRM on the CPU and bring its blocks to the accelerator one by one."},
+        metadata={"help": "Whether to keep an SLRM on the CPU and move one block at a time to the accelerator."},
     )
 
     # Parameters that control the training
@@ -139,7 +139,7 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
     offload_transitions: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether transitions wait on the CPU until they are trained on. By default for videos only."
+            "help": ("Whether to keep transitions on the CPU until they are trained on. By default for videos only.")
         },
     )
     num_iterations: int = field(default=1, metadata={"help": "Number of optimiser steps per rollout."})

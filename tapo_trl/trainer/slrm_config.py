@@ -171,7 +171,7 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     )
     freeze_backbone: bool = field(
         default=False,
-        metadata={"help": "Whether to train only what is beside the backbone: score stream, head or modulation."},
+        metadata={"help": "Whether to train only the parts added to the backbone: score stream, head or modulation."},
     )
     num_task_tokens: int = field(
         default=DEFAULT_NUM_TASK_TOKENS, metadata={"help": "Number of score tokens n_s (Eq. 5)."}
@@ -225,8 +225,10 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     velocity_target: str | None = field(
         default=None,
         metadata={
-            "help": "What the model's velocity is compared to in training. By default as in the training that goes on, else "
-            "`reference`.",
+            "help": (
+                "Target of the model's velocity in training. Defaults to the value of the loaded SLRM, else "
+                "`reference`."
+            ),
             "choices": list(get_args(TrainingVelocityTarget)),
         },
     )
@@ -255,8 +257,10 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     eval_rules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Velocity targets under which the accuracy is measured. Defaults to the paper's, `ground_truth`, "
-            "and one that a rollout can use."
+            "help": (
+                "Velocity targets for the accuracy. Defaults to `ground_truth` and one target that is known "
+                "at inference time."
+            )
         },
     )
 

@@ -89,27 +89,27 @@ class TAPOConfig(StochasticRolloutConfig):
     # Parameters that control the rollout
     pairing: str = field(
         default="tapo",
-        metadata={"help": "How preference pairs are made of the candidates.", "choices": list(PAIRINGS)},
+        metadata={"help": "How preference pairs are formed from the candidates.", "choices": list(PAIRINGS)},
     )
     continue_with: str | None = field(
         default=None,
         metadata={
-            "help": "Candidate with which the trajectory of `spo` and `lpo` goes on. At random by default.",
+            "help": "Candidate from which the trajectory of `spo` and `lpo` continues. Random by default.",
             "choices": ["random", "best"],
         },
     )
     pair_threshold: list[float] | None = field(
         default=None,
         metadata={
-            "help": "By how much the probabilities of the two sides must differ for a pair to count: one number, or two for "
-            "the least and the most noise. By default what `pairing` brings along."
+            "help": (
+                "Minimum difference between the probabilities of the two sides for a pair to count: one "
+                "number, or two for the least and the most noise. Defaults to that of `pairing`."
+            )
         },
     )
     consistent_pairs: bool = field(
         default=False,
-        metadata={
-            "help": "Whether pairs of `tapo` count only if their ranking does not flip until the final samples."
-        },
+        metadata={"help": "Whether to drop pairs of `tapo` whose ranking flips before the final samples."},
     )
     num_sde_steps: int = field(default=8, metadata={"help": "Number of stochastic steps n, Eq. 10."})
     num_candidates: int = field(
@@ -121,8 +121,10 @@ class TAPOConfig(StochasticRolloutConfig):
     velocity_target: str | None = field(
         default=None,
         metadata={
-            "help": "What the SLRM's velocity is compared to for a candidate, whose clean latent is unknown. By default "
-            "what fits the SLRM's training.",
+            "help": (
+                "Target of the SLRM's velocity while sampling, where the clean latent is unknown. By default "
+                "the one that matches the SLRM's training."
+            ),
             "choices": list(VELOCITY_TARGETS),
         },
     )
@@ -141,19 +143,25 @@ class TAPOConfig(StochasticRolloutConfig):
     loss_type: str = field(
         default="sigmoid", metadata={"help": "Loss of a pair.", "choices": ["sigmoid", "hinge", "ipo"]}
     )
-    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a pair is the wrong way round."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Assumed probability that a preference label is flipped."}
+    )
     ratio_clip: float | None = field(
-        default=None, metadata={"help": "Keeps ratios to the reference in `[1 - ratio_clip, 1 + ratio_clip]`."}
+        default=None,
+        metadata={"help": "Clip range of the ratio to the reference: `[1 - ratio_clip, 1 + ratio_clip]`."},
     )
     step_weighting: str = field(
         default="none",
         metadata={
-            "help": "`none`: all steps weigh alike in the loss; `velocity`: alike in the velocity's gradient.",
+            "help": (
+                "`none`: equal weights for all steps. `velocity`: weights that equalise the gradient with "
+                "respect to the velocity."
+            ),
             "choices": ["none", "velocity"],
         },
     )
     train_cfg: bool = field(
-        default=True, metadata={"help": "Whether transitions are scored with the guidance of the rollout."}
+        default=True, metadata={"help": "Whether to train with the classifier-free guidance of the rollout."}
     )
 
     def __post_init__(self):
