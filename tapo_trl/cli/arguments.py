@@ -62,11 +62,9 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
     slrm: str | None = option("Hub id or folder of the latent reward model that is measured.")
     sigmas: list[float] = option("Noise levels in [0, 1).", [0.1, 0.3, 0.5, 0.7, 0.9])
     rules: list[str] | None = option(
-        (
-            "Velocity targets of an SLRM's score: `ground_truth` (the paper's, which needs the clean "
-            "sample), or `reference` and `none`, which are known at inference time. Defaults to the "
-            "first two, and to `none` for other reward models."
-        )
+        "Velocity targets of an SLRM's score: `ground_truth` (the paper's, which needs the clean "
+        "sample), or `reference` and `none`, which are known at inference time. Defaults to the "
+        "first two, and to `none` for other reward models."
     )
     max_pairs: int | None = option("Number of pairs to use, from the start.")
     short_videos: Literal["refuse", "uniform"] = option(
