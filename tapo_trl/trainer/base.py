@@ -48,9 +48,9 @@ from .policy_setup import (
     set_vae_options,
     whole_weights,
 )
+from .splits import Splits
 
 
-Splits = Dataset | dict[str, Dataset] | None
 # Options that every card shows
 COMMON_OPTIONS = ("height", "width", "num_frames", "learning_rate", "num_train_epochs", "max_steps")
 

@@ -19,9 +19,9 @@ from ..metrics.pair_scores import evaluation_noise
 from ..runs.option_checks import autocast_dtype
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from ..seeding import seeded_generator
-from .base import Splits
 from .diffusion_dpo_config import DiffusionDPOConfig
 from .preference_trainer import PreferenceTrainer, describe_loss
+from .splits import Splits
 
 
 VARIANT_CARDS = {

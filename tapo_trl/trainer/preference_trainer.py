@@ -20,21 +20,17 @@ from ..data.preferences import (
     is_prepared,
     prepare_preference_dataset,
 )
-from .base import DiffusionTrainer, Splits
+from .base import DiffusionTrainer
 from .policy_setup import encode_late, set_vae_options
 from .preference_config import PreferenceDataConfig
+from .splits import Splits, map_splits, named_splits
 
 
 def check_preference_splits(train_dataset: Dataset | None, eval_dataset: Splits, args: PreferenceDataConfig) -> None:
     """Check what can be checked of all splits without reading a file, see [`check_preference_dataset`]."""
     if train_dataset is None:
         raise ValueError("`train_dataset` is missing: give preference pairs.")
-    splits = {"train_dataset": train_dataset}
-    if isinstance(eval_dataset, dict):
-        splits |= {f"eval_dataset[{name!r}]": split for name, split in eval_dataset.items()}
-    elif eval_dataset is not None:
-        splits["eval_dataset"] = eval_dataset
-    for name, split in splits.items():
+    for name, split in {"train_dataset": train_dataset, **named_splits(eval_dataset)}.items():
         check_preference_dataset(split, name, args.dimension_weights)
 
 
@@ -65,13 +61,7 @@ class PreferenceTrainer(DiffusionTrainer):
         self.policy.vae.to(args.device)
         set_vae_options(self.policy, args)
         train_dataset = self._prepare_dataset(train_dataset, args, "train_dataset")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepare_dataset(split, args, f"eval_dataset[{name!r}]")
-                for name, split in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, args, "eval_dataset")
+        eval_dataset = map_splits(lambda split, name: self._prepare_dataset(split, args, name), eval_dataset)
         with args.main_process_first(desc="encoding prompts"):
             self.prompt_cache.encode(prompts)
         return train_dataset, eval_dataset

@@ -34,7 +34,7 @@ from ..rollouts.reuse import EpochRepeatSampler, RolloutBuffer, load_rollouts, s
 from ..runs.nonfinite import Watched
 from ..runs.option_checks import check_speed_options
 from ..seeding import seeded_generator
-from .base import DiffusionTrainer, Splits
+from .base import DiffusionTrainer
 from .policy_setup import apply_memory_options, encode_late, whole_weights
 from .reward_setup import (
     RewardModel,
@@ -46,6 +46,7 @@ from .reward_setup import (
     move_rewards,
 )
 from .rollout_config import RolloutConfig
+from .splits import Splits, map_splits, named_splits
 
 
 logger = logging.get_logger(__name__)
@@ -105,13 +106,8 @@ class RolloutTrainer(DiffusionTrainer):
                 f"With `num_iterations={args.num_iterations}` the train dataset needs at least one whole batch of "
                 f"{global_batch_size} prompts, but has {len(train_dataset)}."
             )
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: prepare_prompts(split, f"eval_dataset[{name!r}]") for name, split in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = prepare_prompts(eval_dataset, "eval_dataset")
-        check_reward_functions(self._reward_models, [train_dataset, *list_splits(eval_dataset)])
+        eval_dataset = map_splits(prepare_prompts, eval_dataset)
+        check_reward_functions(self._reward_models, [train_dataset, *named_splits(eval_dataset).values()])
         return train_dataset, eval_dataset
 
     def _build_network(self, args: RolloutConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
@@ -128,7 +124,7 @@ class RolloutTrainer(DiffusionTrainer):
         self.timer = StageTimer(args.profile, args.device)
         with self.timer.stage("encode prompts"), args.main_process_first(desc="encoding prompts"):
             self.policy.move_text_encoders(args.device)
-            held_out = [prompt for split in list_splits(eval_dataset) for prompt in split["prompt"]]
+            held_out = [prompt for split in named_splits(eval_dataset).values() for prompt in split["prompt"]]
             self.prompt_cache.encode([args.negative_prompt, *train_dataset["prompt"], *held_out, *prompts])
         return train_dataset, eval_dataset
 
@@ -424,10 +420,3 @@ class RolloutTrainer(DiffusionTrainer):
             repeat_count=self.args.num_iterations,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
-
-
-def list_splits(eval_dataset: Splits) -> list[Dataset]:
-    """The datasets of an `eval_dataset`."""
-    if isinstance(eval_dataset, dict):
-        return list(eval_dataset.values())
-    return [] if eval_dataset is None else [eval_dataset]
