@@ -88,7 +88,7 @@ def main() -> None:
             return bench.rollout(sampler, embeds).final_latents
 
         def plain(sampler=sampler, embeds=embeds) -> torch.Tensor:
-            with bench.autocast():
+            with bench.trainer.accelerator.autocast():
                 return plain_loop(sampler, bench.model, embeds, bench.embeddings(1))
 
         difference = (ours() - plain()).abs().max().item()  # and warm-up
