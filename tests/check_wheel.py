@@ -25,7 +25,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def main() -> None:
-    assert CHECKOUT not in Path(tapo_trl.__file__).resolve().parents, "this is the checkout, not the wheel"
+    assert Path(tapo_trl.__file__).resolve().parent != CHECKOUT / "tapo_trl", "this is the checkout, not the wheel"
     for name in tapo_trl.__all__:
         getattr(tapo_trl, name)
     assert command("--version").stdout.strip() == tapo_trl.__version__
