@@ -136,14 +136,16 @@ class JointScoreBlock(JointTransformerBlock):
         """Attention over [image, text, score], Eq. 5, before the output projections."""
         attn = self.attn
 
+        # Heads before tokens in memory, as SD3's own processor has them: attention kernels may round by layout.
         def heads(tokens: torch.Tensor) -> torch.Tensor:
-            return tokens.unflatten(-1, (attn.heads, -1))
+            return tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
         def qk_norm(query, key, norm_query, norm_key):
             return (query, key) if norm_query is None else (norm_query(query), norm_key(key))
 
         def attention(query, key, value):
-            output = dispatch_attention_fn(query, key, value, backend=attn.processor._attention_backend)
+            tokens_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            output = dispatch_attention_fn(*tokens_first, backend=attn.processor._attention_backend)
             return output.flatten(2).to(query.dtype)
 
         query, key, value = heads(attn.to_q(image)), heads(attn.to_k(image)), heads(attn.to_v(image))
@@ -153,14 +155,14 @@ class JointScoreBlock(JointTransformerBlock):
         score_query, score_key, score_value = map(heads, self.score_projections(score, self.score_sources))
         score_query, score_key = qk_norm(score_query, score_key, attn.norm_added_q, attn.norm_added_k)
 
-        query = torch.cat([query, text_query], dim=1)
-        key = torch.cat([key, text_key], dim=1)
-        value = torch.cat([value, heads(attn.add_v_proj(text))], dim=1)
-        all_keys, all_values = torch.cat([key, score_key], dim=1), torch.cat([value, score_value], dim=1)
+        query = torch.cat([query, text_query], dim=2)
+        key = torch.cat([key, text_key], dim=2)
+        value = torch.cat([value, heads(attn.add_v_proj(text))], dim=2)
+        all_keys, all_values = torch.cat([key, score_key], dim=2), torch.cat([value, score_value], dim=2)
         if mask_task_tokens:
             output = torch.cat([attention(query, key, value), attention(score_query, all_keys, all_values)], dim=1)
         else:
-            output = attention(torch.cat([query, score_query], dim=1), all_keys, all_values)
+            output = attention(torch.cat([query, score_query], dim=2), all_keys, all_values)
         return output.split([image.shape[1], text.shape[1], score.shape[1]], dim=1)
 
 

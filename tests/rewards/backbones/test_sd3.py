@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tapo_trl.rewards.backbones.sd3 import SD3ScoreTransformer2DModel
 from tests.testing_utils import tiny_sd3_pipeline
@@ -39,6 +40,23 @@ class TestThirdStream:
             expected = base(**inputs()).sample
             velocity, _ = model(**inputs(), mask_task_tokens=True)
         assert torch.equal(velocity, expected)
+
+    def test_attention_reads_the_memory_layout_of_the_base(self, monkeypatch):
+        # On some processors, kernels round differently by layout, so that equal values alone are not enough.
+        attention, strides = F.scaled_dot_product_attention, []
+
+        def record(query, key, value, **kwargs):
+            strides.append((query.shape, query.stride(), key.stride(), value.stride()))
+            return attention(query, key, value, **kwargs)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+        base, model = score_transformer()
+        with torch.no_grad():
+            base(**inputs())
+            expected, strides = strides, []
+            model(**inputs(), mask_task_tokens=True)
+        num_score_tokens = 3
+        assert [entry for entry in strides if entry[0][2] != num_score_tokens] == expected
 
     def test_task_tokens_influence_the_velocity_unless_masked(self):
         _, model = score_transformer()
