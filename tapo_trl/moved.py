@@ -26,6 +26,7 @@ MOVED = {
     "cli.slrm": ("scripts.slrm",),
     "cli.tapo": ("scripts.tapo",),
     "rewards.backbone": ("rewards.backbones.base", "networks.sharing"),
+    "rewards.clip_modulation": ("rewards.pretrained.preprocessing",),
     "rewards.dina_head": ("rewards.dina",),
     "rewards.features": ("rewards.backbones.features",),
     "rewards.features_sd3": ("rewards.backbones.sd3",),

@@ -6,6 +6,7 @@ from .candidates import Candidates
 from .dina import DiNaModel
 from .loading import REWARD_MODELS, load_reward_model
 from .lrm import LRMModel
+from .pretrained import PretrainedReward, get_reward, list_rewards
 from .scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, WeightedReward
 from .slrm import SLRMModel, SLRMOutput
 from .spm import SPMModel
@@ -21,6 +22,7 @@ __all__ = [
     "LatentReward",
     "LatentRewardModel",
     "PixelReward",
+    "PretrainedReward",
     "REWARD_MODELS",
     "RewardFunction",
     "RewardOutput",
@@ -31,6 +33,8 @@ __all__ = [
     "VELOCITY_TARGETS",
     "VelocityTarget",
     "WeightedReward",
+    "get_reward",
+    "list_rewards",
     "load_reward_model",
     "velocity_target",
 ]

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CLIP image tower that is told the noise level: adaptive layer norm, which is CLIP itself at the start."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 from transformers import CLIPModel
+
+from ..moved import moved_names
 
 
 NUM_FREQUENCIES = 256
@@ -106,29 +108,4 @@ def modulated_image_features(
     return clip.visual_projection(modulate(tower.post_layernorm(hidden_states[:, 0]), shift, scale))
 
 
-def clip_pixel_values(
-    images: torch.Tensor, image_size: int, image_mean: Sequence[float], image_std: Sequence[float]
-) -> torch.Tensor:
-    """
-    What CLIP's image processor does: the shorter side is scaled to `image_size` (bicubic), the centre cut out, and the
-    channels normalised.
-
-    Args:
-        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): float, in [0, 1].
-        image_size (`int`): height and width that the CLIP reads.
-        image_mean (`Sequence[float]`): mean of each channel.
-        image_std (`Sequence[float]`): standard deviation of each channel.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`, float32.
-    """
-    height, width = images.shape[-2:]
-    shorter = min(height, width)
-    size = (image_size * height // shorter, image_size * width // shorter)
-    images = images.float().clamp(0, 1)
-    if size != (height, width):
-        images = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
-    top, left = ((side - image_size) // 2 for side in size)
-    images = images[..., top : top + image_size, left : left + image_size]
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (image_mean, image_std))
-    return (images - mean) / std
+__getattr__ = moved_names(__name__)

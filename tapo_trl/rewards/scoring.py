@@ -15,6 +15,7 @@ import torch
 from ..policies import FlowPolicy
 from .base import LatentRewardModel
 from .candidates import Candidates
+from .pretrained.base import PretrainedReward
 from .spm import SPMModel
 from .targets import VelocityTarget, velocity_target
 
@@ -28,6 +29,8 @@ RewardFunction = Callable[..., torch.Tensor | Sequence[float]]
 
 def reward_name(function: RewardFunction) -> str:
     """What a reward function is called in logs and messages."""
+    if isinstance(function, PretrainedReward):
+        return function.name
     return function.__name__ if isinstance(function, FunctionType) else type(function).__name__
 
 

@@ -17,7 +17,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..method_card import MethodCard
 from ..networks.sharing import base_fingerprint
 from ..policies import FlowPolicy, PromptEmbeddings
-from .clip_modulation import NoiseModulation, clip_pixel_values, modulated_image_features
+from .clip_modulation import NoiseModulation, modulated_image_features
+from .pretrained.preprocessing import CLIP_MEAN, CLIP_STD, clip_pixel_values
 from .step_reward import (
     DEFAULT_MAX_SEQUENCE_LENGTH,
     DEFAULT_RESOLUTION,
@@ -29,7 +30,6 @@ from .step_reward import (
 
 DEFAULT_CLIP_MODEL = "yuvalkirstain/PickScore_v1"
 TOKENIZER_FOLDER = "tokenizer"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class SPMModel(StepRewardModel):

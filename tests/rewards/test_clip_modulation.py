@@ -6,7 +6,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPModel
 
-from tapo_trl.rewards.clip_modulation import NoiseModulation, clip_pixel_values, modulate, modulated_image_features
+from tapo_trl.rewards.clip_modulation import NoiseModulation, modulate, modulated_image_features
+from tapo_trl.rewards.pretrained.preprocessing import clip_pixel_values
 from tests.testing_utils import save_tiny_clip
 
 

@@ -1,0 +1,56 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrained scorers of images and videos by short names. Their modules are imported when they are asked for."""
+
+import difflib
+import importlib
+
+from .base import PretrainedReward
+
+
+# Name: module and class
+REWARDS = {
+    "clip": "clip:CLIPReward",
+}
+
+
+def list_rewards() -> list[str]:
+    """Names of the pretrained scorers, for [`get_reward`]."""
+    return sorted(REWARDS)
+
+
+def reward_class(name: str) -> type[PretrainedReward]:
+    """
+    The class of a pretrained scorer, whose attributes describe it.
+
+    Raises:
+        ValueError: if there is no such scorer. The message has the nearest names.
+    """
+    if name not in REWARDS:
+        near = difflib.get_close_matches(name.lower(), REWARDS, n=2, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(f'`{other}`' for other in near)}? " if near else ""
+        raise ValueError(f"There is no reward `{name}`. {hint}The rewards are {', '.join(list_rewards())}.")
+    module, class_name = REWARDS[name].split(":")
+    return getattr(importlib.import_module(f".{module}", __name__), class_name)
+
+
+def get_reward(name: str, **kwargs) -> PretrainedReward:
+    """
+    Load a pretrained scorer of images or videos, which `reward_model=` takes.
+
+    ```python
+    from tapo_trl import TAPOConfig, TAPOTrainer, get_reward
+
+    pickscore = get_reward("pickscore", torch_dtype="bfloat16")
+    trainer = TAPOTrainer("stabilityai/stable-diffusion-3.5-medium", pickscore, TAPOConfig("sd35-tapo"))
+    ```
+
+    Args:
+        name (`str`): one of [`list_rewards`], such as `"pickscore"`, `"hpsv2.1"` or `"ocr"`.
+        kwargs: arguments of [`~PretrainedReward.from_pretrained`], such as `torch_dtype`, `batch_size` or `scale`.
+
+    Raises:
+        ValueError: if there is no such scorer.
+        OSError: if its weights are neither here nor can be downloaded.
+    """
+    return reward_class(name).from_pretrained(**kwargs)

@@ -1,0 +1,275 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+"""Interface of pretrained scorers of images and videos."""
+
+import os
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from ...policies.loading import AUTO, parse_dtype
+
+
+SCALES = "`scale` multiplies the score and `standardize=(mean, std)` subtracts and divides"
+
+
+class PretrainedReward(nn.Module):
+    """
+    A frozen scorer with published weights, which works as a [`RewardFunction`]. Make one with
+    [`~PretrainedReward.from_pretrained`] or [`get_reward`].
+
+    A subclass states the facts below, loads itself in [`~PretrainedReward.load`] and scores in
+    [`~PretrainedReward.raw_scores`].
+
+    Args:
+        batch_size (`int`, *optional*): images (or videos) per forward when it is called. Defaults to the class's.
+        scale (`float`, *optional*): factor on the score, for weighted sums.
+        standardize (`tuple[float, float]`, *optional*):
+            mean and standard deviation of its scores on data of yours; the score is then `(score - mean) / std`.
+        frames (`int` or `str`, *optional*, defaults to `"all"`):
+            which frames of a video a scorer of images reads, whose scores are averaged: `"all"`, `"first"`, or how many,
+            evenly spaced from the first to the last.
+        offload (`bool`, *optional*, defaults to `False`): whether to go back to the CPU after each call.
+
+    Attributes:
+        name (`str`): short name, as in [`get_reward`] and in logs.
+        weights (`str`, *optional*): Hub id of the weights; `None` if a package brings them.
+        weights_file (`str`, *optional*): file of that repository, if it is not loaded as a whole.
+        needs (`tuple[str, ...]`): further Hub ids that are read, such as a tokenizer's.
+        license (`str`): licence of the weights.
+        score_range (`tuple[float, float]`): usual range of the published number.
+        reads (`str`): `"image"` or `"video"`.
+        differentiable (`bool`): whether gradients reach the pixels through [`~PretrainedReward.score`].
+        num_parameters (`int`): number of parameters.
+        default_dtype (`torch.dtype`): precision of the weights unless `torch_dtype` is given.
+        default_batch_size (`int`): images per forward.
+        citation (`str`): paper, as author, year and arXiv number.
+    """
+
+    name: ClassVar[str]
+    weights: ClassVar[str | None] = None
+    weights_file: ClassVar[str | None] = None
+    needs: ClassVar[tuple[str, ...]] = ()
+    license: ClassVar[str]
+    score_range: ClassVar[tuple[float, float]]
+    reads: ClassVar[Literal["image", "video"]] = "image"
+    differentiable: ClassVar[bool] = True
+    num_parameters: ClassVar[int]
+    default_dtype: ClassVar[torch.dtype] = torch.float32
+    default_batch_size: ClassVar[int] = 16
+    citation: ClassVar[str]
+
+    def __init__(
+        self,
+        batch_size: int | None = None,
+        scale: float | None = None,
+        standardize: tuple[float, float] | None = None,
+        frames: int | Literal["all", "first"] = "all",
+        offload: bool = False,
+    ):
+        super().__init__()
+        self.batch_size = self.default_batch_size if batch_size is None else batch_size
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` of the reward `{self.name}` must be at least 1, but it is {batch_size}.")
+        if frames not in ("all", "first") and not (isinstance(frames, int) and frames >= 1):
+            raise ValueError(
+                f'`frames` of the reward `{self.name}` must be "all", "first" or a number of frames, got {frames!r}.'
+            )
+        if scale is not None and standardize is not None:
+            raise ValueError(f"The reward `{self.name}` takes one of `scale` and `standardize`: {SCALES}.")
+        if standardize is not None and (len(standardize) != 2 or standardize[1] <= 0):
+            raise ValueError(
+                f"`standardize` of the reward `{self.name}` must be a mean and a positive standard deviation, got "
+                f"{standardize!r}."
+            )
+        if frames != "all" and self.reads == "video":
+            raise ValueError(f"`frames` is for rewards of images, but the reward `{self.name}` reads whole videos.")
+        mean, std = (0.0, 1.0) if standardize is None else standardize
+        self.mean, self.factor = float(mean), 1 / std if scale is None else float(scale)
+        self.frames = frames
+        self.offload = offload
+
+    # For subclasses
+
+    @classmethod
+    def load(cls, weights: str | None, torch_dtype: torch.dtype, revision: str | None, **kwargs) -> "PretrainedReward":
+        """
+        Make the scorer from a Hub id or a folder.
+
+        Args:
+            weights (`str`, *optional*): Hub id, folder or file.
+            torch_dtype (`torch.dtype`): precision of the weights.
+            revision (`str`, *optional*): revision on the Hub.
+            kwargs: arguments of the class.
+        """
+        raise NotImplementedError
+
+    def raw_scores(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """
+        The published number.
+
+        Args:
+            images (`torch.Tensor` of shape `(N, 3, H, W)`, or `(N, 3, F, H, W)` if it reads videos): float32 in [0, 1].
+            prompts (`list[str]`): one per image.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`. The score of an image must not depend on the others.
+        """
+        raise NotImplementedError
+
+    # For users
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        weights: str | os.PathLike | None = None,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        batch_size: int | None = None,
+        revision: str | None = None,
+        scale: float | None = None,
+        standardize: tuple[float, float] | None = None,
+        frames: int | Literal["all", "first"] = "all",
+        offload: bool = False,
+        **kwargs,
+    ) -> "PretrainedReward":
+        """
+        Load the scorer, frozen and in evaluation mode, on the CPU. It moves to the images' device when it is first called.
+
+        Args:
+            weights (`str` or `os.PathLike`, *optional*): Hub id, folder or file. Defaults to the published weights.
+            torch_dtype (`torch.dtype` or `str`, *optional*): precision of the weights. Defaults to the class's.
+            revision (`str`, *optional*): revision on the Hub.
+            kwargs: further arguments of the class. The others are described there.
+
+        Raises:
+            ValueError: if an argument is unusable.
+            OSError: if the weights are neither here nor can be downloaded. The message has the command that downloads them.
+        """
+        dtype = parse_dtype(torch_dtype) or cls.default_dtype
+        if dtype == AUTO:
+            raise ValueError(f"`torch_dtype='auto'` is for pipelines: name the precision of the reward `{cls.name}`.")
+        options = {"batch_size": batch_size, "scale": scale, "standardize": standardize, "frames": frames}
+        weights = cls.weights if weights is None else os.path.expanduser(weights)
+        try:
+            scorer = cls.load(weights, dtype, revision, **options, offload=offload, **kwargs)
+        except OSError as error:
+            raise OSError(cls._missing(weights, revision, error)) from error
+        return scorer.requires_grad_(False).eval()
+
+    @classmethod
+    def _missing(cls, weights: str | None, revision: str | None, error: OSError) -> str:
+        if weights is None or os.path.exists(weights):
+            return f"The reward `{cls.name}` could not be loaded from `{weights}`: {error}"
+        options = f" {cls.weights_file}" if cls.weights_file is not None and weights == cls.weights else ""
+        options += f" --revision {revision}" if revision is not None else ""
+        commands = [f"hf download {weights}{options}", *(f"hf download {name}" for name in cls.needs)]
+        return (
+            f"The reward `{cls.name}` needs `{weights}`, which is not in the cache and could not be downloaded. Download it where "
+            f"there is a network, with `{' && '.join(commands)}`, or pass a folder as `weights`. The error was: {error}"
+        )
+
+    @classmethod
+    def memory(cls, torch_dtype: torch.dtype | str | None = None) -> int:
+        """Bytes of the weights."""
+        return cls.num_parameters * (parse_dtype(torch_dtype) or cls.default_dtype).itemsize
+
+    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """
+        Rate images in one forward, with gradients to the pixels if the class is `differentiable`.
+
+        Args:
+            images (`torch.Tensor` of shape `(N, 3, H, W)`): float in [0, 1]; `(N, 3, F, H, W)` if it reads videos.
+            prompts (`list[str]`): one per image.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`, float32: the published number, after `scale` or `standardize`.
+
+        Raises:
+            ValueError: if the input is not as described, or if there is another number of scores than of images.
+        """
+        self._check_input(images, prompts)
+        if self.reads == "image" and images.ndim == 5:
+            raise ValueError(
+                f"`score` of the reward `{self.name}` reads images of shape (N, 3, H, W), but got videos of shape "
+                f"{tuple(images.shape)}: call the reward itself, which averages over frames."
+            )
+        scores = self.raw_scores(images.float(), list(prompts)).float()
+        if scores.shape != (len(images),):
+            raise ValueError(
+                f"The reward `{self.name}` must give one score for each of {len(images)} {self.reads}s, but gave shape "
+                f"{tuple(scores.shape)}."
+            )
+        return (scores - self.mean) * self.factor
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+        """
+        Rate images or videos without gradients, in chunks of `batch_size`, on the device of the images.
+
+        Args:
+            images (`torch.Tensor` of shape `(N, 3, H, W)` or `(N, 3, F, H, W)`): float in [0, 1].
+            prompts (`list[str]`): one per image.
+            columns: further columns of the data set, which are not read.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`, float32. NaN where pixels are not finite, as after a diverged step.
+
+        Raises:
+            ValueError: if the input is not as described, or if a score is not finite.
+        """
+        self._check_input(images, prompts)
+        prompts, num_frames = list(prompts), 1
+        readable = torch.stack([image.isfinite().all() for image in images])
+        images = images.float().nan_to_num(0.0, 0.0, 0.0)
+        if images.ndim == 5 and self.reads == "image":
+            images, num_frames = self._read_frames(images)
+            prompts = [prompt for prompt in prompts for _ in range(num_frames)]
+        self._move(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            chunks = range(0, len(images), self.batch_size)
+            scores = [
+                self.score(images[start : start + self.batch_size], prompts[start : start + self.batch_size])
+                for start in chunks
+            ]
+        if self.offload:
+            self._move(torch.device("cpu"))
+        scores = torch.cat(scores).to(images.device).view(-1, num_frames).mean(1)
+        if not scores.isfinite().all():
+            bad = (~scores.isfinite()).nonzero().flatten().tolist()
+            raise ValueError(
+                f"The reward `{self.name}` gave scores that are not finite for the {self.reads}s {bad[:5]} of {len(scores)}, whose "
+                "pixels are finite. Load it in a wider precision, such as `torch_dtype='float32'`, or check its weights."
+            )
+        return scores.where(readable, torch.nan)
+
+    def _check_input(self, images: torch.Tensor, prompts: list[str]) -> None:
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, torch.Tensor) else f"`{type(images).__name__}`"
+            raise ValueError(f"The reward `{self.name}` reads float tensors with values in [0, 1], but got {kind}.")
+        if images.ndim not in (4, 5) or images.shape[1] != 3 or len(images) == 0:
+            raise ValueError(
+                f"The reward `{self.name}` reads images of shape (N, 3, H, W) or videos of shape (N, 3, F, H, W), but got "
+                f"{tuple(images.shape)}."
+            )
+        if self.reads == "video" and images.ndim == 4:
+            raise ValueError(
+                f"The reward `{self.name}` reads videos of shape (N, 3, F, H, W), but got images of shape "
+                f"{tuple(images.shape)}: choose a reward of images, such as `pickscore`."
+            )
+        if isinstance(prompts, str) or len(prompts) != len(images):
+            number = "a `str`" if isinstance(prompts, str) else len(prompts)
+            raise ValueError(f"The reward `{self.name}` needs a list of {len(images)} prompts, but got {number}.")
+
+    def _read_frames(self, videos: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The frames to rate as images, those of one video after the other, and their number in each."""
+        total = videos.shape[2]
+        number = {"all": total, "first": 1}.get(self.frames, self.frames)
+        index = torch.linspace(0, total - 1, min(number, total)).round().long()
+        frames = videos[:, :, index.to(videos.device)].transpose(1, 2)
+        return frames.flatten(0, 1), len(index)
+
+    def _move(self, device: torch.device) -> None:
+        if any(tensor.device != device for tensor in (*self.parameters(), *self.buffers())):
+            self.to(device)
