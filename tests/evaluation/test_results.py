@@ -1,0 +1,145 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+
+import pytest
+
+from tapo_trl.evaluation import read_compbench, read_geneval, read_vbench, vbench_total
+
+
+DIMENSIONS = (
+    *("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree"),
+    *("aesthetic_quality", "imaging_quality", "object_class", "multiple_objects", "human_action", "color"),
+    *("spatial_relationship", "scene", "appearance_style", "temporal_style", "overall_consistency"),
+)
+# Percentages from the public leaderboard of VBench: the dimensions, then quality, semantic and total
+PUBLISHED = {
+    "LaVie": (
+        (
+            91.41,
+            97.47,
+            98.30,
+            96.38,
+            49.72,
+            54.94,
+            61.90,
+            91.82,
+            33.32,
+            96.80,
+            86.39,
+            34.09,
+            52.69,
+            23.56,
+            25.93,
+            26.41,
+        ),
+        (78.78, 70.31, 77.08),
+    ),
+    "ModelScope": (
+        (
+            89.87,
+            95.29,
+            98.28,
+            95.79,
+            66.39,
+            52.06,
+            58.57,
+            82.25,
+            38.98,
+            92.40,
+            81.72,
+            33.68,
+            39.26,
+            23.39,
+            25.37,
+            25.67,
+        ),
+        (78.05, 66.54, 75.75),
+    ),
+    "VideoCrafter-0.9": (
+        (
+            86.24,
+            92.88,
+            97.60,
+            91.79,
+            89.72,
+            44.41,
+            57.22,
+            87.34,
+            25.93,
+            93.00,
+            78.84,
+            36.74,
+            43.36,
+            21.57,
+            25.42,
+            25.21,
+        ),
+        (74.91, 65.46, 73.02),
+    ),
+}
+
+
+def scores_of(model):
+    return {name: value / 100 for name, value in zip(DIMENSIONS, PUBLISHED[model][0], strict=True)}
+
+
+class TestVBench:
+    @pytest.mark.parametrize("model", PUBLISHED)
+    def test_published_totals_follow_from_published_dimensions(self, model):
+        result = vbench_total(scores_of(model))
+        assert [round(100 * result[name], 2) for name in ("quality", "semantic", "total")] == pytest.approx(
+            PUBLISHED[model][1], abs=0.0101
+        )
+
+    def test_a_missing_dimension_is_an_error(self):
+        scores = scores_of("LaVie")
+        del scores["scene"]
+        with pytest.raises(ValueError, match="scene"):
+            vbench_total(scores)
+
+    def test_reads_the_files_of_the_tool(self, tmp_path):
+        for name, value in scores_of("LaVie").items():
+            result = {name: [value, [{"video_path": "a.mp4", "video_results": value}]]}
+            (tmp_path / f"{name}_eval_results.json").write_text(json.dumps(result))
+        assert read_vbench(tmp_path)["total"] == vbench_total(scores_of("LaVie"))["total"]
+        (tmp_path / "scene_eval_results.json").unlink()
+        assert "total" not in read_vbench(tmp_path)
+
+    def test_two_results_of_a_dimension_are_an_error(self, tmp_path):
+        for file in ("a", "b"):
+            (tmp_path / f"{file}_eval_results.json").write_text(json.dumps({"scene": [0.5, []]}))
+        with pytest.raises(ValueError, match="scene"):
+            read_vbench(tmp_path)
+
+    def test_no_result_is_an_error(self, tmp_path):
+        with pytest.raises(ValueError, match="eval_results"):
+            read_vbench(tmp_path)
+
+
+class TestGenEval:
+    def test_overall_is_the_mean_of_the_tasks_not_of_the_images(self, tmp_path):
+        rows = [("counting", False)] * 3 + [("counting", True), ("colors", True)]
+        text = "\n".join(json.dumps({"tag": tag, "correct": correct, "filename": "x"}) for tag, correct in rows)
+        (tmp_path / "results.jsonl").write_text(text)
+        assert read_geneval(tmp_path / "results.jsonl") == {"counting": 0.25, "colors": 1.0, "overall": 0.625}
+
+    @pytest.mark.parametrize("text", ["", '{"tag": "counting"}'])
+    def test_another_file_is_an_error(self, tmp_path, text):
+        (tmp_path / "results.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="GenEval"):
+            read_geneval(tmp_path / "results.jsonl")
+
+
+class TestCompBench:
+    def test_mean_of_the_answers(self, tmp_path):
+        rows = [{"question_id": 0, "answer": "0.25"}, {"question_id": 1, "answer": "0.75"}]
+        (tmp_path / "vqa_result.json").write_text(json.dumps(rows))
+        assert read_compbench(tmp_path / "vqa_result.json") == 0.5
+
+    @pytest.mark.parametrize("content", [[], {"answer": 1}, [{"question_id": 0}]])
+    def test_another_file_is_an_error(self, tmp_path, content):
+        (tmp_path / "vqa_result.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="CompBench"):
+            read_compbench(tmp_path / "vqa_result.json")
