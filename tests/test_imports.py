@@ -21,7 +21,7 @@ LAYERS = [
     {"rewards"},
     {"rollouts", "metrics"},
     {"media", "runs"},
-    {"callbacks"},
+    {"callbacks", "evaluation"},
     {"trainer"},
     {"estimate", "benchmark"},
     {"scripts", "cli"},
