@@ -18,6 +18,7 @@ from ..method_card import MethodCard
 from ..networks.sharing import base_fingerprint
 from ..policies import FlowPolicy, PromptEmbeddings
 from .clip_modulation import NoiseModulation, modulated_image_features
+from .pretrained.clip import cast_clip
 from .pretrained.preprocessing import CLIP_MEAN, CLIP_STD, clip_pixel_values
 from .step_reward import (
     DEFAULT_MAX_SEQUENCE_LENGTH,
@@ -178,11 +179,11 @@ class SPMModel(StepRewardModel):
                 f"`base_model` is not the CLIP that this {self.label} was trained from: its configuration differs in "
                 f"{different}."
             )
-        _cast_clip(clip, dtype)
+        cast_clip(clip, dtype)
         return clip
 
     def _cast_backbone(self, dtype: torch.dtype) -> None:
-        _cast_clip(self.clip, dtype)
+        cast_clip(self.clip, dtype)
 
     @classmethod
     def lora_target_modules(cls, policy: FlowPolicy) -> list[str]:
@@ -308,13 +309,6 @@ class SPMModel(StepRewardModel):
             pretrained_model_name_or_path, subfolder=subfolder, **hub_arguments
         )
         return model
-
-
-def _cast_clip(clip: CLIPModel, dtype: torch.dtype) -> None:
-    """Cast all but the scale of the similarity, which half precision would change by more than a percent."""
-    scale = clip.logit_scale.detach().clone()
-    clip.to(dtype)
-    clip.logit_scale.data = scale.float()
 
 
 def _plain_config(config: CLIPConfig) -> dict[str, Any]:

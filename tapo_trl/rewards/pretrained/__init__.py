@@ -10,7 +10,11 @@ from .base import PretrainedReward
 
 # Name: module and class
 REWARDS = {
+    "aesthetic": "clip:AestheticReward",
     "clip": "clip:CLIPReward",
+    "hpsv2.1": "hpsv2:HPSv21Reward",
+    "ocr": "ocr:OCRReward",
+    "pickscore": "clip:PickScoreReward",
 }
 
 

@@ -3,9 +3,12 @@
 """Interface of pretrained scorers of images and videos."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 from torch import nn
 
 from ...policies.loading import AUTO, parse_dtype
@@ -36,7 +39,7 @@ class PretrainedReward(nn.Module):
         name (`str`): short name, as in [`get_reward`] and in logs.
         weights (`str`, *optional*): Hub id of the weights; `None` if a package brings them.
         weights_file (`str`, *optional*): file of that repository, if it is not loaded as a whole.
-        needs (`tuple[str, ...]`): further Hub ids that are read, such as a tokenizer's.
+        needs (`tuple[str, ...]`): what else is read from the Hub, as arguments of `hf download`.
         license (`str`): licence of the weights.
         score_range (`tuple[float, float]`): usual range of the published number.
         reads (`str`): `"image"` or `"video"`.
@@ -105,6 +108,27 @@ class PretrainedReward(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def read_weights(cls, weights: str, revision: str | None = None) -> dict[str, torch.Tensor]:
+        """
+        Tensors of one file: `weights` itself, or `weights_file` in that folder or repository. Nothing is unpickled but
+        tensors.
+        """
+        file = os.path.join(weights, cls.weights_file) if os.path.isdir(weights) else weights
+        if not os.path.isfile(file):
+            file = hf_hub_download(weights, cls.weights_file, revision=revision)
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """
+        Check that prompts can be rated, before anything is sampled.
+
+        Raises:
+            ValueError: if one cannot.
+        """
+
     def raw_scores(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """
         The published number.
@@ -172,7 +196,7 @@ class PretrainedReward(nn.Module):
 
     @classmethod
     def memory(cls, torch_dtype: torch.dtype | str | None = None) -> int:
-        """Bytes of the weights."""
+        """Bytes of the weights on the accelerator."""
         return cls.num_parameters * (parse_dtype(torch_dtype) or cls.default_dtype).itemsize
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

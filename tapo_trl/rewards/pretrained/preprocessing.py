@@ -12,26 +12,27 @@ import torch.nn.functional as F
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def resize(images: torch.Tensor, size: tuple[int, int], clamp: bool = True, antialias: bool = True) -> torch.Tensor:
+def resize(images: torch.Tensor, size: tuple[int, int], clamp: bool = True) -> torch.Tensor:
     """
-    Bicubic resampling. With `antialias` it agrees with PIL to 2/255.
+    Bicubic resampling with antialiasing.
 
     Args:
         images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): float, in [0, 1].
         size (`tuple[int, int]`): new height and width.
         clamp (`bool`, *optional*, defaults to `True`):
-            whether to cut values that overshoot [0, 1], as 8-bit images do. A scorer whose original resizes float tensors
-            leaves them.
-        antialias (`bool`, *optional*, defaults to `True`): whether to low-pass filter where the images shrink.
+            whether to cut values that overshoot [0, 1] after each direction, as PIL does, with which this agrees to 2/255. A
+            scorer whose original resizes float tensors leaves them.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, 3, *size)`, float32. Images that have this size are returned as they are.
     """
     images = images.float()
-    if size == tuple(images.shape[-2:]):
-        return images
-    images = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=antialias)
-    return images.clamp(0, 1) if clamp else images
+    passes = [(images.shape[-2], size[1]), size] if clamp else [size]
+    for new in passes:
+        if new != tuple(images.shape[-2:]):
+            images = F.interpolate(images, size=new, mode="bicubic", align_corners=False, antialias=True)
+            images = images.clamp(0, 1) if clamp else images
+    return images
 
 
 def resize_shortest_edge(images: torch.Tensor, edge: int) -> torch.Tensor:
@@ -41,11 +42,11 @@ def resize_shortest_edge(images: torch.Tensor, edge: int) -> torch.Tensor:
     return resize(images, (edge * height // shorter, edge * width // shorter))
 
 
-def resize_longest_edge(images: torch.Tensor, edge: int, clamp: bool = True, antialias: bool = True) -> torch.Tensor:
+def resize_longest_edge(images: torch.Tensor, edge: int, clamp: bool = True) -> torch.Tensor:
     """[`resize`] the longer side to `edge` pixels; the shorter one is rounded to the nearest."""
     height, width = images.shape[-2:]
     scale = edge / max(height, width)
-    return resize(images, (round(height * scale), round(width * scale)), clamp, antialias)
+    return resize(images, (round(height * scale), round(width * scale)), clamp)
 
 
 def pad_to_square(images: torch.Tensor, fill: Sequence[float] = (0.0, 0.0, 0.0)) -> torch.Tensor:
