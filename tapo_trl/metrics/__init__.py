@@ -4,7 +4,7 @@
 from .consistency import ranking_consistency, ranking_disagreement
 from .diagnosis import diagnose_scores
 from .distributions import area_under_curve, score_distributions
-from .pair_scores import ACCURACY_RULES, PairScores, score_pairs
+from .pair_scores import ACCURACY_RULES, PairScores, score_pairs, score_pairs_of_pixels
 from .plots import plot_diagnosis
 from .preference_accuracy import PreferenceAccuracy, calibrated_tie_threshold, evaluate_preference_accuracy
 
@@ -22,4 +22,5 @@ __all__ = [
     "ranking_disagreement",
     "score_distributions",
     "score_pairs",
+    "score_pairs_of_pixels",
 ]

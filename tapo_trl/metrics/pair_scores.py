@@ -3,7 +3,7 @@
 
 """Scores that a reward model gives to both sides of preference pairs, at several noise levels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,12 +16,14 @@ from ..data.preferences import DEFAULT_FPS, PreferencePairCollator, prepare_pref
 from ..data.prompts import PromptCache
 from ..policies import FlowPolicy
 from ..rewards import StepRewardModel
+from ..rewards.scoring import RewardFunction, call_reward_function
 from ..rewards.targets import TrainingVelocityTarget, training_targets
 from ..seeding import seeded_generator
 
 
 AccuracyRule = TrainingVelocityTarget
 ACCURACY_RULES: tuple[str, ...] = get_args(AccuracyRule)
+PixelReading = Literal["estimate", "noisy"]
 
 
 @dataclass
@@ -122,12 +124,87 @@ def score_pairs(
         cache_dir=cache_dir,
     )
     prompts = PromptCache(policy, cache_dir, config.max_sequence_length)
-    prompts.encode(dataset["prompt"])
 
-    sigmas = tuple(dict.fromkeys(float(sigma) for sigma in sigmas))
+    def score(noisy, sigma, clean, noise, texts, embeds):
+        output = slrm(**slrm.forward_inputs(policy, noisy, sigma, texts, embeds))
+        targets = training_targets(rules, policy, policy.transformer, noisy, noise - clean, sigma, embeds)
+        return {rule: slrm.score_output(output, sigma, target) for rule, target in targets.items()}
+
     was_training = slrm.training
     slrm.eval()
-    labels, scores = [], {rule: [] for rule in rules}
+    result = _score_by_level(score, dataset, prompts, sigmas, device, batch_size, seed, show_progress)
+    slrm.train(was_training)
+    return result
+
+
+@torch.no_grad()
+def score_pairs_of_pixels(
+    reward: RewardFunction,
+    policy: FlowPolicy,
+    dataset: Dataset,
+    sigmas: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    readings: Sequence[PixelReading] = get_args(PixelReading),
+    *,
+    max_sequence_length: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    cache_dir: str | None = None,
+    show_progress: bool = False,
+    **sizes,
+) -> PairScores:
+    """
+    Scores that a reward of images or videos gives to preference pairs whose latents are noisy, for comparison with reward models
+    that read latents (Table 2 of the TAPO paper, which does not say what its pixel rewards read: both readings are given).
+
+    Args:
+        reward (`Callable`): see [`RewardFunction`].
+        policy ([`FlowPolicy`]): encodes, predicts the velocity of one-step estimates, and decodes.
+        dataset ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, see [`prepare_preference_dataset`].
+        sigmas (`Sequence[float]`, *optional*): noise levels; one that is named twice counts once.
+        readings (`Sequence[str]`, *optional*): what is decoded: `"estimate"`, the one-step estimate of the clean latent, and
+            `"noisy"`, the noisy latent itself.
+        max_sequence_length (`int`, *optional*): number of T5 (or UMT5) tokens. Defaults to the model family's.
+        sizes: `height`, `width`, `num_frames`, `fps` and the other arguments of [`prepare_preference_dataset`]. The policy's
+            size by default.
+
+    The others are those of [`score_pairs`].
+
+    Returns:
+        [`PairScores`]: by reading, in place of the rule.
+    """
+    size = policy.defaults
+    defaults = {"height": size.height, "width": size.width, "num_frames": size.num_frames, "fps": DEFAULT_FPS}
+    sizes = defaults | {name: value for name, value in sizes.items() if value is not None}
+    dataset = prepare_preference_dataset(dataset, policy, cache_dir=cache_dir, **sizes)
+    prompts = PromptCache(policy, cache_dir, max_sequence_length or policy.max_sequence_length)
+
+    def score(noisy, sigma, clean, noise, texts, embeds):
+        latents = {"noisy": noisy, "estimate": noisy}
+        if "estimate" in readings and sigma[0] > 0:
+            velocity = policy.velocity(policy.transformer, noisy, sigma, embeds)
+            latents["estimate"] = noisy - sigma.view(-1, *[1] * (noisy.ndim - 1)) * velocity
+        return {
+            name: call_reward_function(reward, policy.decode(latents[name]), texts, noun="side") for name in readings
+        }
+
+    device = policy.transformer.device
+    return _score_by_level(score, dataset, prompts, sigmas, device, batch_size, seed, show_progress)
+
+
+def _score_by_level(
+    score: Callable[..., dict[str, torch.Tensor]],
+    dataset: Dataset,
+    prompts: PromptCache,
+    sigmas: Sequence[float],
+    device: torch.device,
+    batch_size: int,
+    seed: int,
+    show_progress: bool,
+) -> PairScores:
+    """Call `score(noisy, sigma, clean, noise, texts, embeds)` with both sides of the pairs at every noise level."""
+    prompts.encode(dataset["prompt"])
+    sigmas = tuple(dict.fromkeys(float(sigma) for sigma in sigmas))
+    labels, scores = [], {}
     batches = DataLoader(dataset, batch_size, collate_fn=PreferencePairCollator())
     for batch in tqdm(batches, desc="scoring pairs", disable=not show_progress):
         clean = torch.cat([batch["chosen_latents"], batch["rejected_latents"]]).to(device)
@@ -135,20 +212,16 @@ def score_pairs(
         noise = torch.cat([noise, noise])
         embeds = prompts.load(batch["prompt"]).repeat(2).to(device)
         labels.append(batch["label"])
-        of_batch = {rule: [] for rule in rules}
+        of_batch: dict[str, list[torch.Tensor]] = {}
         for level in sigmas:
-            sigma = torch.full((len(clean),), level, device=device)
-            noisy = (1 - level) * clean + level * noise
-            output = slrm(**slrm.forward_inputs(policy, noisy, sigma, batch["prompt"] * 2, embeds))
-            targets = training_targets(rules, policy, policy.transformer, noisy, noise - clean, sigma, embeds)
-            for rule, target in targets.items():
-                of_batch[rule].append(slrm.score_output(output, sigma, target).cpu())
-        for rule, levels in of_batch.items():
-            scores[rule].append(torch.stack(levels).unflatten(1, (2, -1)))
-    slrm.train(was_training)
+            noisy, sigma = (1 - level) * clean + level * noise, torch.full((len(clean),), level, device=device)
+            for name, values in score(noisy, sigma, clean, noise, batch["prompt"] * 2, embeds).items():
+                of_batch.setdefault(name, []).append(values.cpu())
+        for name, levels in of_batch.items():
+            scores.setdefault(name, []).append(torch.stack(levels).unflatten(1, (2, -1)))
     chosen, rejected = {}, {}
-    for rule, parts in scores.items():
-        chosen[rule], rejected[rule] = torch.cat(parts, dim=2).unbind(1)
+    for name, parts in scores.items():
+        chosen[name], rejected[name] = torch.cat(parts, dim=2).unbind(1)
     return PairScores(sigmas, torch.cat(labels), chosen, rejected)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tapo_trl.data.prompts import PromptCache
-from tapo_trl.metrics import diagnose_scores, evaluate_preference_accuracy, score_pairs
+from tapo_trl.metrics import diagnose_scores, evaluate_preference_accuracy, score_pairs, score_pairs_of_pixels
 from tapo_trl.metrics.pair_scores import evaluation_noise
 from tapo_trl.rewards.slrm import SLRMModel, SLRMOutput
 from tests.data.preference_pairs import latent_pairs
@@ -92,3 +92,37 @@ class TestScorePairs:
         }
         areas = [values["auc"] for values in result["distributions"].values()]
         assert areas == [1, 1, 0, 0]
+
+
+class TestScorePairsOfPixels:
+    options = {"height": 32, "width": 32, "max_sequence_length": 16, "batch_size": 2, "seed": 3}
+
+    def test_scores_of_single_latents(self, tiny_sd3_policy, tmp_path):
+        policy, pairs, sigmas = tiny_sd3_policy, latent_pairs(3).add_column("label", [1.0, 1.0, 0.5]), (0.0, 0.4)
+
+        def redness(images, prompts):
+            return images[:, 0].mean((1, 2)) + torch.tensor([float(len(prompt)) for prompt in prompts])
+
+        scores = score_pairs_of_pixels(redness, policy, pairs, sigmas, cache_dir=tmp_path, **self.options)
+        assert scores.sigmas == sigmas and scores.labels.tolist() == [1, 1, 0.5]
+        prompts = PromptCache(policy, tmp_path, 16)
+        for side in ("chosen", "rejected"):
+            by_reading = getattr(scores, side)
+            assert set(by_reading) == {"estimate", "noisy"} and by_reading["noisy"].shape == (2, 3)
+            for row, pair in enumerate(pairs):
+                noise, clean = evaluation_noise([row], (4, 8, 8), 3), torch.tensor([pair[side]])
+                for number, sigma in enumerate(sigmas):
+                    noisy = (1 - sigma) * clean + sigma * noise
+                    with torch.no_grad():
+                        velocity = policy.velocity(policy.transformer, noisy, sigma, prompts.load([pair["prompt"]]))
+                    latents = {"noisy": noisy, "estimate": noisy - sigma * velocity}
+                    for reading, values in latents.items():
+                        expected = redness(policy.decode(values), [pair["prompt"]]).item()
+                        assert by_reading[reading][number, row].item() == pytest.approx(expected, abs=1e-4)
+
+    def test_clean_latents_and_noisy_ones_cost_no_forward(self, tiny_sd3_policy, tmp_path, monkeypatch):
+        monkeypatch.setattr(tiny_sd3_policy, "velocity", None)
+        reward, pairs = (lambda images, prompts: images.mean((1, 2, 3))), latent_pairs(2)
+        options = self.options | {"cache_dir": tmp_path}
+        score_pairs_of_pixels(reward, tiny_sd3_policy, pairs, (0.0,), **options)
+        score_pairs_of_pixels(reward, tiny_sd3_policy, pairs, (0.5,), ("noisy",), **options)
