@@ -9,6 +9,7 @@ from accelerate.utils import broadcast
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..rewards import PretrainedReward
 from ..rewards.scoring import call_reward_function, check_reward_function
 from .base import PolicyCallback
 from .reward_curve import HELD_OUT_REWARD, reward_curve
@@ -56,7 +57,8 @@ class RewardHackingGuardCallback(PolicyCallback):
 
     Args:
         reward_fn (`Callable[[torch.Tensor, list[str]], torch.Tensor | list[float]]`): Scores images `[B, 3, H, W]`
-            (float32 in [0, 1], on the CPU) for their prompts; higher is better.
+            (float32 in [0, 1], on the CPU) for their prompts; higher is better. A [`PretrainedReward`], see [`get_reward`],
+            gets them on the accelerator.
         prompts (`list[str]`): Prompts to score, best taken from outside the training set.
         every_n_steps (`int`): Number of optimizer steps between two checks. Each check also writes a log entry, whatever
             `args.logging_steps` is, so that it stands beside the training reward of the same steps.
@@ -120,6 +122,8 @@ class RewardHackingGuardCallback(PolicyCallback):
 
     def _held_out_reward(self) -> torch.Tensor:
         images = self.trainer.generate(self.prompts, seed=self.seed)
+        if isinstance(self.reward_fn, PretrainedReward):  # computes where its images are
+            images = images.to(self.trainer.accelerator.device)
         scores = call_reward_function(self.reward_fn, images, self.prompts, noun="image")
         # Every process must come to the same verdict, also when `reward_fn` is not deterministic.
         mean = broadcast(scores.mean().to(self.trainer.accelerator.device))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..data.loading import PreferenceDatasetArguments
 from ..field_types import check_folder_name, convert_fields, option
+from ..policies.loading import parse_dtype
 
 
 @dataclass
@@ -120,6 +121,17 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
                 raise ValueError(f"`output_file={self.output_file}` must name a file.")
         if self.reward_model is not None and self.prompts is None:
             raise ValueError("`reward_model` needs `prompts`: what the model should draw.")
+
+
+@dataclass
+class RewardsArguments:
+    """Arguments of `tapo-trl rewards`."""
+
+    torch_dtype: str | None = option("Precision for which the memory is given. By default each reward's own.")
+
+    def __post_init__(self):
+        if self.torch_dtype is not None:
+            parse_dtype(self.torch_dtype)
 
 
 @dataclass

@@ -18,6 +18,7 @@ TRAININGS = {
 COMMANDS = {
     **TRAININGS,
     "evaluate": "measure a reward model on held-out pairs, or the reward of a model's samples",
+    "rewards": "list the pretrained rewards that `reward_model` takes by name",
     "diagnose": "draw how a reward model ranks pairs at each noise level, and the curves of trainings",
     "reproduce": "measure the paper's tables and figures again, in a small world",
     "bench": "measure what a pair of trajectories costs here, with random weights",

@@ -17,12 +17,13 @@ from torch import nn
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
 from ..rewards import REWARD_MODELS, StepRewardModel
+from ..rewards.pretrained import is_reward_name, reward_class
 from ..runs.option_checks import autocast_dtype
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
 from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 from ..trainer.model_config import DiffusionModelConfig, get_lora_config
 from ..trainer.policy_setup import fill_in_sizes
-from ..trainer.reward_setup import check_has_transformer
+from ..trainer.reward_setup import check_has_transformer, check_reads, reward_init_kwargs
 from ..trainer.rollout_config import RolloutConfig
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.slrm_trainer import SLRMTrainer, is_reward_model
@@ -36,6 +37,7 @@ from .memory import (
     policy_memory,
     reward_activations,
     reward_memory,
+    scorer_memory,
     shared_reward_memory,
     vae_memory,
 )
@@ -162,6 +164,7 @@ def dry_run_rollouts(
     args: RolloutConfig,
     model_args: DiffusionModelConfig,
     rewards: Sequence[str] | None,
+    guard: str | None = None,
 ) -> DryRun:
     """
     What `tapo-trl tapo`, `online_dpo` or `grpo` would do.
@@ -171,27 +174,37 @@ def dry_run_rollouts(
         trainer_class (`type`): Its trainer.
         args ([`RolloutConfig`]): The training.
         model_args ([`DiffusionModelConfig`]): The pipeline to align.
-        rewards (`Sequence[str]`, *optional*): Folders or Hub ids of reward models, and `package.module:function`.
+        rewards (`Sequence[str]`, *optional*): Names of pretrained rewards, folders or Hub ids of reward models, and
+            `package.module:function`.
+        guard (`str`, *optional*): Reward of the guard.
     """
     policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
     args = copy.copy(args)
     latent_shape = fill_in_sizes(args, policy)
+    scorers = [spec for spec in rewards or [] if is_reward_name(spec)]
     functions = [spec for spec in rewards or [] if ":" in spec and not Path(spec).exists()]
-    models, notes = [], [NOTE]
+    models, names, notes = [], [], [NOTE]
     for spec in rewards or []:
-        if spec not in functions:
+        if spec not in (*functions, *scorers):
             model, remarks = load_meta_reward_model(policy, spec)
             check_has_transformer(model, args)
             models.append(model)
+            names.append(spec)
             notes += remarks
-    counts, rollout, scored = count_rollout(trainer_class, args, policy, models, bool(functions))
+    counts, rollout, scored = count_rollout(trainer_class, args, policy, models, bool(functions or scorers))
     parameters, memory = _policy_memory(policy, args, model_args, args.layerwise_casting)
-    for model in models:
+    for spec in scorers:
+        check_reads(reward_class(spec), policy)
+        parameters[f"reward `{spec}`"] = reward_class(spec).num_parameters
+        memory.append(scorer_memory(spec, reward_init_kwargs(spec, args)))
+    if guard is not None and is_reward_name(guard):
+        memory.append(scorer_memory(guard, {}, "; only while the guard checks"))
+    for model, spec in zip(models, names, strict=True):
         parameters["reward model"] = parameters.get("reward model", 0) + count_parameters(model)
         if args.share_backbone:
             memory.append(shared_reward_memory(model, parameters.get("LoRA", 0)))
         else:
-            dtype = pop_dtype(dict(args.reward_model_init_kwargs or {})) or torch.float32
+            dtype = pop_dtype(reward_init_kwargs(spec, args)) or torch.float32
             model = nn.Module.to(model, dtype)
             memory.append(reward_memory(model, args.reward_layerwise_casting, args.reward_group_offload))
 

@@ -18,7 +18,9 @@ from ..networks.float8 import store_base_in_float8
 from ..networks.sharing import base_tensors
 from ..policies import FlowPolicy
 from ..policies.base import cast_inputs
+from ..policies.loading import pop_dtype
 from ..rewards import LatentRewardModel, StepRewardModel
+from ..rewards.pretrained import reward_class
 from ..trainer.reward_setup import store_in_float8
 from .meta_models import blocks_of, prompts_of_shapes, shrink
 from .report import Row
@@ -221,6 +223,21 @@ def reward_memory(model: StepRewardModel, layerwise_casting: bool, group_offload
     sizes = [count_bytes(block) for block in blocks_of(model)]
     resident = count_bytes(model) - sum(sizes) + 2 * max(sizes)
     return Row("reward model", resident, f"two of {len(sizes)} blocks and what is outside of them; {words}")
+
+
+def scorer_memory(name: str, init_kwargs: dict[str, Any], remark: str = "") -> Row:
+    """
+    Memory of the weights of a pretrained scorer on the accelerator. Its activations are not counted.
+
+    Args:
+        name (`str`): Its name, see [`get_reward`].
+        init_kwargs (`dict[str, Any]`): Arguments with which it is loaded.
+        remark (`str`, *optional*): Addition to the formula.
+    """
+    scorer = reward_class(name)
+    size = scorer.memory(pop_dtype(dict(init_kwargs)))
+    words = f"parameters x {size // scorer.num_parameters} bytes" if size else "it computes on the CPU"
+    return Row(f"reward `{name}`", size, words + remark)
 
 
 def shared_reward_memory(model: LatentRewardModel, lora_parameters: int) -> Row:

@@ -228,22 +228,49 @@ class WeightedReward:
     Args:
         rewards (`list`): [`LatentReward`], [`EstimateReward`] and [`PixelReward`].
         weights (`list[float]`, *optional*): one per reward, all 1 by default.
+        standardize (`bool`, *optional*, defaults to `False`):
+            whether to bring each reward to mean 0 and standard deviation 1 over the candidates of a prompt before the sum, so
+            that the weights compare. `last_scores` stay as they are.
     """
 
     def __init__(
-        self, rewards: Sequence[LatentReward | EstimateReward | PixelReward], weights: Sequence[float] | None = None
+        self,
+        rewards: Sequence[LatentReward | EstimateReward | PixelReward],
+        weights: Sequence[float] | None = None,
+        standardize: bool = False,
     ):
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         if len(weights) != len(rewards):
             raise ValueError(f"`reward_weights` has {len(weights)} entries for {len(rewards)} reward models.")
         self.rewards = list(rewards)
         self.weights = weights
+        self.standardize = standardize
         self.names = _unique([reward.__name__ for reward in rewards])
         self.last_scores: dict[str, torch.Tensor] = {}
 
     def __call__(self, candidates: Candidates) -> torch.Tensor:
         self.last_scores = {name: reward(candidates) for name, reward in zip(self.names, self.rewards, strict=True)}
-        return sum(weight * self.last_scores[name] for name, weight in zip(self.names, self.weights, strict=True))
+        scores = self.last_scores
+        if self.standardize:
+            scores = {name: standardize_groups(values, candidates.prompts) for name, values in scores.items()}
+        return sum(weight * scores[name] for name, weight in zip(self.names, self.weights, strict=True))
+
+
+def standardize_groups(scores: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """
+    Scores minus the mean of those of the same prompt, divided by their standard deviation. All 0 where they are equal.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N,)`): scores.
+        prompts (`Sequence[str]`): one per score.
+    """
+    standardized = scores.clone()
+    for prompt in dict.fromkeys(prompts):
+        rows = [row for row, other in enumerate(prompts) if other == prompt]
+        group = scores[rows] - scores[rows].mean()
+        std = group.square().mean().sqrt()
+        standardized[rows] = group / std.where(std != 0, 1.0)
+    return standardized
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -60,7 +60,12 @@ def main(script_args, training_args, model_args):
         from tapo_trl.estimate.dry_run import dry_run_rollouts, print_dry_run
 
         report = dry_run_rollouts(
-            "online_dpo", OnlineDiffusionDPOTrainer, training_args, model_args, script_args.reward_model
+            "online_dpo",
+            OnlineDiffusionDPOTrainer,
+            training_args,
+            model_args,
+            script_args.reward_model,
+            script_args.guard_reward,
         )
         return print_dry_run(report)
 

@@ -22,6 +22,8 @@ from ..data import default_prompts
 from ..data.loading import PreferenceDatasetArguments, load_preference_pairs, load_prompts, read_prompts
 from ..field_types import option
 from ..policies.loading import pop_dtype
+from ..rewards import get_reward, list_rewards
+from ..rewards.pretrained import check_reward_name, is_reward_name
 from ..trainer.model_config import DiffusionModelConfig
 
 
@@ -78,10 +80,12 @@ class TAPOScriptArguments(SampleCallbackArguments):
     eval_dataset_name: str | None = option("Data set of held-out prompts, when it is not a split of `dataset_name`.")
     prompt_column: str = option("Column of the prompts. The lines of a .txt file are prompts.", "prompt")
     reward_model: list[str] | None = option(
-        "Hub id or folder of an SLRM, or `package.module:function`; several are combined with `reward_weights`."
+        "Name of a pretrained reward (`tapo-trl rewards` lists them), Hub id or folder of a reward model, or "
+        "`package.module:function`; several are combined with `reward_weights`."
     )
     guard_reward: str | None = option(
-        "`package.module:function`, a held-out reward that must not fall while the training reward rises."
+        "A held-out reward that must not fall while the training reward rises: name of a pretrained reward, or "
+        "`package.module:function`."
     )
     guard_every_steps: int = option("Optimizer steps between two checks of the guard.", 50)
     guard_num_prompts: int = option("Number of held-out prompts that the guard scores.", 32)
@@ -183,20 +187,39 @@ def load_reward_models(specs: list[str] | None) -> str | Callable | list[str | C
     The reward models for [`RolloutTrainer`].
 
     Args:
-        specs (`list[str]`, *optional*): Folders or Hub ids of SLRMs, and `package.module:function` callables.
+        specs (`list[str]`, *optional*): Names of pretrained rewards, folders or Hub ids of reward models, and
+            `package.module:function` callables.
 
     Returns:
         One reward model, or a list of several, to be combined with `reward_weights`.
     """
     if not specs:
         raise ValueError(
-            "`reward_model` is missing: give the folder or Hub id of an SLRM (train one with `tapo-trl slrm`), or "
-            "`package.module:function`."
+            "`reward_model` is missing: give the folder or Hub id of an SLRM (train one with `tapo-trl slrm`), the name of a "
+            "pretrained reward (`tapo-trl rewards` lists them), or `package.module:function`."
         )
-    rewards = [
-        load_function(spec, "reward_model") if ":" in spec and not Path(spec).exists() else spec for spec in specs
-    ]
+    rewards = [load_function(spec, "reward_model") if is_function(spec) else spec for spec in specs]
+    for reward in rewards:
+        if isinstance(reward, str):
+            check_reward_name(reward)
     return rewards[0] if len(rewards) == 1 else rewards
+
+
+def is_function(spec: str) -> bool:
+    """Whether a reward is given as `package.module:function`."""
+    return ":" in spec and not Path(spec).exists()
+
+
+def load_guard_reward(spec: str) -> Callable:
+    """A reward of images or videos for [`RewardHackingGuardCallback`], on the accelerator while it is called."""
+    if is_function(spec):
+        return load_function(spec, "guard_reward")
+    if is_reward_name(spec):
+        return get_reward(spec, offload=True)
+    raise ValueError(
+        f"`guard_reward` must be a function, `package.module:function`, or one of {', '.join(list_rewards())}, but it is "
+        f"`{spec}`."
+    )
 
 
 def build_sample_callbacks(
@@ -251,7 +274,7 @@ def build_callbacks(
             raise ValueError("`guard_reward` needs held-out prompts: set `dataset_test_split` or `eval_dataset_name`.")
         callbacks.append(
             RewardHackingGuardCallback(
-                load_function(script_args.guard_reward, "guard_reward"),
+                load_guard_reward(script_args.guard_reward),
                 eval_dataset[: script_args.guard_num_prompts]["prompt"],
                 every_n_steps=script_args.guard_every_steps,
                 patience=script_args.guard_patience,

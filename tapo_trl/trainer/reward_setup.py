@@ -3,8 +3,10 @@
 
 """The frozen rewards of an online trainer: checks, loading, sharing of weights, and options that save memory."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -17,8 +19,9 @@ from ..networks.compilation import compile_blocks
 from ..networks.sharing import base_tensors, check_base_stays, check_same, saved_tensors, share_parameters
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
-from ..rewards import LatentRewardModel, StepRewardModel, load_reward_model
+from ..rewards import LatentRewardModel, PretrainedReward, StepRewardModel, get_reward, load_reward_model
 from ..rewards.loading import saved_class
+from ..rewards.pretrained import is_reward_name, reward_class
 from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, check_reward_function
 from ..rewards.step_reward import BASE_ARGUMENTS, HUB_ARGUMENTS
 from ..runs.launch_checks import uses_fsdp
@@ -30,6 +33,18 @@ RewardModel = str | StepRewardModel | RewardFunction
 
 # Beside norms and embeddings, which diffusers leaves alone: the score stream and LoRA matrices keep their precision.
 SCORE_LAYERS = ("score_projections", "score_output", "score_head", "lora_")
+
+
+def _is_latent(reward: RewardModel) -> bool:
+    """Whether it is a latent reward model, or may be one: what a folder holds is known once it is loaded."""
+    return not is_reward_name(reward) if isinstance(reward, str) else isinstance(reward, LatentRewardModel)
+
+
+def reward_init_kwargs(name: str, args: RolloutConfig) -> dict[str, Any]:
+    """Keyword arguments for the reward model `name`: those for all, and those for it alone."""
+    kwargs = args.reward_model_init_kwargs or {}
+    for_all = {key: value for key, value in kwargs.items() if not isinstance(value, dict)}
+    return for_all | kwargs.get(name, {})
 
 
 def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
@@ -50,7 +65,7 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
                 "`reward_model` must be a folder or Hub id, a reward model such as `SLRMModel`, or a callable, got "
                 f"`{type(reward).__name__}`."
             )
-    has_latent = any(isinstance(reward, (str, LatentRewardModel)) for reward in rewards)
+    has_latent = any(map(_is_latent, rewards))
     for option in ("reward_layerwise_casting", "reward_group_offload"):
         if getattr(args, option) and not has_latent:
             raise ValueError(
@@ -65,6 +80,11 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
     _check_target_stays(args.velocity_target, args)
     if args.reward_model_init_kwargs and not any(isinstance(reward, str) for reward in rewards):
         raise ValueError("`reward_model_init_kwargs` is for reward models that are loaded by name, but none is.")
+    for name, value in (args.reward_model_init_kwargs or {}).items():
+        if isinstance(value, dict) and name not in rewards:
+            raise ValueError(
+                f"`reward_model_init_kwargs` has arguments for `{name}`, but `reward_model` is {rewards}: write the name as there."
+            )
     if args.reward_group_offload and args.device.type == "cpu":
         raise ValueError(
             "`reward_group_offload=True` keeps the reward model on the CPU and lends its blocks to an accelerator, but this run is "
@@ -82,16 +102,23 @@ def _check_target_stays(velocity_target: str | None, args: RolloutConfig) -> Non
 
 def check_reward_functions(rewards: Sequence[RewardModel], datasets: Sequence[Dataset | None]) -> None:
     """
-    Check that reward functions take the columns of every dataset of prompts, see [`~rewards.scoring.check_reward_function`].
+    Check that reward functions take the columns of every dataset of prompts, see [`~rewards.scoring.check_reward_function`],
+    and that pretrained scorers can rate the prompts.
 
     Raises:
         ValueError: if one does not.
     """
-    for reward in rewards:
-        for dataset in datasets if not isinstance(reward, (str, StepRewardModel)) else ():
-            if dataset is not None:
-                columns = [name for name in dataset.column_names if name not in ("prompt", ROW_COLUMN)]
-                check_reward_function(reward, columns)
+    for reward, dataset in itertools.product(rewards, datasets):
+        if dataset is None or isinstance(reward, StepRewardModel):
+            continue
+        if isinstance(reward, str):
+            scorer = reward_class(reward) if is_reward_name(reward) else None
+        else:
+            columns = [name for name in dataset.column_names if name not in ("prompt", ROW_COLUMN)]
+            check_reward_function(reward, columns)
+            scorer = reward if isinstance(reward, PretrainedReward) else None
+        if scorer is not None:
+            scorer.check_prompts(dataset["prompt"])
 
 
 def check_sharing(rewards: Sequence[RewardModel], args: RolloutConfig, peft_config: PeftConfig | None) -> None:
@@ -106,7 +133,7 @@ def check_sharing(rewards: Sequence[RewardModel], args: RolloutConfig, peft_conf
     zero_stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
     problems = [
         (
-            not any(isinstance(reward, (str, LatentRewardModel)) for reward in rewards),
+            not any(map(_is_latent, rewards)),
             "every `reward_model` is a function, which has no backbone",
         ),
         (
@@ -153,11 +180,16 @@ def load_reward(
     Raises:
         ValueError: if a reward model does not fit the policy, or an option not the reward model.
     """
+    kwargs = reward_init_kwargs(reward, args) if isinstance(reward, str) else {}
+    if isinstance(reward, str) and is_reward_name(reward):
+        check_reads(reward_class(reward), policy)
+        reward = get_reward(reward, **kwargs)
     if not isinstance(reward, (str, StepRewardModel)):
+        if isinstance(reward, PretrainedReward):
+            check_reads(reward, policy)
         return PixelReward(reward, policy, args.score_batch_size)
     model = reward
     if isinstance(reward, str):
-        kwargs = dict(args.reward_model_init_kwargs or {})
         kwargs["torch_dtype"] = pop_dtype(kwargs)
         model = _load_sharing(reward, policy, **kwargs) if args.share_backbone else load_reward_model(reward, **kwargs)
     elif args.share_backbone:
@@ -180,6 +212,17 @@ def load_reward(
         return LatentReward(model, target, args.score_batch_size)
     check_has_transformer(model, args)
     return EstimateReward(model, policy, args.score_batch_size)
+
+
+def check_reads(scorer: PretrainedReward | type[PretrainedReward], policy: FlowPolicy) -> None:
+    """
+    Raises:
+        ValueError: if a scorer reads videos, but the policy makes images.
+    """
+    if scorer.reads == "video" and policy.modality == "image":
+        raise ValueError(
+            f"The reward `{scorer.name}` reads videos, but a `{type(policy).__name__}` makes images: choose a reward of images."
+        )
 
 
 def check_has_transformer(model: StepRewardModel, args: RolloutConfig) -> None:

@@ -40,10 +40,14 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
         > Parameters that control the reward
 
         reward_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for [`load_reward_model`], used for reward models that are given by name, for
-            example `{"torch_dtype": "bfloat16"}`, which halves their memory.
+            Keyword arguments for [`load_reward_model`] and [`get_reward`], used for reward models that are given by name, for
+            example `{"torch_dtype": "bfloat16"}`, which halves their memory. A mapping under the name of one of several is
+            for that one alone: `{"ocr": {"detect": False}}`.
         reward_weights (`list[float]`, *optional*):
             Weights of several reward models. All 1 by default.
+        standardize_rewards (`bool`, *optional*, defaults to `False`):
+            Whether to bring each reward to mean 0 and standard deviation 1 over the candidates (or samples) of a prompt
+            before they are weighted and summed. Otherwise the one with the largest spread dominates.
         score_batch_size (`int`, *optional*):
             Number of candidates per forward of a reward model. All of a step at once by default.
         share_backbone (`bool`, *optional*, defaults to `False`):
@@ -109,10 +113,21 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
     # Parameters that control the reward
     reward_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Keyword arguments for `load_reward_model`, if a reward model is a string."},
+        metadata={
+            "help": (
+                "Keyword arguments for `load_reward_model` and `get_reward`, if a reward model is a string; a mapping under the "
+                "name of one of several is for that one alone."
+            )
+        },
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of several reward models. All 1 by default."}
+    )
+    standardize_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to standardise each reward over the candidates of a prompt before the weighted sum."
+        },
     )
     score_batch_size: int | None = field(
         default=None, metadata={"help": "Candidates per forward of a reward model. All of a step by default."}

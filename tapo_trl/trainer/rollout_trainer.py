@@ -113,7 +113,7 @@ class RolloutTrainer(DiffusionTrainer):
     def _build_network(self, args: RolloutConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
         with whole_weights(args):
             rewards = [load_reward(reward, self.policy, args) for reward in self._reward_models]
-        self.reward = WeightedReward(rewards, args.reward_weights)
+        self.reward = WeightedReward(rewards, args.reward_weights, args.standardize_rewards)
         network = super()._build_network(args, peft_config)
         apply_memory_options(self.policy, self.ref_model, rewards, args)
         return network

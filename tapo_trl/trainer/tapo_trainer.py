@@ -36,7 +36,8 @@ class TAPOTrainer(RolloutTrainer):
         model (`str`, [`~diffusers.DiffusionPipeline`] or [`FlowPolicy`]):
             Hub id or folder of a pipeline, a pipeline, or a policy.
         reward_model (`str`, [`StepRewardModel`], `Callable` or a `list` of those):
-            - `str`: Hub id or folder of a [`StepRewardModel`], such as an [`SLRMModel`].
+            - `str`: Hub id or folder of a [`StepRewardModel`], such as an [`SLRMModel`]; or the name of a pretrained scorer of
+              images or videos, such as `"pickscore"`, see [`get_reward`].
             - [`StepRewardModel`]: scores the noisy latents, or (an [`SPMModel`]) what they would become.
             - `Callable`: `f(images, prompts, **columns) -> scores`, with images as a float tensor in [0, 1] of shape
               `(N, 3, height, width)`, or `(N, 3, num_frames, height, width)` for video. It is applied to the decoded

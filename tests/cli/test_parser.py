@@ -236,7 +236,7 @@ class TestMain:
         assert main(["--version"]) == 0
         assert capsys.readouterr().out.strip() == __version__
 
-    @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"reproduce"}))  # which takes no model
+    @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"reproduce", "rewards"}))  # which take no model
     def test_every_command_refuses_a_misspelt_flag(self, capsys, command):
         with pytest.raises(SystemExit) as error:
             main([command, "--model_name_or_pth", "x", "--output_dir", "y"])

@@ -4,6 +4,7 @@
 
 import difflib
 import importlib
+import os
 
 from .base import PretrainedReward
 
@@ -31,11 +32,32 @@ def reward_class(name: str) -> type[PretrainedReward]:
         ValueError: if there is no such scorer. The message has the nearest names.
     """
     if name not in REWARDS:
-        near = difflib.get_close_matches(name.lower(), REWARDS, n=2, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(f'`{other}`' for other in near)}? " if near else ""
-        raise ValueError(f"There is no reward `{name}`. {hint}The rewards are {', '.join(list_rewards())}.")
+        raise ValueError(f"There is no reward `{name}`. {_unknown(name)}")
     module, class_name = REWARDS[name].split(":")
     return getattr(importlib.import_module(f".{module}", __name__), class_name)
+
+
+def is_reward_name(spec: str) -> bool:
+    """
+    Whether a text is the name of a pretrained scorer, and neither a folder nor a Hub id.
+
+    Raises:
+        ValueError: if there is a folder of that name, too.
+    """
+    if spec in REWARDS and os.path.exists(spec):
+        raise ValueError(
+            f"`{spec}` is the name of a reward and of a folder here: write `./{spec}` for the folder, or rename it."
+        )
+    return spec in REWARDS
+
+
+def check_reward_name(spec: str) -> None:
+    """
+    Raises:
+        ValueError: if a text is neither the name of a pretrained scorer, nor a Hub id or a folder.
+    """
+    if not is_reward_name(spec) and "/" not in spec and not os.path.exists(spec):
+        raise ValueError(f"`{spec}` is neither a folder here nor a reward. {_unknown(spec)}")
 
 
 def get_reward(name: str, **kwargs) -> PretrainedReward:
@@ -58,3 +80,9 @@ def get_reward(name: str, **kwargs) -> PretrainedReward:
         OSError: if its weights are neither here nor can be downloaded.
     """
     return reward_class(name).from_pretrained(**kwargs)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), REWARDS, n=2, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(f'`{other}`' for other in near)}? " if near else ""
+    return f"{hint}The rewards are {', '.join(list_rewards())}."

@@ -121,7 +121,8 @@ class PretrainedReward(nn.Module):
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[str]) -> None:
         """
         Check that prompts can be rated, before anything is sampled.
 

@@ -48,7 +48,8 @@ class OCRReward(PretrainedReward):
         """None on the accelerator: its models run on the CPU."""
         return 0
 
-    def check_prompts(self, prompts):
+    @classmethod
+    def check_prompts(cls, prompts):
         for prompt in prompts:
             quoted_text(prompt)
 
