@@ -6,7 +6,13 @@ from .diagnosis import diagnose_scores
 from .distributions import area_under_curve, score_distributions
 from .pair_scores import ACCURACY_RULES, PairScores, score_pairs, score_pairs_of_pixels
 from .plots import plot_diagnosis
-from .preference_accuracy import PreferenceAccuracy, calibrated_tie_threshold, evaluate_preference_accuracy
+from .preference_accuracy import (
+    PreferenceAccuracy,
+    calibrated_tie_threshold,
+    evaluate_preference_accuracy,
+    videoalign_accuracy_with_ties,
+)
+from .score_files import scores_from_file
 
 
 __all__ = [

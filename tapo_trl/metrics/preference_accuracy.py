@@ -4,6 +4,7 @@
 """How often a reward model prefers what people prefer, by noise level and with ties."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import datasets
 import evaluate
@@ -16,12 +17,13 @@ from ..rewards import StepRewardModel
 from .pair_scores import AccuracyRule, score_pairs
 
 
+ZeroMargin = Literal["half", "wrong"]
 TIMESTEP_RANGES = {"clean": (0, 0), "1-500": (1, 500), "501-1000": (501, 1000)}
 
 _DESCRIPTION = """
 Share of preference pairs that a reward model orders as people did. Ties among the labels are left out of `accuracy`; a
-reward model that gives both sides the same score gets one half. `accuracy_with_ties` counts them: a pair is predicted
-to be a tie if its margin is at most `tie_threshold`.
+reward model that gives both sides the same score gets one half, or nothing with `zero_margin="wrong"`.
+`accuracy_with_ties` counts them: a pair is predicted to be a tie if its margin is at most `tie_threshold`.
 """
 
 _INPUTS_DESCRIPTION = """
@@ -29,7 +31,12 @@ Args:
     predictions (`list[float]`): margins, the score of `chosen` minus the score of `rejected`.
     references (`list[float]`): labels, 1 where `chosen` is preferred, 0.5 for a tie, 0 where `rejected` is preferred.
     sigmas (`list[float]`, *optional*): noise level of each pair, for the accuracy by noise level and by range of them.
-    tie_threshold (`float`, *optional*, defaults to 0): largest margin, in absolute value, of a predicted tie.
+    tie_threshold (`float` or `"videoalign"`, *optional*, defaults to 0):
+        largest margin, in absolute value, of a predicted tie. `"videoalign"` counts as the code of VideoAlign does, whose
+        numbers papers on videos report: see [`videoalign_accuracy_with_ties`].
+    zero_margin (`str`, *optional*, defaults to `"half"`):
+        what a margin of 0 is worth in `accuracy`: `"half"`, or nothing (`"wrong"`), as in the code of VideoAlign. It matters
+        for scores that take few values.
 Returns:
     accuracy (`float`): over the pairs that are no ties, or NaN if all of them are.
     accuracy_with_ties (`float`): over all pairs.
@@ -69,11 +76,16 @@ class PreferenceAccuracy(evaluate.Metric):
         predictions: Sequence[float],
         references: Sequence[float],
         sigmas: Sequence[float] | None = None,
-        tie_threshold: float = 0.0,
+        tie_threshold: float | Literal["videoalign"] = 0.0,
+        zero_margin: ZeroMargin = "half",
     ) -> dict[str, float | int | dict]:
+        if zero_margin not in ("half", "wrong"):
+            raise ValueError(f"`zero_margin` must be half or wrong, but it is {zero_margin!r}.")
+        if isinstance(tie_threshold, str) and tie_threshold != "videoalign":
+            raise ValueError(f"`tie_threshold` must be a number or videoalign, but it is {tie_threshold!r}.")
         margins = torch.tensor(predictions, dtype=torch.float64)
         labels = torch.tensor(references, dtype=torch.float64)
-        result = _accuracies(margins, labels, tie_threshold)
+        result = _accuracies(margins, labels, tie_threshold, zero_margin)
         if sigmas is not None:
             levels = torch.tensor(sigmas, dtype=torch.float64)
             timesteps = (1000 * levels).round()
@@ -81,34 +93,61 @@ class PreferenceAccuracy(evaluate.Metric):
                 name: (low <= timesteps) & (timesteps <= high) for name, (low, high) in TIMESTEP_RANGES.items()
             }
             result["by_sigma"] = {
-                level: _accuracy(margins[levels == level], labels[levels == level])
+                level: _accuracy(margins[levels == level], labels[levels == level], zero_margin)
                 for level in levels.unique().tolist()
             }
             result["by_range"] = {
-                name: _accuracies(margins[rows], labels[rows], tie_threshold)
+                name: _accuracies(margins[rows], labels[rows], tie_threshold, zero_margin)
                 for name, rows in in_range.items()
                 if rows.any()
             }
         return result
 
 
-def _accuracies(margins: torch.Tensor, labels: torch.Tensor, tie_threshold: float) -> dict[str, float | int]:
-    predicted = torch.where(margins.abs() <= tie_threshold, TIE, (margins > 0).double())
+def _accuracies(
+    margins: torch.Tensor, labels: torch.Tensor, tie_threshold: float | Literal["videoalign"], zero_margin: ZeroMargin
+) -> dict[str, float | int]:
+    if tie_threshold == "videoalign":
+        with_ties = videoalign_accuracy_with_ties(margins, labels)
+    else:
+        predicted = torch.where(margins.abs() <= tie_threshold, TIE, (margins > 0).double())
+        with_ties = (predicted == labels).double().mean().item()
     return {
-        "accuracy": _accuracy(margins, labels),
-        "accuracy_with_ties": (predicted == labels).double().mean().item(),
+        "accuracy": _accuracy(margins, labels, zero_margin),
+        "accuracy_with_ties": with_ties,
         "num_pairs": len(margins),
     }
 
 
-def _accuracy(margins: torch.Tensor, labels: torch.Tensor) -> float:
-    return pair_accuracies(margins, labels)[labels != TIE].mean().item()
+def _accuracy(margins: torch.Tensor, labels: torch.Tensor, zero_margin: ZeroMargin = "half") -> float:
+    accuracies = pair_accuracies(margins, labels)[labels != TIE]
+    return (accuracies if zero_margin == "half" else accuracies.floor()).mean().item()
 
 
 def pair_accuracies(margins: torch.Tensor, labels: torch.Tensor | float = 1.0) -> torch.Tensor:
     """Per pair: 1 if the margin has the sign that the label asks for, 0 if it has the other, 1/2 if it is 0."""
     signs = torch.as_tensor(labels, device=margins.device, dtype=margins.dtype) * 2 - 1
     return ((margins * signs).sign() + 1) / 2
+
+
+def videoalign_accuracy_with_ties(margins: torch.Tensor, labels: torch.Tensor) -> float:
+    """
+    The accuracy with ties that the code of VideoAlign reports: the pairs are ordered by the absolute value of their margins, in
+    their own order where it is equal, and the first k of them are predicted to be ties, for the best k of at least 1.
+
+    For scores that differ everywhere, this is the accuracy at [`calibrated_tie_threshold`], unless predicting no ties is best.
+    For scores that take few values, such as LiFT-Critic's and VisionReward's, it depends on the order of the pairs, and can be
+    higher than at any threshold, since it may call some pairs of the same margin ties and others not.
+
+    Args:
+        margins (`torch.Tensor` of shape `(num_pairs,)`): margins.
+        labels (`torch.Tensor` of shape `(num_pairs,)`): 1, 0.5 for a tie, or 0.
+    """
+    order = margins.double().abs().argsort(stable=True)
+    is_tie = (labels == TIE)[order].double()
+    is_right = (labels != TIE)[order] & (pair_accuracies(margins, labels)[order] == 1)
+    right_after = is_right.double().flip(0).cumsum(0).flip(0) - is_right.double()
+    return ((is_tie.cumsum(0) + right_after).max() / len(margins)).item()
 
 
 def calibrated_tie_threshold(margins: torch.Tensor, labels: torch.Tensor) -> float:

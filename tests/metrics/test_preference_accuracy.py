@@ -8,7 +8,12 @@ import torch
 
 from tapo_trl.data.prompts import PromptCache
 from tapo_trl.data.videos import VideoReader
-from tapo_trl.metrics import PreferenceAccuracy, calibrated_tie_threshold, evaluate_preference_accuracy
+from tapo_trl.metrics import (
+    PreferenceAccuracy,
+    calibrated_tie_threshold,
+    evaluate_preference_accuracy,
+    videoalign_accuracy_with_ties,
+)
 from tapo_trl.metrics.preference_accuracy import pair_accuracies
 from tapo_trl.rewards.slrm import SLRMModel
 from tapo_trl.seeding import seeded_generator
@@ -64,6 +69,78 @@ class TestPreferenceAccuracy:
         metric.add_batch(predictions=[1.0, 1.0], references=[1, 1])
         metric.add_batch(predictions=[-1.0], references=[1])
         assert metric.compute()["accuracy"] == pytest.approx(2 / 3)
+
+
+class TestVideoAlign:
+    """The counts of VideoAlign's `calc_accuracy.py`, from its definition."""
+
+    def walk(self, margins, labels):
+        """Call one pair after the other a tie, from the smallest margin on, and count each time."""
+        order = sorted(range(len(margins)), key=lambda index: abs(margins[index]))
+        best = 0
+        for number in range(1, len(order) + 1):
+            tied = set(order[:number])
+            right = 0
+            for index, (margin, label) in enumerate(zip(margins, labels, strict=True)):
+                wins = {1.0: margin > 0, 0.0: margin < 0, 0.5: False}[label]
+                right += label == 0.5 if index in tied else wins
+            best = max(best, right)
+        return best / len(margins)
+
+    @pytest.mark.parametrize("decimals", [0, 1, 6])
+    def test_with_ties(self, decimals):
+        generator = torch.Generator().manual_seed(decimals)
+        for _ in range(5):
+            margins = torch.randn(40, generator=generator, dtype=torch.float64).round(decimals=decimals)
+            labels = torch.randint(0, 3, (40,), generator=generator) / 2
+            expected = self.walk(margins.tolist(), labels.tolist())
+            result = PreferenceAccuracy().compute(
+                predictions=margins.tolist(), references=labels.tolist(), tie_threshold="videoalign"
+            )
+            assert result["accuracy_with_ties"] == pytest.approx(expected)
+            best = PreferenceAccuracy().compute(
+                predictions=margins.tolist(),
+                references=labels.tolist(),
+                tie_threshold=calibrated_tie_threshold(margins, labels),
+            )["accuracy_with_ties"]
+            # a threshold may call no pair a tie; the walk may stop between equal margins
+            assert expected >= best - 1 / 40 and (decimals < 6 or expected <= best)
+
+    def test_no_threshold_attains_it(self):
+        margins, labels = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.5, 1.0, 1.0])
+        assert videoalign_accuracy_with_ties(margins, labels) == 1
+        assert videoalign_accuracy_with_ties(margins, labels.flip(0)) == pytest.approx(1 / 3)  # the order matters
+        accuracies = [
+            PreferenceAccuracy().compute(
+                predictions=margins.tolist(), references=labels.tolist(), tie_threshold=threshold
+            )["accuracy_with_ties"]
+            for threshold in (0.0, 1.0)
+        ]
+        assert accuracies == pytest.approx([2 / 3, 1 / 3])
+
+    def test_margins_of_zero(self):
+        pairs = {"predictions": [0.0, 1.0, 0.0, -1.0], "references": [1, 1, 0.5, 0], "sigmas": [0.1, 0.1, 0.9, 0.9]}
+        half = PreferenceAccuracy().compute(**pairs)
+        wrong = PreferenceAccuracy().compute(**pairs, zero_margin="wrong")
+        assert half["accuracy"] == pytest.approx(2.5 / 3) and wrong["accuracy"] == pytest.approx(2 / 3)
+        assert half["by_sigma"] == {0.1: 0.75, 0.9: 1.0} and wrong["by_sigma"] == {0.1: 0.5, 0.9: 1.0}
+        assert wrong["by_range"]["1-500"]["accuracy"] == 0.5
+        assert half["accuracy_with_ties"] == wrong["accuracy_with_ties"]
+
+    def test_by_range(self):
+        result = PreferenceAccuracy().compute(
+            predictions=[1.0, 1.0, 1.0, 2.0],
+            references=[0.5, 1, 1, 1],
+            sigmas=[0.1, 0.1, 0.1, 0.9],
+            tie_threshold="videoalign",
+        )
+        assert result["by_range"]["1-500"]["accuracy_with_ties"] == 1
+        assert result["by_range"]["501-1000"]["accuracy_with_ties"] == 0  # the only pair is called a tie
+
+    @pytest.mark.parametrize("options", [{"zero_margin": "right"}, {"tie_threshold": "best"}])
+    def test_unknown_options(self, options):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be"):
+            PreferenceAccuracy().compute(predictions=[1.0], references=[1], **options)
 
 
 def test_pair_accuracies():
