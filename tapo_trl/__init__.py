@@ -14,7 +14,15 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         ".data": ("PAIR_PRESETS", "to_preference_pairs"),
         ".policies": ("FlowPolicy", "load_policy"),
-        ".rewards": ("DiNaModel", "LRMModel", "SLRMModel", "SPMModel", "get_reward", "load_reward_model"),
+        ".rewards": (
+            "DiNaModel",
+            "LRMModel",
+            "RemoteReward",
+            "SLRMModel",
+            "SPMModel",
+            "get_reward",
+            "load_reward_model",
+        ),
         ".schedulers": ("FlowMatchSDEScheduler",),
         ".callbacks": (
             "EMACallback",
@@ -51,7 +59,7 @@ if TYPE_CHECKING:
     )
     from .data import PAIR_PRESETS, to_preference_pairs
     from .policies import FlowPolicy, load_policy
-    from .rewards import DiNaModel, LRMModel, SLRMModel, SPMModel, get_reward, load_reward_model
+    from .rewards import DiNaModel, LRMModel, RemoteReward, SLRMModel, SPMModel, get_reward, load_reward_model
     from .schedulers import FlowMatchSDEScheduler
     from .trainer.diffusion_dpo_config import DiffusionDPOConfig
     from .trainer.diffusion_dpo_trainer import DiffusionDPOTrainer

@@ -7,6 +7,7 @@ from .dina import DiNaModel
 from .loading import REWARD_MODELS, load_reward_model
 from .lrm import LRMModel
 from .pretrained import PretrainedReward, get_reward, list_rewards
+from .remote import RemoteReward, RemoteRewardError
 from .scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, WeightedReward
 from .slrm import SLRMModel, SLRMOutput
 from .spm import SPMModel
@@ -24,6 +25,8 @@ __all__ = [
     "PixelReward",
     "PretrainedReward",
     "REWARD_MODELS",
+    "RemoteReward",
+    "RemoteRewardError",
     "RewardFunction",
     "RewardOutput",
     "SLRMModel",

@@ -16,6 +16,7 @@ from ..policies import FlowPolicy
 from .base import LatentRewardModel
 from .candidates import Candidates
 from .pretrained.base import PretrainedReward
+from .remote import RemoteReward
 from .spm import SPMModel
 from .targets import VelocityTarget, velocity_target
 
@@ -29,7 +30,7 @@ RewardFunction = Callable[..., torch.Tensor | Sequence[float]]
 
 def reward_name(function: RewardFunction) -> str:
     """What a reward function is called in logs and messages."""
-    if isinstance(function, PretrainedReward):
+    if isinstance(function, (PretrainedReward, RemoteReward)):
         return function.name
     return function.__name__ if isinstance(function, FunctionType) else type(function).__name__
 
