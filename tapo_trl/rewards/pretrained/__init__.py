@@ -14,8 +14,13 @@ REWARDS = {
     "aesthetic": "clip:AestheticReward",
     "clip": "clip:CLIPReward",
     "hpsv2.1": "hpsv2:HPSv21Reward",
+    "hpsv3": "hpsv3:HPSv3Reward",
+    "imagereward": "imagereward:ImageReward",
+    "mps": "mps:MPSReward",
     "ocr": "ocr:OCRReward",
     "pickscore": "clip:PickScoreReward",
+    "videoreward": "videoreward:VideoReward",
+    "vqascore": "vqascore:VQAScoreReward",
 }
 
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
 from torch import nn
 
 from ...policies.loading import AUTO, parse_dtype
+from .checkpoints import read_state_dict, weights_file
 
 
 SCALES = "`scale` multiplies the score and `standardize=(mean, std)` subtracts and divides"
@@ -114,12 +113,9 @@ class PretrainedReward(nn.Module):
         Tensors of one file: `weights` itself, or `weights_file` in that folder or repository. Nothing is unpickled but
         tensors.
         """
-        file = os.path.join(weights, cls.weights_file) if os.path.isdir(weights) else weights
-        if not os.path.isfile(file):
-            file = hf_hub_download(weights, cls.weights_file, revision=revision)
-        if file.endswith(".safetensors"):
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return read_state_dict(
+            weights if os.path.isfile(weights) else weights_file(weights, cls.weights_file, revision)
+        )
 
     @classmethod
     def check_prompts(cls, prompts: Sequence[str]) -> None:
