@@ -128,8 +128,14 @@ class RewardsArguments:
     """Arguments of `tapo-trl rewards`."""
 
     torch_dtype: str | None = option("Precision for which the memory is given. By default each reward's own.")
+    prepare: str | None = option(
+        "Fetch the instruction that `hpsv3` or `videoreward` was trained with, once, from the original's own distribution."
+    )
+    source: str | None = option("Wheel or Python file of the original that is already here, for `prepare`.")
 
     def __post_init__(self):
+        if self.source is not None and self.prepare is None:
+            raise ValueError("`source` is where `prepare` takes the instruction from: give `prepare`, too.")
         if self.torch_dtype is not None:
             parse_dtype(self.torch_dtype)
 

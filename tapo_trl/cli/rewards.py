@@ -53,10 +53,16 @@ def format_table(rows: list[dict[str, str]]) -> str:
 
 def main(args) -> None:
     """
-    Prints the table.
+    Prints the table, or fetches an instruction.
 
     Args:
-        args ([`RewardsArguments`]): The precision.
+        args ([`RewardsArguments`]): The precision, or the reward whose instruction is fetched.
     """
+    if args.prepare is not None:
+        from ..rewards.pretrained.instructions import prepare_instruction
+
+        path = prepare_instruction(args.prepare, args.source)
+        print(f"The instruction of the reward `{args.prepare}` is in {path}.")
+        return
     print(format_table(list_facts(args.torch_dtype)))
     print("\nUse one by its name: `--reward_model pickscore`. The memory is that of the weights on the accelerator.")

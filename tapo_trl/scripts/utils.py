@@ -22,7 +22,7 @@ from ..data import default_prompts
 from ..data.loading import PreferenceDatasetArguments, load_preference_pairs, load_prompts, read_prompts
 from ..field_types import option
 from ..policies.loading import pop_dtype
-from ..rewards import get_reward, list_rewards
+from ..rewards import RemoteReward, get_reward, list_rewards
 from ..rewards.pretrained import check_reward_name, is_reward_name
 from ..trainer.model_config import DiffusionModelConfig
 
@@ -80,8 +80,8 @@ class TAPOScriptArguments(SampleCallbackArguments):
     eval_dataset_name: str | None = option("Data set of held-out prompts, when it is not a split of `dataset_name`.")
     prompt_column: str = option("Column of the prompts. The lines of a .txt file are prompts.", "prompt")
     reward_model: list[str] | None = option(
-        "Name of a pretrained reward (`tapo-trl rewards` lists them), Hub id or folder of a reward model, or "
-        "`package.module:function`; several are combined with `reward_weights`."
+        "Name of a pretrained reward (`tapo-trl rewards` lists them), Hub id or folder of a reward model, "
+        "`package.module:function`, or the address of a reward server; several are combined with `reward_weights`."
     )
     guard_reward: str | None = option(
         "A held-out reward that must not fall while the training reward rises: name of a pretrained reward, or "
@@ -157,15 +157,17 @@ def model_init_kwargs(model_args: DiffusionModelConfig, training_args: TrainingA
 
 def load_function(spec: str, option: str) -> Callable:
     """
-    Imports a callable. Modules of the working directory are found, too.
+    Imports a callable. Modules of the working directory are found, too. An address is a [`RemoteReward`].
 
     Args:
-        spec (`str`): `package.module:function`.
+        spec (`str`): `package.module:function`, or `http://127.0.0.1:8100`.
         option (`str`): Name of the option, for the error.
 
     Returns:
         `Callable`: The function.
     """
+    if spec.startswith(("http://", "https://")):
+        return RemoteReward(spec)
     module_name, _, name = spec.partition(":")
     if not name:
         raise ValueError(f"`{option}` must have the form `package.module:function`, but it is `{spec}`.")
@@ -206,7 +208,7 @@ def load_reward_models(specs: list[str] | None) -> str | Callable | list[str | C
 
 
 def is_function(spec: str) -> bool:
-    """Whether a reward is given as `package.module:function`."""
+    """Whether a reward is given as `package.module:function`, or as an address."""
     return ":" in spec and not Path(spec).exists()
 
 
