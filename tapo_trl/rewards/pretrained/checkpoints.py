@@ -36,16 +36,17 @@ def weights_file(weights: str, filename: str, revision: str | None = None) -> Pa
     return file
 
 
-def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
+def read_state_dict(file: str | os.PathLike, mmap: bool = False) -> dict[str, torch.Tensor]:
     """
     Tensors of a `.safetensors` file, or of a file of `torch.save`, of which nothing but tensors is unpickled.
 
     Args:
         file (`str` or `os.PathLike`): path of the file.
+        mmap (`bool`, *optional*, defaults to `False`): whether the tensors of `torch.save` stay on the disk until they are used.
     """
     if str(file).endswith(".safetensors"):
         return safetensors.torch.load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_sharded(weights: str, revision: str | None = None) -> dict[str, torch.Tensor]:
@@ -65,7 +66,7 @@ def read_sharded(weights: str, revision: str | None = None) -> dict[str, torch.T
         folder = Path(snapshot_download(weights, revision=revision, allow_patterns=patterns))
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):
-            return {name: tensor for file in files for name, tensor in read_state_dict(file).items()}
+            return {name: tensor for file in files for name, tensor in read_state_dict(file, mmap=True).items()}
     raise OSError(f"The folder `{folder}` has no `*.safetensors` and no `pytorch_model*.bin`.")
 
 
@@ -105,17 +106,15 @@ def pretrained_from_state_dict(
     Raises:
         ValueError: if names or shapes do not fit.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - shapes.keys())]
-    problems += [f"{name} is not known" for name in sorted(shapes.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {shapes[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if shapes.get(name, shape) != shape
-    ]
+    try:
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
+        )
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"`{source}` is no checkpoint of this scorer: {error}") from error
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    problems += [f"{name} is not known" for name in sorted(info["unexpected_keys"])]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"`{source}` is no checkpoint of this scorer: {'; '.join(problems[:3])}{more}.")
-    return model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
+    return model

@@ -18,6 +18,7 @@ from .qwen2_vl import Qwen2VLReward, language_names, read_frames, resized_config
 
 
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
+FILES = ["model_config.json", "checkpoint-*/*.pth", "checkpoint-*/*.safetensors"]
 DIMENSIONS = ("VQ", "MQ", "TA")
 MIN_PIXELS = 128 * 28 * 28
 MIN_FRAMES, MAX_FRAMES = 4, 768
@@ -88,7 +89,7 @@ class VideoReward(Qwen2VLReward):
         instruction = read_instruction(cls.name, instruction_file)
         folder = Path(weights)
         if not folder.is_dir():
-            folder = Path(snapshot_download(weights, revision=revision))
+            folder = Path(snapshot_download(weights, revision=revision, allow_patterns=FILES))
         settings = json.loads((folder / "model_config.json").read_text())
         config, tokenizer = AutoConfig.from_pretrained(base_model), AutoTokenizer.from_pretrained(base_model)
         state = read_checkpoint(folder, settings["peft_lora_config"], base_model, torch_dtype)
