@@ -27,7 +27,12 @@ def published(tmp_path_factory):
     names = sorted(state)
     for part, chosen in enumerate((names[::2], names[1::2])):
         torch.save({name: state[name] for name in chosen}, folder / f"pytorch_model-0000{part}-of-00002.bin")
-    (folder / "config.json").write_text(json.dumps(facts["config"]))
+    others = {
+        "architectures": ["CLIPT5ForConditionalGeneration"],
+        "mm_hidden_size": 24,
+        "mm_vision_tower": "somewhere",
+    }
+    (folder / "config.json").write_text(json.dumps({**facts["config"], **others, "torch_dtype": "bfloat16"}))
     (folder / "clip").mkdir()
     (folder / "clip" / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **facts["vision"]}))
     save_tokenizer(folder / "tokenizer", facts["tokenizer"])
