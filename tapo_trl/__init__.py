@@ -38,6 +38,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".trainer.flow_grpo_trainer": ("FlowGRPOTrainer",),
         ".trainer.online_dpo_config": ("OnlineDiffusionDPOConfig",),
         ".trainer.online_dpo_trainer": ("OnlineDiffusionDPOTrainer",),
+        ".trainer.refl_config": ("ReFLConfig",),
+        ".trainer.refl_trainer": ("ReFLTrainer",),
         ".trainer.slrm_config": ("SLRMConfig",),
         ".trainer.slrm_trainer": ("SLRMTrainer",),
         ".trainer.tapo_config": ("TAPOConfig",),
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from .trainer.flow_grpo_trainer import FlowGRPOTrainer
     from .trainer.online_dpo_config import OnlineDiffusionDPOConfig
     from .trainer.online_dpo_trainer import OnlineDiffusionDPOTrainer
+    from .trainer.refl_config import ReFLConfig
+    from .trainer.refl_trainer import ReFLTrainer
     from .trainer.slrm_config import SLRMConfig
     from .trainer.slrm_trainer import SLRMTrainer
     from .trainer.tapo_config import TAPOConfig

@@ -13,6 +13,7 @@ TRAININGS = {
     "tapo": "align a text-to-image or text-to-video model with a reward model",
     "online_dpo": "the same by Diffusion-DPO on the best and the worst of its own samples",
     "grpo": "the same by Flow-GRPO, policy gradients on its sampling steps",
+    "refl": "the same by the gradient of a differentiable reward",
     "dpo": "align a text-to-image or text-to-video model with preference pairs",
 }
 COMMANDS = {

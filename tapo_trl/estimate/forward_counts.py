@@ -95,6 +95,11 @@ class MetaReward(WeightedReward):
         with self.counts.phase("at the candidates"):
             return super().__call__(candidates)
 
+    def score(self, candidates: Candidates) -> torch.Tensor:
+        self.batch_size = max(self.batch_size, len(candidates))
+        self.rewards = [getattr(reward, "score", reward) for reward in self.rewards]
+        return super().__call__(candidates)
+
 
 def meta_trainer(trainer_class: type, args: Any, policy: FlowPolicy, counts: ForwardCounts, **attributes) -> Any:
     """

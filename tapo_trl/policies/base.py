@@ -323,13 +323,17 @@ class FlowPolicy(ABC):
             encoded = self.vae.encode(pixels).latent_dist.mode().float()
         return self.to_latents(encoded)
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents to pixels, the other way round: the shapes and ranges are those of [`~FlowPolicy.encode`]."""
-        latents = self.from_latents(latents).to(self.vae.device, self.vae.dtype)
-        with self._vae_precision():
+    def decode(self, latents: torch.Tensor, with_gradient: bool = False) -> torch.Tensor:
+        """
+        Latents to pixels, the other way round: the shapes and ranges are those of [`~FlowPolicy.encode`].
+
+        Args:
+            with_gradient (`bool`, *optional*, defaults to `False`): whether gradients flow back to the latents.
+        """
+        with torch.set_grad_enabled(with_gradient), self._vae_precision():
+            latents = self.from_latents(latents).to(self.vae.device, self.vae.dtype)
             pixels = self.vae.decode(latents, return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+            return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def sample(

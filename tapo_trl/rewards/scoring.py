@@ -6,6 +6,7 @@
 import functools
 import inspect
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType
 from typing import Any
@@ -76,13 +77,13 @@ def check_reward_function(function: RewardFunction, columns: Iterable[str] = (),
         ) from error
 
 
-@torch.no_grad()
 def call_reward_function(
     function: RewardFunction,
     pixels: torch.Tensor,
     prompts: list[str],
     columns: dict[str, list[Any]] | None = None,
     noun: str = "candidate",
+    with_gradient: bool = False,
 ) -> torch.Tensor:
     """
     Scores of a reward function, which computes in its own precision: outside of the trainer's autocast.
@@ -93,14 +94,15 @@ def call_reward_function(
         prompts (`list[str]`): one per image.
         columns (`dict[str, list]`, *optional*): further columns of the dataset, one value per image.
         noun (`str`, *optional*, defaults to `"candidate"`): what is scored, for the message.
+        with_gradient (`bool`, *optional*, defaults to `False`): whether gradients flow back to the pixels.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: float32, on the device of `pixels`.
 
     Raises:
-        ValueError: if it returns anything else than one score per image.
+        ValueError: if it returns anything else than one score per image, or scores without the gradient that is asked for.
     """
-    with torch.autocast(pixels.device.type, enabled=False):
+    with torch.autocast(pixels.device.type, enabled=False), torch.set_grad_enabled(with_gradient):
         returned = function(pixels.float(), prompts, **(columns or {}))
     problem = (
         f"The reward function `{reward_name(function)}` must return one score per {noun}, {len(prompts)}, but returned"
@@ -111,6 +113,11 @@ def call_reward_function(
         raise ValueError(f"{problem} {_describe(returned)}, which are no numbers.") from error
     if scores.shape != (len(prompts),):
         raise ValueError(f"{problem} shape {tuple(scores.shape)}.")
+    if with_gradient and not scores.requires_grad:
+        raise ValueError(
+            f"The reward function `{reward_name(function)}` returned scores without a gradient to the {noun}s: let it compute "
+            "them with differentiable operations of PyTorch, not under `torch.no_grad()`."
+        )
     return scores
 
 
@@ -129,7 +136,25 @@ def _chunks(length: int, size: int | None) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
 
 
-class LatentReward:
+def _decode(policy: FlowPolicy, latents: torch.Tensor) -> torch.Tensor:
+    return policy.decode(latents, with_gradient=True) if torch.is_grad_enabled() else policy.decode(latents)
+
+
+class CandidateReward(ABC):
+    """A frozen reward of candidates."""
+
+    __name__: str
+
+    @abstractmethod
+    def score(self, candidates: Candidates) -> torch.Tensor:
+        """Scores of shape `(num_candidates,)`, float32. Gradients flow back to the latents unless you disable them."""
+
+    @torch.no_grad()
+    def __call__(self, candidates: Candidates) -> torch.Tensor:
+        return self.score(candidates)
+
+
+class LatentReward(CandidateReward):
     """
     The score of a latent reward model at each candidate's own noise level (log S_hat of an SLRM, Eq. 8 and 12).
 
@@ -145,8 +170,7 @@ class LatentReward:
         self.batch_size = batch_size
         self.__name__ = model.kind
 
-    @torch.no_grad()
-    def __call__(self, candidates: Candidates) -> torch.Tensor:
+    def score(self, candidates: Candidates) -> torch.Tensor:
         target = velocity_target(candidates, self.velocity_target)
         scores = [
             self.model.score(
@@ -160,7 +184,7 @@ class LatentReward:
         return torch.cat(scores)
 
 
-class PixelReward:
+class PixelReward(CandidateReward):
     r"""
     A reward of images or videos, applied to the decoded one-step estimate \( \hat{x}_0 = x' - \sigma' v(x') \) of each
     candidate, or to the samples themselves if they are clean.
@@ -177,14 +201,18 @@ class PixelReward:
         self.batch_size = batch_size
         self.__name__ = reward_name(function)
 
-    @torch.no_grad()
-    def __call__(self, candidates: Candidates) -> torch.Tensor:
+    def score(self, candidates: Candidates) -> torch.Tensor:
+        with_gradient, function = torch.is_grad_enabled(), self.function
         chunks = candidates.denoised.split(self.batch_size or len(candidates))
-        pixels = torch.cat([self.policy.decode(chunk) for chunk in chunks])
-        return call_reward_function(self.function, pixels, candidates.prompts, candidates.columns)
+        pixels = torch.cat([_decode(self.policy, chunk) for chunk in chunks])
+        if with_gradient and isinstance(function, PretrainedReward):
+            function = function.to(pixels.device).score_with_columns
+        return call_reward_function(
+            function, pixels, candidates.prompts, candidates.columns, with_gradient=with_gradient
+        )
 
 
-class EstimateReward:
+class EstimateReward(CandidateReward):
     r"""
     The score of a reward model that reads the decoded one-step estimate \( \hat{x}_0 = x' - \sigma' v(x') \) of each
     candidate and its prompt, at the candidate's own noise level: an SPM. The next step uses the velocity again.
@@ -202,12 +230,11 @@ class EstimateReward:
         self.__name__ = model.kind
         self._text_features: dict[str, torch.Tensor] = {}  # the model is frozen: each prompt once
 
-    @torch.no_grad()
-    def __call__(self, candidates: Candidates) -> torch.Tensor:
+    def score(self, candidates: Candidates) -> torch.Tensor:
         estimate = candidates.denoised
         text, scores = self._encode(candidates.prompts, estimate.device), []
         for chunk in _chunks(len(candidates), self.batch_size):
-            pixel_values = self.model.pixel_values(self.policy.decode(estimate[chunk]))
+            pixel_values = self.model.pixel_values(_decode(self.policy, estimate[chunk]))
             features = self.model.image_features(pixel_values, candidates.sigma)
             scores.append(self.model.similarity(features, text[chunk]))
         return torch.cat(scores)
@@ -227,7 +254,7 @@ class WeightedReward:
     [`TAPOTrainer`] skips its update.
 
     Args:
-        rewards (`list`): [`LatentReward`], [`EstimateReward`] and [`PixelReward`].
+        rewards (`list[CandidateReward]`): [`LatentReward`], [`EstimateReward`] and [`PixelReward`].
         weights (`list[float]`, *optional*): one per reward, all 1 by default.
         standardize (`bool`, *optional*, defaults to `False`):
             whether to bring each reward to mean 0 and standard deviation 1 over the candidates of a prompt before the sum, so
@@ -236,7 +263,7 @@ class WeightedReward:
 
     def __init__(
         self,
-        rewards: Sequence[LatentReward | EstimateReward | PixelReward],
+        rewards: Sequence[CandidateReward],
         weights: Sequence[float] | None = None,
         standardize: bool = False,
     ):
@@ -250,11 +277,17 @@ class WeightedReward:
         self.last_scores: dict[str, torch.Tensor] = {}
 
     def __call__(self, candidates: Candidates) -> torch.Tensor:
-        self.last_scores = {name: reward(candidates) for name, reward in zip(self.names, self.rewards, strict=True)}
-        scores = self.last_scores
+        return self._sum(candidates, [reward(candidates) for reward in self.rewards])
+
+    def score(self, candidates: Candidates) -> torch.Tensor:
+        """The same with gradients to the latents, see [`CandidateReward`]."""
+        return self._sum(candidates, [reward.score(candidates) for reward in self.rewards])
+
+    def _sum(self, candidates: Candidates, scores: list[torch.Tensor]) -> torch.Tensor:
+        self.last_scores = {name: values.detach() for name, values in zip(self.names, scores, strict=True)}
         if self.standardize:
-            scores = {name: standardize_groups(values, candidates.prompts) for name, values in scores.items()}
-        return sum(weight * scores[name] for name, weight in zip(self.names, self.weights, strict=True))
+            scores = [standardize_groups(values, candidates.prompts) for values in scores]
+        return sum(weight * values for weight, values in zip(self.weights, scores, strict=True))
 
 
 def standardize_groups(scores: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

@@ -6,18 +6,22 @@ from .groups import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
 from .pairing import PAIRINGS, Pairing, get_pairing
 from .pairs import TAPOSampler, TrajectoryPairs, TransitionPairs
 from .samples import NoisedPairs, OnlineDPOSampler, SamplePairs
+from .states import LateStates, LateStateSampler, StateTransitions
 
 
 __all__ = [
     "PAIRINGS",
     "FlowGRPOSampler",
     "GroupTransitions",
+    "LateStateSampler",
+    "LateStates",
     "NoisedPairs",
     "OnlineDPOSampler",
     "Pairing",
     "Rollout",
     "RolloutSampler",
     "SamplePairs",
+    "StateTransitions",
     "TAPOSampler",
     "TrajectoryGroups",
     "TrajectoryPairs",

@@ -224,6 +224,10 @@ class PretrainedReward(nn.Module):
             )
         return (scores - self.mean) * self.factor
 
+    def score_with_columns(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+        """[`~PretrainedReward.score`] as a [`RewardFunction`], which gets further columns of the data set."""
+        return self.score(images, prompts)
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
         """
