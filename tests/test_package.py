@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 import tapo_trl
 from tapo_trl.cli import bench, diagnose, evaluate, sample
 from tapo_trl.cli.main import command_module
-from tapo_trl.scripts import dpo, grpo, online_dpo, slrm, tapo
+from tapo_trl.scripts import dpo, grpo, online_dpo, refl, slrm, tapo
 
 
 ROOT = Path(tapo_trl.__file__).parents[1]
@@ -28,6 +28,7 @@ PARSERS = {
     "dpo": dpo.make_parser,
     "online_dpo": online_dpo.make_parser,
     "grpo": grpo.make_parser,
+    "refl": refl.make_parser,
     "evaluate": evaluate.make_parser,
     "diagnose": diagnose.make_parser,
     "reproduce": command_module("reproduce").make_parser,
@@ -232,7 +233,7 @@ class TestDocumentation:
             updated, lines = sorted(module.update(text).splitlines()), sorted(text.splitlines())
             assert updated == lines, f"{name_of(path)} is out of date: run `python docs/update_options.py`"
         configs = ("tapo_config.TAPOConfig", "slrm_config.SLRMConfig", "diffusion_dpo_config.DiffusionDPOConfig")
-        configs += ("online_dpo_config.OnlineDiffusionDPOConfig", "flow_grpo_config.FlowGRPOConfig")
+        configs += ("online_dpo_config.OnlineDiffusionDPOConfig", "flow_grpo_config.FlowGRPOConfig", "refl_config.ReFLConfig")
         shared = ("preference_config.PreferenceDataConfig", "rollout_config.RolloutConfig")
         shared += ("base_config.DiffusionConfig", "base_config.PolicyConfig", "rollout_config.StochasticRolloutConfig")
         assert {f"trainer.{name}" for name in (*configs, *shared)} <= documented

@@ -324,12 +324,7 @@ class FlowPolicy(ABC):
         return self.to_latents(encoded)
 
     def decode(self, latents: torch.Tensor, with_gradient: bool = False) -> torch.Tensor:
-        """
-        Latents to pixels, the other way round: the shapes and ranges are those of [`~FlowPolicy.encode`].
-
-        Args:
-            with_gradient (`bool`, *optional*, defaults to `False`): whether gradients flow back to the latents.
-        """
+        """Latents to pixels, shaped as for [`~FlowPolicy.encode`]; `with_gradient` lets gradients flow back to the latents."""
         with torch.set_grad_enabled(with_gradient), self._vae_precision():
             latents = self.from_latents(latents).to(self.vae.device, self.vae.dtype)
             pixels = self.vae.decode(latents, return_dict=False)[0]

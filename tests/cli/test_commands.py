@@ -77,15 +77,18 @@ def folder(tmp_path_factory):
     for command, options in (
         ("online_dpo", "num_noise_levels: 2\n"),
         ("grpo", "num_sde_steps: 2\ngradient_share_every_steps: 1\n"),
+        ("refl", "num_grad_steps: 2\n"),
     ):
         recipe = folder / f"{command}.yaml"
         recipe.write_text(
             COMMON.format(output=folder / command, cache=folder / "cache")
-            + "num_inference_steps: 4\nnum_generations: 2\nuse_peft: true\nlora_r: 2\n"
+            + "num_inference_steps: 4\nuse_peft: true\nlora_r: 2\n"
+            + ("" if command == "refl" else "num_generations: 2\n")
             + "dataset_split: 'train[:6]'\ndataset_test_split: 'train[6:]'\neval_strategy: steps\neval_steps: 2\n"
             + options
         )
-        flags = ["--dataset_name", str(folder / "prompts.txt"), "--reward_model", f"{__name__}:held_out_reward"]
+        reward = str(folder / "slrm") if command == "refl" else f"{__name__}:held_out_reward"
+        flags = ["--dataset_name", str(folder / "prompts.txt"), "--reward_model", reward]
         main([command, "--config", str(recipe), *base, *flags])
 
     recipe = folder / "dpo.yaml"
@@ -156,13 +159,14 @@ class TestTAPO:
 
 
 class TestOnlineMethods:
-    @pytest.mark.parametrize("command", ["online_dpo", "grpo"])
+    @pytest.mark.parametrize("command", ["online_dpo", "grpo", "refl"])
     def test_writes_lora_weights_that_diffusers_loads(self, folder, command):
         pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "base", text_encoder_3=None, tokenizer_3=None)
         pipeline.load_lora_weights(folder / command)
         assert any((p != 0).any() for name, p in pipeline.transformer.named_parameters() if ".lora_B" in name)
         card = (folder / command / "README.md").read_text()
-        assert "on the prompts of" in card and "| `num_generations` | 2 |" in card and str(folder) not in card
+        option = "num_grad_steps" if command == "refl" else "num_generations"
+        assert "on the prompts of" in card and f"| `{option}` | 2 |" in card and str(folder) not in card
         logs = json.loads((folder / command / "trainer_state.json").read_text())["log_history"]
         assert any("eval_reward" in log for log in logs)
         assert any("gradient_share/step_01" in log or "gradient_share/step_00" in log for log in logs) == (

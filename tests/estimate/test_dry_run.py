@@ -55,7 +55,7 @@ class TestCommand:
         assert list(tmp_path.iterdir()) == [], "nothing is written"
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("command", ["online_dpo", "grpo"])
+    @pytest.mark.parametrize("command", ["online_dpo", "grpo", "refl"])
     def test_online_methods(self, capsys, tmp_path, command):
         model = ["--model_name_or_path", "stabilityai/stable-diffusion-3.5-medium", "--use_peft", "--dry_run"]
         text = self.run(capsys, command, "--output_dir", str(tmp_path), "--reward_model", "judges:aesthetics", *model)
@@ -71,6 +71,11 @@ class TestCommand:
                 "160 policy, rollout",
                 "144 reference, training",
                 "8 prompts x (72 latents, 72 next_latents, 72 means, 8 final_latents)",
+            ],
+            "refl": [
+                "38 policy, rollout",
+                "2 policy, training (forward and backward)",
+                "8 prompts x (1 latents, 1 noise)",
             ],
         }
         assert all(part in text for part in expected[command]), text
