@@ -233,7 +233,11 @@ class TestDocumentation:
             updated, lines = sorted(module.update(text).splitlines()), sorted(text.splitlines())
             assert updated == lines, f"{name_of(path)} is out of date: run `python docs/update_options.py`"
         configs = ("tapo_config.TAPOConfig", "slrm_config.SLRMConfig", "diffusion_dpo_config.DiffusionDPOConfig")
-        configs += ("online_dpo_config.OnlineDiffusionDPOConfig", "flow_grpo_config.FlowGRPOConfig", "refl_config.ReFLConfig")
+        configs += (
+            "online_dpo_config.OnlineDiffusionDPOConfig",
+            "flow_grpo_config.FlowGRPOConfig",
+            "refl_config.ReFLConfig",
+        )
         shared = ("preference_config.PreferenceDataConfig", "rollout_config.RolloutConfig")
         shared += ("base_config.DiffusionConfig", "base_config.PolicyConfig", "rollout_config.StochasticRolloutConfig")
         assert {f"trainer.{name}" for name in (*configs, *shared)} <= documented
