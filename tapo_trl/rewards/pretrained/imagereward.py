@@ -79,10 +79,14 @@ class ImageReward(PretrainedReward):
         images = resize_shortest_edge(images.clamp(0, 1), size)
         return normalize(center_crop(images, size, rounding="nearest"), CLIP_MEAN, CLIP_STD)
 
-    def raw_scores(self, images, prompts):
-        inputs = self.tokenizer(
+    def tokenize(self, prompts: list[str]):
+        """Token ids and attention mask, padded and cut to 35 tokens."""
+        return self.tokenizer(
             prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
-        ).to(images.device)
+        )
+
+    def raw_scores(self, images, prompts):
+        inputs = self.tokenize(prompts).to(images.device)
         image = self.vision(self.pixel_values(images).to(self.vision.dtype)).last_hidden_state
         tokens = self.text(
             inputs.input_ids,

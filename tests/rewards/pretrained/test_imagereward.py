@@ -43,6 +43,14 @@ def test_scores_are_those_of_the_original(published):
     assert expected.std() > 0.1
 
 
+def test_tokens_are_those_of_the_original(published):
+    folder, facts, _ = published
+    reward = load(folder)
+    assert len(facts["tokens"]) == 10
+    for text, expected in facts["tokens"].items():
+        assert reward.tokenize([text]).input_ids[0].tolist() == expected, text
+
+
 def test_gradients_and_batches(published):
     folder, facts, _ = published
     check_scorer(load(folder), pictures(40, 50), facts["prompts"][:3])
