@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What HPSv3 and VideoReward share: a Qwen2-VL that reads pictures and an instruction, and scores at special tokens."""
 
+import itertools
 import math
 from abc import abstractmethod
 
@@ -48,9 +49,14 @@ class Qwen2VLReward(PretrainedReward):
 
     def __init__(self, model: Qwen2VLModel, head: nn.Module, tokenizer, instruction: str, **kwargs):
         super().__init__(**kwargs)
-        self.model, self.head, self.instruction = model, head, instruction
-        self.tokenizer = with_reward_tokens(tokenizer, self.reward_tokens)
-        self.media_id, *self.reward_ids = self.tokenizer.convert_tokens_to_ids([self.media_token, *self.reward_tokens])
+        for token in self.reward_tokens:
+            if instruction.count(token) != 1:
+                raise ValueError(
+                    f"The instruction of the reward `{self.name}` must have `{token}` once: {instruction!r}."
+                )
+        tokenizer.add_tokens(list(self.reward_tokens), special_tokens=True)
+        self.model, self.head, self.tokenizer, self.instruction = model, head, tokenizer, instruction
+        self.media_id, *self.reward_ids = tokenizer.convert_tokens_to_ids([self.media_token, *self.reward_tokens])
 
     @abstractmethod
     def read(self, images: torch.Tensor) -> torch.Tensor:
@@ -81,27 +87,19 @@ class Qwen2VLReward(PretrainedReward):
         Args:
             prompts (`list[str]`): prompts.
             num_media_tokens (`int`): tokens of each picture or video.
-
-        Raises:
-            ValueError: if a prompt has special tokens of the conversation.
         """
+        self.check_prompts(prompts)
         media = self.media_token * num_media_tokens
         texts = [CHAT.format(media=media, text=self.instruction.format(text_prompt=prompt)) for prompt in prompts]
-        tokens = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        counts = [(tokens.input_ids == token).sum(1).tolist() for token in (self.media_id, *self.reward_ids)]
-        for prompt, *found in zip(prompts, *counts, strict=True):
-            if found != [num_media_tokens] + [1] * len(self.reward_ids):
+        return self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+
+    @classmethod
+    def check_prompts(cls, prompts):
+        for prompt, token in itertools.product(prompts, (cls.media_token, *cls.reward_tokens)):
+            if token in prompt:
                 raise ValueError(
-                    f"The prompt {prompt!r} or the instruction of the reward `{self.name}` has special tokens of its own: "
-                    f"remove `{self.media_token}`, `{'`, `'.join(self.reward_tokens)}` from the prompt."
+                    f"The prompt {prompt!r} has `{token}`, which the reward `{cls.name}` adds itself: remove it."
                 )
-        return tokens
-
-
-def with_reward_tokens(tokenizer, reward_tokens: tuple[str, ...]):
-    """A tokenizer to which the reward tokens were added as special tokens, in their order."""
-    tokenizer.add_tokens(list(reward_tokens), special_tokens=True)
-    return tokenizer
 
 
 def language_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,11 +3,14 @@
 
 """The fixture was made with the original, see `fixtures/make_hpsv3.py`."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tapo_trl import get_reward
+from tapo_trl.rewards.pretrained import reward_class
 
 from .checks import check_scorer, pictures
 from .fixtures import recipes
@@ -73,11 +76,21 @@ def test_half_precision_is_the_default(published):
     assert 0 < (found[0] - expected[0, 0]).abs() < 0.05
 
 
-@pytest.mark.parametrize("text", ["a <|Reward|> cat", "<|image_pad|>"])
-def test_special_tokens_in_a_prompt(published, text):
-    reward = load(published[0])
-    with pytest.raises(ValueError, match=r"special tokens of its own: remove `<\|image_pad\|>`, `<\|Reward\|>`"):
-        reward(pictures(64, 64, 2), ["a cat", text])
+@pytest.mark.parametrize("token", ["<|Reward|>", "<|image_pad|>"])
+def test_special_tokens_in_a_prompt(published, token):
+    message = rf"The prompt 'a {re.escape(token)} cat' has `{re.escape(token)}`, which the reward `hpsv3` adds itself"
+    with pytest.raises(ValueError, match=message):
+        load(published[0])(pictures(64, 64, 2), ["a cat", f"a {token} cat"])
+    with pytest.raises(ValueError, match=message):
+        reward_class("hpsv3").check_prompts(["a cat", f"a {token} cat"])
+
+
+def test_an_instruction_without_its_token(published, tmp_path):
+    (tmp_path / "own.txt").write_text("Rate {text_prompt}.")
+    with pytest.raises(ValueError, match=r"must have `<\|Reward\|>` once: 'Rate {text_prompt}.'"):
+        get_reward(
+            "hpsv3", weights=published[0], base_model=published[0] / "base", instruction_file=tmp_path / "own.txt"
+        )
 
 
 def test_without_an_instruction(published, monkeypatch, tmp_path):
