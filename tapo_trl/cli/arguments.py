@@ -13,6 +13,27 @@ from ..field_types import check_folder_name, convert_fields, option
 from ..policies.loading import parse_dtype
 
 
+REWARDS_OF_SAMPLES = (
+    "What scores the samples: names of pretrained rewards (`tapo-trl rewards` lists them), `package.module:function`, and Hub ids or "
+    "folders of reward models."
+)
+INIT_KWARGS = "Keyword arguments for the reward models that are given by name; a mapping under the name of one of several is for that one alone."
+
+
+def _read_mapping(args: Any, name: str) -> None:
+    convert_fields(args)
+    if isinstance(getattr(args, name), str):
+        setattr(args, name, json.loads(getattr(args, name)))
+
+
+def _check_file(output_file: str | None) -> None:
+    """Before the work, rather than after it."""
+    if output_file is not None:
+        check_folder_name(Path(output_file).parent, "output_file")
+        if not output_file.strip() or Path(output_file).is_dir():
+            raise ValueError(f"`output_file={output_file}` must name a file.")
+
+
 @dataclass
 class GenerationArguments:
     """How a command draws samples."""
@@ -107,20 +128,46 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
     `seed` hold for the pairs, too; by default their size is that of the SLRM's training.
     """
 
-    reward_model: list[str] | None = option("`package.module:function` callables that score the samples.")
+    reward_model: list[str] | None = option(REWARDS_OF_SAMPLES)
+    reward_model_init_kwargs: dict[str, Any] | str | None = option(INIT_KWARGS)
+    compare_base: bool = option("Whether to draw and score the base model's samples, too, if there is a `lora`.", True)
+    samples_dir: str | None = option("Folder for the samples and the score of each.")
     output_file: str | None = option("JSON file for the result.")
 
     def __post_init__(self):
         ScoredPairsArguments.__post_init__(self)
         GenerationArguments.__post_init__(self)
+        _read_mapping(self, "reward_model_init_kwargs")
+        if self.samples_dir is not None:
+            check_folder_name(self.samples_dir, "samples_dir")
         if self.slrm is None and self.reward_model is None:
             raise ValueError("Give `slrm` (accuracy on pairs), `reward_model` (reward of samples), or both.")
-        if self.output_file is not None:  # before the work, rather than after it
-            check_folder_name(Path(self.output_file).parent, "output_file")
-            if not self.output_file.strip() or Path(self.output_file).is_dir():
-                raise ValueError(f"`output_file={self.output_file}` must name a file.")
+        _check_file(self.output_file)
         if self.reward_model is not None and self.prompts is None:
             raise ValueError("`reward_model` needs `prompts`: what the model should draw.")
+
+
+@dataclass
+class ScoreArguments:
+    """Arguments of `tapo-trl score FOLDER` beside [`PipelineConfig`], the pipeline of latent reward models."""
+
+    folder: str | None = option("Folder of the images or videos. May stand without the flag, first.")
+    prompts: list[str] | None = option(
+        "Prompts of the files, in the order of their names: one each, or the path of one .txt file with a prompt per line. Or the "
+        "path of one .json file, `{file name: prompt}`."
+    )
+    reward_model: list[str] | None = option(REWARDS_OF_SAMPLES)
+    reward_model_init_kwargs: dict[str, Any] | str | None = option(INIT_KWARGS)
+    output_file: str | None = option("JSON file for the result, or CSV file for the score of each sample.")
+
+    def __post_init__(self):
+        for name in ("folder", "prompts", "reward_model"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"`{name}` is missing: `tapo-trl score FOLDER --prompts prompts.txt --reward_model clip`."
+                )
+        _read_mapping(self, "reward_model_init_kwargs")
+        _check_file(self.output_file)
 
 
 @dataclass

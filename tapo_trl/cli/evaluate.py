@@ -1,7 +1,15 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
+import json
+import sys
+from pathlib import Path
+
 from .parser import RecipeParser
+from .tables import format_mean, format_table
+
+
+SHOWN = 8  # samples of each model in the overview
 
 
 def make_parser() -> RecipeParser:
@@ -74,50 +82,103 @@ def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
     )
 
 
-def measure_rewards(args, model_args) -> dict[str, float]:
+def measure_rewards(args, model_args) -> dict[str, dict]:
     """
-    Mean rewards of a model's samples.
+    Rewards of a model's samples and, with a LoRA, of its base's on the same seeds.
 
     Args:
         args ([`EvaluateArguments`]): The rewards, the prompts and how to sample.
         model_args ([`PipelineConfig`]): The pipeline.
 
     Returns:
-        `dict[str, float]`: `{reward: mean}`.
+        `dict[str, dict]`: For each reward [`~evaluation.scores.summarize`] of the model's samples, or
+            [`~evaluation.scores.compare`] of both.
     """
     from ..data.loading import read_prompts
-    from ..rewards.scoring import call_reward_function, check_reward_function
-    from ..scripts.utils import load_function
+    from ..evaluation.scores import compare, load_scorers, score_samples, summarize
+    from ..rewards import PretrainedReward
+    from ..scripts.utils import load_functions
+    from ..trainer.reward_setup import check_reads
     from .sample import draw, load_sampling_policy
 
-    rewards = {spec: load_function(spec, "reward_model") for spec in args.reward_model}
-    for reward in rewards.values():
-        check_reward_function(reward)
-    prompts = read_prompts(args.prompts, "prompts")
-    samples = draw(load_sampling_policy(model_args, args), prompts, args)
-    return {
-        spec: call_reward_function(reward, samples.clone(), prompts, noun="sample").mean().item()
-        for spec, reward in rewards.items()
-    }
+    prompts, rewards = read_prompts(args.prompts, "prompts"), load_functions(args.reward_model)
+    policy = load_sampling_policy(model_args, args)
+    scorers = load_scorers(rewards, args.reward_model_init_kwargs, load_base=lambda name: policy)
+    for scorer in scorers.values():
+        if isinstance(scorer, PretrainedReward):
+            check_reads(scorer, policy)
+            scorer.check_prompts(prompts)
+    samples = {"aligned" if args.lora is not None else "samples": draw(policy, prompts, args)}
+    if args.lora is not None and args.compare_base:
+        policy.pipeline.disable_lora()
+        samples["base"] = draw(policy, prompts, args)
+    device = policy.transformer.device
+    scores = {name: score_samples(scorers, drawn, prompts, device) for name, drawn in samples.items()}
+    if args.samples_dir is not None:
+        save_samples(args, prompts, samples, scores)
+    if "base" in scores:
+        return {spec: compare(scores["base"][spec], scores["aligned"][spec]) for spec in rewards}
+    (only,) = scores.values()
+    return {spec: summarize(only[spec]) for spec in rewards}
+
+
+def save_samples(args, prompts: list[str], samples: dict, scores: dict) -> None:
+    """
+    Writes `<model>/000.png` (or `.mp4`), `overview.png` with the first samples of each model side by side, and `scores.json`.
+
+    Args:
+        args ([`EvaluateArguments`]): The folder.
+        prompts (`list[str]`): The prompts.
+        samples (`dict[str, torch.Tensor]`): Samples by model.
+        scores (`dict[str, dict[str, torch.Tensor]]`): Their scores, by model and reward.
+    """
+    import torch
+
+    from ..media.pictures import save_overview
+    from .sample import write_samples
+
+    folder = Path(args.samples_dir)
+    for name, drawn in samples.items():
+        write_samples(drawn, folder / name, args.fps)
+    first = [drawn[:SHOWN] for drawn in reversed(samples.values())]  # the base before the model
+    save_overview(torch.stack(first, dim=1).flatten(0, 1), folder / "overview", len(first), args.fps)
+    values = {name: {spec: part.tolist() for spec, part in of_model.items()} for name, of_model in scores.items()}
+    text = json.dumps({"prompts": prompts, "scores": values}, indent=2)
+    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
+
+
+def format_rewards(statistics: dict[str, dict]) -> str:
+    """Table of what [`measure_rewards`] returns."""
+    rows = []
+    for spec, values in statistics.items():
+        if "base" not in values:
+            rows.append({"reward": spec, "mean": format_mean(values), "n": str(values["n"])})
+            continue
+        parts = {name: format_mean(values[name]) for name in ("base", "aligned", "difference")}
+        ratio = "" if values["ratio"] is None else f"{values['ratio']:.3f}"
+        counts = {"win rate": f"{values['win_rate']:.3f}", "ratio": ratio, "n": str(values["base"]["n"])}
+        rows.append({"reward": spec, **parts, **counts})
+    return format_table(rows)
 
 
 def main(args, model_args) -> None:
     """
-    Measures, prints and (with `output_file`) writes the result as JSON: `slrm_accuracy` = `{rule: {sigma: accuracy}}`
-    and `rewards` = `{reward: mean}`, whichever were asked for.
+    Measures, prints and (with `output_file`) writes the result as JSON: `slrm_accuracy` = `{rule: {sigma: accuracy}}`,
+    and `rewards` = `{reward: mean}` of the model's samples with `reward_statistics`, whichever were asked for. The table of rewards is
+    printed on the standard error.
 
     Args:
         args ([`EvaluateArguments`]): What to measure.
         model_args ([`PipelineConfig`]): The pipeline.
     """
-    import json
-    from pathlib import Path
-
     result = {}
     if args.slrm is not None:
         result["slrm_accuracy"] = measure_accuracy(args, model_args)
     if args.reward_model is not None:
-        result["rewards"] = measure_rewards(args, model_args)
+        statistics = measure_rewards(args, model_args)
+        print(format_rewards(statistics), file=sys.stderr)
+        means = {spec: values.get("aligned", values)["mean"] for spec, values in statistics.items()}
+        result |= {"rewards": means, "reward_statistics": statistics}
     text = json.dumps(result, indent=2)
     print(text)
     if args.output_file is not None:

@@ -19,6 +19,7 @@ TRAININGS = {
 COMMANDS = {
     **TRAININGS,
     "evaluate": "measure a reward model on held-out pairs, or the reward of a model's samples",
+    "score": "rate the images or videos of a folder",
     "rewards": "list the pretrained rewards that `reward_model` takes by name",
     "diagnose": "draw how a reward model ranks pairs at each noise level, and the curves of trainings",
     "reproduce": "measure the paper's tables and figures again, in a small world",

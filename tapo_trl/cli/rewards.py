@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from .parser import RecipeParser
+from .tables import format_table
 
 
 COLUMNS = ("name", "reads", "range", "memory", "weights", "licence", "source")
@@ -42,13 +43,6 @@ def list_facts(torch_dtype: str | None = None) -> list[dict[str, str]]:
         )
         facts.append(dict(zip(COLUMNS, values, strict=True)))
     return facts
-
-
-def format_table(rows: list[dict[str, str]]) -> str:
-    """Rows as text in columns, under their names."""
-    rows = [{name: name for name in rows[0]}, *rows]
-    widths = {name: max(len(row[name]) for row in rows) for name in rows[0]}
-    return "\n".join("  ".join(row[name].ljust(width) for name, width in widths.items()).rstrip() for row in rows)
 
 
 def main(args) -> None:

@@ -77,6 +77,26 @@ def draw(policy, prompts: list[str], args):
     )
 
 
+def write_samples(samples, folder, fps: int) -> None:
+    """
+    Writes `000.png`, `001.png` and so on, or `.mp4`.
+
+    Args:
+        samples (`torch.Tensor`): Samples, as [`draw`] returns them.
+        folder (`Path`): Folder, made if it does not exist.
+        fps (`int`): Frames per second of videos.
+    """
+    from ..data.videos import write_video
+    from ..media.pictures import images_to_pil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, sample in enumerate(samples):
+        if samples.ndim == 5:
+            write_video(folder / f"{index:03d}.mp4", sample, fps)
+        else:
+            images_to_pil(sample[None])[0].save(folder / f"{index:03d}.png")
+
+
 def main(args, model_args) -> None:
     """
     Draws images and writes them, and a grid of them, as PNG files; or videos, as MP4 files, with a strip of their frames.
@@ -88,8 +108,7 @@ def main(args, model_args) -> None:
     from pathlib import Path
 
     from ..data.loading import read_prompts
-    from ..data.videos import write_video
-    from ..media.pictures import images_to_pil, save_overview
+    from ..media.pictures import save_overview
 
     prompts = read_prompts(args.prompts, "prompts")
     folder = Path(args.output_dir)
@@ -97,11 +116,7 @@ def main(args, model_args) -> None:
 
     samples = draw(load_sampling_policy(model_args, args), prompts, args)
     is_video = samples.ndim == 5
-    for index, sample in enumerate(samples):
-        if is_video:
-            write_video(folder / f"{index:03d}.mp4", sample, args.fps)
-        else:
-            images_to_pil(sample[None])[0].save(folder / f"{index:03d}.png")
+    write_samples(samples, folder, args.fps)
     save_overview(samples, folder / "grid", args.columns, args.fps)
     files = "videos, grid.mp4" if is_video else "images"
     print(f"Wrote {len(prompts)} {files} and grid.png to {folder}.")

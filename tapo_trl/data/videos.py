@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from .images import BadFileError, as_pixels, file_of, fit_image, open_image
 
@@ -150,10 +151,7 @@ class VideoReader:
     def _repeat(self, frame: "VideoFrame", times: int, place: str) -> list[np.ndarray]:
         if times <= 0:
             return []
-        image = frame.to_image()
-        if frame.rotation:
-            image = image.rotate(frame.rotation, expand=True)
-        return [fit_image(image, self.height, self.width, place)] * times
+        return [fit_image(_upright(frame), self.height, self.width, place)] * times
 
     def _frames_until(self, seconds: Fraction, inclusive: bool = True) -> int:
         """How many of the times k / fps, k = 0 ... num_frames - 1, lie before `seconds`, or at it if `inclusive`."""
@@ -213,6 +211,28 @@ class _StretchedReader(VideoReader):
         return self.fps
 
 
+def read_video(path: str | Path) -> torch.Tensor:
+    """
+    All frames of a file, as they are in it.
+
+    Args:
+        path (`str` or `Path`): file.
+
+    Returns:
+        `torch.Tensor` of shape `(3, frames, height, width)`: float32 in [0, 1].
+
+    Raises:
+        BadFileError: if it cannot be read, has no video stream or is damaged.
+    """
+    with _open_stream(path, str(path)) as (container, stream):
+        frames = [
+            np.array(_upright(frame).convert("RGB")) for frame, _, _ in _timed_frames(container, stream, str(path))
+        ]
+    if not frames:
+        raise BadFileError(f"{path}: the video has no frames.")
+    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float().div_(255)
+
+
 def write_video(path: str | Path, video: torch.Tensor, fps: float) -> None:
     """
     Write an MP4 file that plays everywhere (H.264, yuv420p, BT.709). Where the height or the width is odd, the last row
@@ -243,6 +263,11 @@ def write_video(path: str | Path, video: torch.Tensor, fps: float) -> None:
             frame = frame.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def _upright(frame: "VideoFrame") -> Image.Image:
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 def _import_av() -> ModuleType:

@@ -17,13 +17,14 @@ from torch import nn
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
 from ..rewards import REWARD_MODELS, StepRewardModel
+from ..rewards.loading import init_kwargs_of
 from ..rewards.pretrained import is_reward_name, reward_class
 from ..runs.option_checks import autocast_dtype
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
 from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 from ..trainer.model_config import DiffusionModelConfig, get_lora_config
 from ..trainer.policy_setup import fill_in_sizes
-from ..trainer.reward_setup import check_has_transformer, check_reads, reward_init_kwargs
+from ..trainer.reward_setup import check_has_transformer, check_reads
 from ..trainer.rollout_config import RolloutConfig
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.slrm_trainer import SLRMTrainer, is_reward_model
@@ -196,7 +197,7 @@ def dry_run_rollouts(
     for spec in scorers:
         check_reads(reward_class(spec), policy)
         parameters[f"reward `{spec}`"] = reward_class(spec).num_parameters
-        memory.append(scorer_memory(spec, reward_init_kwargs(spec, args)))
+        memory.append(scorer_memory(spec, init_kwargs_of(spec, args.reward_model_init_kwargs)))
     if guard is not None and is_reward_name(guard):
         memory.append(scorer_memory(guard, {}, "; only while the guard checks"))
     for model, spec in zip(models, names, strict=True):
@@ -204,7 +205,7 @@ def dry_run_rollouts(
         if args.share_backbone:
             memory.append(shared_reward_memory(model, parameters.get("LoRA", 0)))
         else:
-            dtype = pop_dtype(reward_init_kwargs(spec, args)) or torch.float32
+            dtype = pop_dtype(init_kwargs_of(spec, args.reward_model_init_kwargs)) or torch.float32
             model = nn.Module.to(model, dtype)
             memory.append(reward_memory(model, args.reward_layerwise_casting, args.reward_group_offload))
 

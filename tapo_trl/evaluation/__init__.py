@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Public benchmarks: their prompts, the files that their own tools expect, and their scores."""
+"""Public benchmarks: their prompts, the files that their own tools expect, and their scores; and rewards of samples."""
 
 from ..lazy import lazy_exports
 

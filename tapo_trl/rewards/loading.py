@@ -3,6 +3,8 @@
 """Reward models of states of a trajectory by the word for them, and from where they were saved."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from .dina import DiNaModel
 from .lrm import LRMModel
@@ -36,6 +38,32 @@ def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> StepRewardMo
     name_or_path = os.path.expanduser(name_or_path)
     hub_arguments = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
     return saved_class(name_or_path, **hub_arguments).from_pretrained(name_or_path, **kwargs)
+
+
+def init_kwargs_of(name: str, init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    Keyword arguments with which one of several reward models is loaded.
+
+    Args:
+        name (`str`): what it is called in the list of reward models.
+        init_kwargs (`dict[str, Any]`, *optional*): those for all, and under a name those for the one of that name alone.
+    """
+    init_kwargs = init_kwargs or {}
+    for_all = {key: value for key, value in init_kwargs.items() if not isinstance(value, dict)}
+    return for_all | init_kwargs.get(name, {})
+
+
+def check_init_kwargs(names: Sequence[str], init_kwargs: dict[str, Any] | None) -> None:
+    """
+    Raises:
+        ValueError: if there are arguments for a reward model that is not in the list.
+    """
+    for name, value in (init_kwargs or {}).items():
+        if isinstance(value, dict) and name not in names:
+            raise ValueError(
+                f"`reward_model_init_kwargs` has arguments for `{name}`, but `reward_model` is {list(names)}: write the name as "
+                "it is there."
+            )
 
 
 def saved_class(name_or_path: str | os.PathLike, **hub_arguments) -> type[StepRewardModel]:

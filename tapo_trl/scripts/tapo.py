@@ -28,7 +28,7 @@ A function `f(images, prompts, **columns)` of your own as the reward, with a gri
 
 ```bash
 accelerate launch examples/tapo_sd35.py --config recipes/sd35/tapo.yaml \
-    --reward_model my_package.rewards:brightness --sample_every_steps 20 --output_dir my-model
+    --reward_model my_package.rewards:brightness --velocity_target none --sample_every_steps 20 --output_dir my-model
 ```
 
 Wan2.1 1.3B: `--dry_run true` says what a training needs (shapes, tokens, parameters, memory), without a GPU and without weights.

@@ -200,11 +200,18 @@ def load_reward_models(specs: list[str] | None) -> str | Callable | list[str | C
             "`reward_model` is missing: give the folder or Hub id of an SLRM (train one with `tapo-trl slrm`), the name of a "
             "pretrained reward (`tapo-trl rewards` lists them), or `package.module:function`."
         )
-    rewards = [load_function(spec, "reward_model") if is_function(spec) else spec for spec in specs]
-    for reward in rewards:
-        if isinstance(reward, str):
-            check_reward_name(reward)
+    rewards = [load_functions([spec])[spec] for spec in specs]
     return rewards[0] if len(rewards) == 1 else rewards
+
+
+def load_functions(specs: list[str]) -> dict[str, str | Callable]:
+    """Rewards by what they are called on the command line, functions imported and other names checked."""
+    rewards = {}
+    for spec in specs:
+        rewards[spec] = load_function(spec, "reward_model") if is_function(spec) else spec
+        if not is_function(spec):
+            check_reward_name(spec)
+    return rewards
 
 
 def is_function(spec: str) -> bool:

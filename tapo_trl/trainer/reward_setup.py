@@ -6,7 +6,6 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -20,7 +19,7 @@ from ..networks.sharing import base_tensors, check_base_stays, check_same, saved
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
 from ..rewards import LatentRewardModel, PretrainedReward, StepRewardModel, get_reward, load_reward_model
-from ..rewards.loading import saved_class
+from ..rewards.loading import check_init_kwargs, init_kwargs_of, saved_class
 from ..rewards.pretrained import is_reward_name, reward_class
 from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, check_reward_function
 from ..rewards.step_reward import BASE_ARGUMENTS, HUB_ARGUMENTS
@@ -38,13 +37,6 @@ SCORE_LAYERS = ("score_projections", "score_output", "score_head", "lora_")
 def _is_latent(reward: RewardModel) -> bool:
     """Whether it is a latent reward model, or may be one: what a folder holds is known once it is loaded."""
     return not is_reward_name(reward) if isinstance(reward, str) else isinstance(reward, LatentRewardModel)
-
-
-def reward_init_kwargs(name: str, args: RolloutConfig) -> dict[str, Any]:
-    """Keyword arguments for the reward model `name`: those for all, and those for it alone."""
-    kwargs = args.reward_model_init_kwargs or {}
-    for_all = {key: value for key, value in kwargs.items() if not isinstance(value, dict)}
-    return for_all | kwargs.get(name, {})
 
 
 def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
@@ -80,11 +72,7 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
     _check_target_stays(args.velocity_target, args)
     if args.reward_model_init_kwargs and not any(isinstance(reward, str) for reward in rewards):
         raise ValueError("`reward_model_init_kwargs` is for reward models that are loaded by name, but none is.")
-    for name, value in (args.reward_model_init_kwargs or {}).items():
-        if isinstance(value, dict) and name not in rewards:
-            raise ValueError(
-                f"`reward_model_init_kwargs` has arguments for `{name}`, but `reward_model` is {rewards}: write the name as there."
-            )
+    check_init_kwargs([reward for reward in rewards if isinstance(reward, str)], args.reward_model_init_kwargs)
     if args.reward_group_offload and args.device.type == "cpu":
         raise ValueError(
             "`reward_group_offload=True` keeps the reward model on the CPU and lends its blocks to an accelerator, but this run is "
@@ -180,7 +168,7 @@ def load_reward(
     Raises:
         ValueError: if a reward model does not fit the policy, or an option not the reward model.
     """
-    kwargs = reward_init_kwargs(reward, args) if isinstance(reward, str) else {}
+    kwargs = init_kwargs_of(reward, args.reward_model_init_kwargs) if isinstance(reward, str) else {}
     if isinstance(reward, str) and is_reward_name(reward):
         check_reads(reward_class(reward), policy)
         reward = get_reward(reward, **kwargs)

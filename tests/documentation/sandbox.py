@@ -24,10 +24,11 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import tapo_trl
 from tapo_trl import GradientShareCallback, SLRMModel, TAPOConfig, TAPOTrainer, load_policy
 from tapo_trl.cli.main import COMMANDS, command_module
+from tapo_trl.rewards.pretrained.clip import CLIPReward, PickScoreReward
 from tests.data.preference_pairs import color_pairs
 from tests.data.video_files import grey_clip, write_video
 from tests.documentation.substitutions import AFTER, BEFORE, LARGEST, SCRIPTS, SMALL, VARIABLES, replace_text
-from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
+from tests.testing_utils import save_tiny_clip, tiny_sd3_pipeline, tiny_wan_pipeline
 
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,11 @@ def build(folder: Path) -> None:
         copy.write_text(replace_text(recipe.read_text(encoding="utf-8")), encoding="utf-8")
 
     torch.manual_seed(0)
+    save_tiny_clip(folder / "tiny" / "clip")
+    (folder / "samples").mkdir()
+    for row, pair in enumerate(color_pairs(2)):
+        pair["chosen"].save(folder / "samples" / f"{row}.png")
+    (folder / "prompts.txt").write_text("a fox\na boat\n")
     color_pairs(8).to_parquet(folder / "pairs.parquet")
     pick_a_pic(color_pairs(8)).save_to_disk(folder / "tiny" / "pick_a_pic")
     video_pairs(folder).to_parquet(folder / "video_pairs.parquet")
@@ -169,8 +175,14 @@ def video_pairs(folder: Path) -> Dataset:
 # Running
 
 
+def use_tiny_scorers() -> None:
+    """Pretrained rewards without the Hub."""
+    CLIPReward.weights = PickScoreReward.weights = "tiny/clip"
+
+
 def run_command(words: list[str]) -> None:
     """Run a documented command in this process, with small values. Launchers check their flags, and run one process."""
+    use_tiny_scorers()
     words = replace_text("\n".join(words)).split("\n")
     if words[0] == "make":  # what it would do, but for the installation
         # The same from a shell and below a `make` with variables of its own
@@ -213,6 +225,8 @@ def small_flags(argv: list[str]) -> list[str]:
         recipe = Path(argv[argv.index("--config") + 1])
         given |= {f"--{key}" for key in yaml.safe_load(recipe.read_text(encoding="utf-8"))}
     values = small_values({flag.removeprefix("--") for flag in given})
+    if name != "bench":  # where they are a number
+        values.pop("prompts", None)
     return [part for key, value in values.items() if key in parser._field_names() for part in (f"--{key}", str(value))]
 
 
@@ -226,6 +240,7 @@ def run_python(blocks: list[str], page: str) -> None:
     """Run the blocks of a page one after the other, as a reader would, with configurations that are small."""
     for name in CONFIGS:
         setattr(tapo_trl, name, small_config(getattr(tapo_trl, name)))
+    use_tiny_scorers()
     namespace = {}
     exec(BEFORE.get(page, ""), namespace)
     for block in blocks:

@@ -98,6 +98,7 @@ AFTER = {
 
 # Why a command or a block of Python cannot run here. The first words or lines of it decide
 EXEMPT = {
+    r"python examples/check_reward\.py": "downloads weights; tests/examples/test_check_reward.py runs it",
     r"make (install|test|lint|format)": "what runs these tests",
     r"pip install ": "installs; `.ci/run` does it in a new environment",
     r"hf ": "needs an account",

@@ -12,11 +12,12 @@ from datasets import Dataset
 from tapo_trl import TAPOTrainer
 from tapo_trl.cli.main import main
 from tapo_trl.policies import SD3Policy
+from tapo_trl.rewards.loading import init_kwargs_of
 from tapo_trl.rewards.pretrained import PretrainedReward, check_reward_name, is_reward_name
 from tapo_trl.rewards.pretrained.clip import CLIPReward, PickScoreReward
 from tapo_trl.rewards.scoring import PixelReward, standardize_groups
 from tapo_trl.scripts.utils import load_guard_reward, load_reward_models
-from tapo_trl.trainer.reward_setup import check_reward_functions, check_rewards, load_reward, reward_init_kwargs
+from tapo_trl.trainer.reward_setup import check_reward_functions, check_rewards, load_reward
 from tests.testing_utils import save_tiny_clip, tiny_sd3_pipeline
 from tests.trainer.test_tapo_trainer import make_args, make_trainer, redness
 
@@ -75,7 +76,7 @@ class TestSetup:
             "me/slrm": {"revision": "a"},
         }
         args = make_args(tmp_path, reward_model_init_kwargs=kwargs)
-        assert reward_init_kwargs("me/slrm", args) == {"torch_dtype": "bfloat16", "revision": "a"}
+        assert init_kwargs_of("me/slrm", kwargs) == {"torch_dtype": "bfloat16", "revision": "a"}
         check_rewards(["clip", "me/slrm"], args)
         reward = load_reward("clip", policy, args)
         assert isinstance(reward, PixelReward) and reward.__name__ == "clip" and reward.function.batch_size == 3
