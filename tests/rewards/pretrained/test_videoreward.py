@@ -17,6 +17,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from tapo_trl import get_reward
 from tapo_trl.rewards.pretrained.videoreward import frames_to_read, merge_lora
+from tests.trainer.test_tapo_trainer import make_trainer as make_image_trainer
+from tests.trainer.test_tapo_wan import make_trainer
 
 from .checks import check_scorer
 from .fixtures import recipes
@@ -196,3 +198,15 @@ def test_no_checkpoint(tmp_path):
         step.rmdir()
     with pytest.raises(OSError, match=r"has no `checkpoint-\*`"):
         load(folder)
+
+
+@pytest.mark.slow
+def test_trains_a_policy_of_videos(published, tmp_path):
+    folder = published[0]
+    files = {"base_model": str(folder / "base"), "instruction_file": str(folder / "instruction.txt")}
+    kwargs = {"weights": str(folder), "fps": 8, "torch_dtype": "float32", **files}
+    trainer = make_trainer(tmp_path, reward="videoreward", max_steps=1, reward_model_init_kwargs=kwargs)
+    trainer.train()
+    assert trainer.state.log_history[0]["reward_std"] > 0
+    with pytest.raises(ValueError, match="`videoreward` reads videos, but a `SD3Policy` makes images"):
+        make_image_trainer(tmp_path, reward="videoreward", reward_model_init_kwargs=kwargs)
