@@ -100,6 +100,9 @@ AFTER = {
 EXEMPT = {
     r"python examples/check_reward\.py": "downloads weights; tests/examples/test_check_reward.py runs it",
     r"make (install|test|lint|format)": "what runs these tests",
+    r"tapo-trl rewards --prepare": "downloads; tests/rewards/pretrained/test_instructions.py",
+    r"python reward_server\.py": "serves until it is stopped; tests/rewards/test_remote.py starts it",
+    r"tapo-trl tapo .*http://": "needs a server; tests/trainer/test_remote_reward.py trains with one",
     r"pip install ": "installs; `.ci/run` does it in a new environment",
     r"hf ": "needs an account",
     r"tapo-trl bench .*--device cuda": "needs an NVIDIA GPU",
