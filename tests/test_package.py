@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import tapo_trl
-from tapo_trl.cli import bench, diagnose, evaluate, sample
+from tapo_trl.cli import bench, diagnose, evaluate, rewards, sample
 from tapo_trl.cli.main import command_module
 from tapo_trl.scripts import dpo, grpo, online_dpo, refl, slrm, tapo
 
@@ -34,6 +34,7 @@ PARSERS = {
     "reproduce": command_module("reproduce").make_parser,
     "bench": bench.make_parser,
 }
+SERVER_FLAGS = {"host", "port"}  # of tapo_trl/rewards/reward_server.py
 LAUNCHER_FLAGS = {  # of accelerate, torchrun and Slurm
     *(
         "accelerate_config",
@@ -215,9 +216,10 @@ class TestDocumentation:
     @pytest.mark.parametrize("path", DOCS, ids=name_of)
     def test_flags_in_commands_exist(self, path):
         fields = {
-            command: make()._field_names() for command, make in {**PARSERS, "sample": sample.make_parser}.items()
+            command: make()._field_names()
+            for command, make in {**PARSERS, "sample": sample.make_parser, "rewards": rewards.make_parser}.items()
         }
-        known = set().union(*fields.values()) | {"config"} | LAUNCHER_FLAGS
+        known = set().union(*fields.values()) | {"config"} | LAUNCHER_FLAGS | SERVER_FLAGS
         for flag in re.findall(r"`?--([a-z]\w+)", path.read_text(encoding="utf-8")):
             assert flag in known | {"extra"}, flag
 
