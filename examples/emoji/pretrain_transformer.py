@@ -9,16 +9,14 @@ It needs `WORK_DIR/vae` from `pretrain_vae.py`. The captions carry no style word
 three styles. The run resumes from `WORK_DIR/state.pt` and exports the averaged weights to `pipeline/` as it goes.
 """
 
-import argparse
 import copy
 import json
-import math
-import time
 from pathlib import Path
 
 import torch
-from common import HERE, load_images, replace_folder, save_atomically, save_grid
+from common import HERE, load_images, save_grid
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from flow_training import FlowTraining, train_flow, training_parser
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -139,22 +137,6 @@ def flow_loss(pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, tokens:
     return (velocity.float() - (noise - latents)).square().mean()
 
 
-@torch.no_grad()
-def export(pipeline: StableDiffusion3Pipeline, averages: dict, folder: Path) -> StableDiffusion3Pipeline:
-    """Saves the averaged weights, the large models in half precision; returns the pipeline in single precision."""
-    averaged = StableDiffusion3Pipeline(**copy.deepcopy(pipeline.components))
-    for name, weights in averages.items():
-        getattr(averaged, name).load_state_dict(weights)
-        getattr(averaged, name).eval()
-    half = StableDiffusion3Pipeline(**copy.deepcopy(averaged.components))
-    half.transformer.half(), half.vae.half()  # a text encoder loads in its saved precision, so these stay single
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(folder.name + ".new")
-    half.save_pretrained(aside)
-    replace_folder(aside, folder)
-    return averaged
-
-
 def load_pipeline(folder: Path | str) -> StableDiffusion3Pipeline:
     """Loads an exported pipeline in single precision; diffusers wants to be told that there is no T5."""
     return StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
@@ -175,19 +157,8 @@ def sample(pipeline, prompts: list[str], seed: int = 0, steps: int = 20, guidanc
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training_parser(__doc__, HERE / "pipeline")
     parser.add_argument("--data", type=Path, default=HERE / "data" / "emoji.parquet")
-    parser.add_argument("--output_dir", type=Path, default=HERE / "pipeline")
-    parser.add_argument("--work_dir", type=Path, required=True, help="Holds `vae/`; receives the state and grids.")
-    parser.add_argument("--minutes", type=float, default=60.0, help="The learning rate falls to zero at this time.")
-    parser.add_argument("--export_minutes", type=float, default=10.0)
-    parser.add_argument("--batch_size", type=int, default=96)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--dropout", type=float, default=0.1, help="The share of empty captions.")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -204,66 +175,17 @@ def main():
     ).input_ids
     token_rows = torch.tensor([1 + captions.index(prompt) for prompt in prompts])
 
-    trained = {name: getattr(pipeline, name).train() for name in ("transformer", "text_encoder", "text_encoder_2")}
-    parameters = [parameter for model in trained.values() for parameter in model.parameters()]
-    averages = {name: copy.deepcopy(model.state_dict()) for name, model in trained.items()}
-    pairs = [(averages[name][key], p) for name, model in trained.items() for key, p in model.named_parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    step, elapsed = 0, 0.0
-    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in {**trained, "vae": vae}.items()}
-    print(f"parameters {counts}, {sum(counts.values())} in all; vocabulary {len(pipeline.tokenizer)}", flush=True)
-    if (args.work_dir / "state.pt").exists():
-        state = torch.load(args.work_dir / "state.pt")
-        for name, model in trained.items():
-            model.load_state_dict(state["models"][name])
-        for (average, _), saved in zip(pairs, state["averages"], strict=True):
-            average.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        step, elapsed = state["step"], state["elapsed"]
-        print(f"resumed at step {step}", flush=True)
+    def loss_of(rows: torch.Tensor, is_long: bool) -> torch.Tensor:
+        tokens = token_table[torch.where(torch.rand(len(rows)) < args.dropout, 0, token_rows[rows])]
+        zeros = int(torch.randint(2, 257, ())) if is_long else ZERO_TOKENS
+        return flow_loss(pipeline, latents[rows], tokens, zeros)
 
-    shown = [captions[i] for i in range(0, len(captions), max(1, len(captions) // 24))][:24]
-    last_export, losses, order = elapsed, [], []
-    while True:
-        start = time.time()
-        progress = elapsed / (60 * args.minutes)
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        rate = args.learning_rate * min(1.0, (step + 1) / 300) * cosine
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        # Now and then a small batch with many zero tokens, so that the pipeline's default of 256 works as well.
-        long = step % 16 == 15
-        size = args.batch_size // 8 if long else args.batch_size
-        if len(order) < size:
-            order = torch.randperm(len(latents)).tolist()
-        rows, order = torch.tensor(order[:size]), order[size:]
-        tokens = token_table[torch.where(torch.rand(size) < args.dropout, 0, token_rows[rows])]
-        zeros = int(torch.randint(2, 257, ())) if long else ZERO_TOKENS
-        loss = flow_loss(pipeline, latents[rows], tokens, zeros)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        decay = min(args.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_([a for a, _ in pairs], [v.detach() for _, v in pairs], 1 - decay)
-        step += 1
-        elapsed += time.time() - start
-        losses = [*losses[-199:], loss.item()]
-        if step % 100 == 0:
-            seen = step * args.batch_size * (1 - 7 / 128) / len(latents)
-            message = f"step {step} {elapsed:.0f}s seen {seen:.0f} loss {sum(losses) / len(losses):.4f}"
-            print(f"{message} norm {norm:.2f} lr {rate:.1e}", flush=True)
-        done = progress >= 1
-        if done or elapsed - last_export > 60 * args.export_minutes:
-            last_export = elapsed
-            state = {"models": {name: model.state_dict() for name, model in trained.items()}, "step": step}
-            state |= {"averages": [a for a, _ in pairs], "optimizer": optimizer.state_dict(), "elapsed": elapsed}
-            save_atomically(state, args.work_dir / "state.pt")
-            averaged = export(pipeline, averages, args.output_dir)
-            save_grid(sample(averaged, [p for p in shown for _ in range(8)]), args.work_dir / f"step{step}.png", 24)
-            print(f"exported step {step} to {args.output_dir}", flush=True)
-        if done:
-            break
+    def show(averaged: StableDiffusion3Pipeline, file: Path) -> None:
+        shown = [captions[i] for i in range(0, len(captions), max(1, len(captions) // 24))][:24]
+        save_grid(sample(averaged, [p for p in shown for _ in range(8)]), file, 24)
+
+    training = FlowTraining(pipeline, ("transformer", "text_encoder", "text_encoder_2"), args)
+    train_flow(training, len(latents), loss_of, show)
 
 
 if __name__ == "__main__":
