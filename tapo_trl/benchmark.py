@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .networks.sharing import all_tensors
 from .policies import FlowPolicy, PromptEmbeddings
-from .policies.sampling import eval_mode
 from .profiling import StageTimer, on_forward
 from .rewards import SLRMModel
 from .rollouts import TAPOSampler, TrajectoryPairs
+from .trainer.policy_setup import eval_mode
 from .trainer.tapo_config import TAPOConfig
 from .trainer.tapo_trainer import TAPOTrainer
 

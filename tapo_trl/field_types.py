@@ -8,9 +8,10 @@ import json
 import os
 from dataclasses import field, fields
 from enum import Enum
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .moved import moved_names
 
 
 _NAMES = {
@@ -24,17 +25,19 @@ _NAMES = {
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def option(help: str, default: Any = None) -> Any:
+def option(help: str, default: Any = None, choices: list | None = None) -> Any:
     """
     Field of a dataclass of options.
 
     Args:
         help (`str`): What it does, for `--help` and the documentation.
         default (`Any`, *optional*): Its default. A list is copied for each instance.
+        choices (`list`, *optional*): The values that the command line takes.
     """
+    metadata = {"help": help} | ({} if choices is None else {"choices": choices})
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @functools.cache
@@ -184,13 +187,4 @@ def _fix(value: Any) -> str:
     return ", true or false" if isinstance(value, bool) else ""
 
 
-def check_folder_name(folder: str | os.PathLike, option: str) -> None:
-    """
-    Raises:
-        ValueError: if a folder that an option names cannot be made: it has no name, or it or one above it is a file.
-    """
-    if not str(folder).strip():
-        raise ValueError(f"`{option}` is empty: name a folder, or leave it out.")
-    for path in (Path(folder), *Path(folder).parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"`{option}={folder}` cannot be created: {path} is a file. Name another folder.")
+__getattr__ = moved_names(__name__)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from tapo_trl import DiffusionDPOConfig, SLRMConfig, TAPOConfig
-from tapo_trl.field_types import check_folder_name, convert, convert_fields
+from tapo_trl.field_types import convert, convert_fields
 
 
 Strings, Numbers = list[str] | None, list[float] | None
@@ -131,14 +131,3 @@ class TestConfigurations:
         args = self.make(TAPOConfig, tmp_path)
         convert_fields(args)
         assert self.make(TAPOConfig, tmp_path, lr_scheduler_type=args.lr_scheduler_type).to_dict() == args.to_dict()
-
-
-@pytest.mark.parametrize(
-    ("folder", "expected"), [("", "is empty"), (" ", "is empty"), ("{file}", "is a file"), ("{file}/a/b", "is a file")]
-)
-def test_folders_that_cannot_be_made(tmp_path, folder, expected):
-    file = tmp_path / "file"
-    file.touch()
-    check_folder_name(tmp_path / "new" / "folder", "cache_dir")
-    with pytest.raises(ValueError, match=f"`cache_dir.*{expected}"):
-        check_folder_name(folder.format(file=file), "cache_dir")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.constants import HF_HOME
 
-from tapo_trl.files import atomic_write, cache_root
+from tapo_trl.files import atomic_write, cache_root, check_folder_name
 
 
 def test_cache_root(tmp_path):
@@ -30,3 +30,14 @@ class TestAtomicWrite:
             aside.write_text("ne")
             raise RuntimeError
         assert file.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"), [("", "is empty"), (" ", "is empty"), ("{file}", "is a file"), ("{file}/a/b", "is a file")]
+)
+def test_folders_that_cannot_be_made(tmp_path, folder, expected):
+    file = tmp_path / "file"
+    file.touch()
+    check_folder_name(tmp_path / "new" / "folder", "cache_dir")
+    with pytest.raises(ValueError, match=f"`cache_dir.*{expected}"):
+        check_folder_name(folder.format(file=file), "cache_dir")

@@ -31,6 +31,10 @@ class PolicyCallback(TrainerCallback):
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts or [])
         self._trainer = None
 
+    def _require_prompts(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"`{type(self).__name__}` needs at least one prompt in `prompts`.")
+
     @property
     def trainer(self) -> "DiffusionTrainer":
         """The trainer that the callback is attached to."""
@@ -45,6 +49,16 @@ class PolicyCallback(TrainerCallback):
     def attach(self, trainer: "DiffusionTrainer") -> None:
         """Called once by the trainer, at the end of its `__init__`."""
         self._trainer = trainer
+
+
+def check_at_least_one(**values: int) -> None:
+    """
+    Raises:
+        ValueError: if one of the options is less than 1.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but it is {value}.")
 
 
 TAPOCallback = PolicyCallback

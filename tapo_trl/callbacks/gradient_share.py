@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from .base import PolicyCallback
+from .base import PolicyCallback, check_at_least_one
 
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class GradientShareCallback(PolicyCallback):
 
     def __init__(self, every_n_steps: int = 50):
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, but it is {every_n_steps}.")
+        check_at_least_one(every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
 
     def attach(self, trainer: "DiffusionTrainer") -> None:

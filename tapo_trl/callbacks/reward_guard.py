@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..rewards import PretrainedReward
 from ..rewards.scoring import call_reward_function, check_reward_function
-from .base import PolicyCallback
+from .base import PolicyCallback, check_at_least_one
 from .reward_curve import HELD_OUT_REWARD, reward_curve
 
 
@@ -80,11 +80,8 @@ class RewardHackingGuardCallback(PolicyCallback):
         seed: int = 0,
     ):
         super().__init__(prompts)
-        if not self.prompts:
-            raise ValueError("`RewardHackingGuardCallback` needs at least one prompt in `prompts`.")
-        for name, value in (("every_n_steps", every_n_steps), ("patience", patience)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but it is {value}.")
+        self._require_prompts()
+        check_at_least_one(every_n_steps=every_n_steps, patience=patience)
         if min_drop < 0:
             raise ValueError(f"`min_drop` must not be negative, but it is {min_drop}.")
         if action not in ("warn", "stop"):

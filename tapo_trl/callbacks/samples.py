@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..media.pictures import save_overview
 from ..media.tracking import send_to_tensorboard, send_to_tracker
-from .base import PolicyCallback
+from .base import PolicyCallback, check_at_least_one
 from .ema import EMACallback
 
 
@@ -51,10 +51,8 @@ class SampleGridCallback(PolicyCallback):
         ema: EMACallback | None = None,
     ):
         super().__init__(prompts)
-        if not self.prompts:
-            raise ValueError("`SampleGridCallback` needs at least one prompt in `prompts`.")
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, but it is {every_n_steps}.")
+        self._require_prompts()
+        check_at_least_one(every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.seed = seed
         self.columns = columns

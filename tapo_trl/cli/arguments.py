@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.loading import PreferenceDatasetArguments
-from ..field_types import check_folder_name, convert_fields, option
+from ..field_types import convert_fields, option
+from ..files import check_folder_name
 from ..policies.loading import parse_dtype
 
 

@@ -37,8 +37,7 @@ def make_bench(args) -> "Bench":
     from ..benchmark import Bench, randomize
     from ..estimate.meta_models import make_meta_policy
     from ..policies import load_policy
-    from ..policies.families import family_of, known_pipelines
-    from ..policies.loading import parse_dtype
+    from ..policies.loading import family_of, known_pipelines, parse_dtype
     from ..trainer.tapo_config import TAPOConfig
     from .arguments import SIZES
 

@@ -13,7 +13,8 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
-from ..field_types import check_folder_name, convert, convert_fields, field_types
+from ..field_types import convert, convert_fields, field_types
+from ..files import check_folder_name
 
 
 FOLDERS = {"output_dir", "cache_dir", "runs_dir"}
@@ -80,7 +81,7 @@ class RecipeParser(TrlParser):
         from transformers import TrainingArguments
 
         from ..runs.checkpoints import check_start
-        from ..runs.option_checks import check_precision
+        from ..runs.checks import check_precision
         from ..trainer.model_config import DiffusionModelConfig
 
         try:

@@ -1,11 +1,32 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Columns of a dataset as they are stored, whatever its format shows of them."""
+"""Datasets: several by name, and columns as they are stored, whatever their format shows of them."""
+
+import difflib
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+
+
+Splits = Dataset | dict[str, Dataset] | None
+
+
+def named_splits(eval_dataset: Splits) -> dict[str, Dataset]:
+    """The datasets, by what they are called in messages."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": split for name, split in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def map_splits(function: Callable[[Dataset, str], Dataset], eval_dataset: Splits) -> Splits:
+    """What `function` makes of each dataset and of what it is called in messages."""
+    results = [function(split, name) for name, split in named_splits(eval_dataset).items()]
+    if isinstance(eval_dataset, dict):
+        return dict(zip(eval_dataset, results, strict=True))
+    return results[0] if results else None
 
 
 def refuse_transform(dataset: Dataset, name: str) -> None:
@@ -40,3 +61,34 @@ def stored_table(dataset: Dataset) -> tuple[Dataset, np.ndarray]:
 def column_values(dataset: Dataset, column: str) -> list:
     """A column as Python's own objects. For columns without images or videos."""
     return stored_column(dataset, column).to_pylist()
+
+
+def require_columns(dataset: Dataset, columns: Iterable[tuple[str, str]], what: str) -> None:
+    """
+    Check that columns exist.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): dataset.
+        columns (`Iterable[tuple[str, str]]`): options, each with the column that it names.
+        what (`str`): what the dataset is called at the start of the error message.
+
+    Raises:
+        ValueError: if one does not; with the nearest one that does.
+    """
+    for option, column in columns:
+        if column not in dataset.column_names:
+            near = difflib.get_close_matches(column, dataset.column_names, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"{what} has no column `{column}` (`{option}`); it has {dataset.column_names}.{hint}")
+
+
+def check_prompts(dataset: Dataset, name: str) -> None:
+    """
+    Raises:
+        ValueError: if there are no rows, or if a `prompt` is no text.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    for row, prompt in enumerate(column_values(dataset, "prompt")):
+        if not isinstance(prompt, str):
+            raise ValueError(f"`{name}`, row {row}: `prompt` must be a string, got {prompt!r}.")

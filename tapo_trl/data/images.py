@@ -76,11 +76,7 @@ class ImageReader:
 
     def load(self, value: Any, place: str = "`image`") -> torch.Tensor:
         """
-        Read an image.
-
-        Args:
-            value: the image.
-            place (`str`, *optional*): where it is, for error messages.
+        Read an image. The arguments are those of [`~ImageReader.check`].
 
         Returns:
             `torch.Tensor` of shape `(3, height, width)`: float32 in [0, 1].

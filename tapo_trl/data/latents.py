@@ -19,7 +19,7 @@ from datasets import Array3D, Array4D, Dataset, Features, Value
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
-from ..networks.fingerprints import update_with_weights
+from ..files import update_with_weights
 from ..policies import FlowPolicy
 from .images import BadFileError
 

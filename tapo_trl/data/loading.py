@@ -3,7 +3,6 @@
 
 """Loading prompts and preference pairs, wherever they are: files, folders, the Hub."""
 
-import difflib
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..field_types import option
+from .columns import require_columns
 from .pairs import preset_hint, to_preference_pairs
 
 
@@ -115,17 +115,6 @@ def load_split(name: str, config: str | None = None, split: str = "train") -> Da
     return load_dataset(name, config, split=split)
 
 
-def _require_columns(dataset: Dataset, columns: dict[str, str], name: str) -> None:
-    """Checks that the columns exist; `columns` maps the option that names a column to the column."""
-    for flag, column in columns.items():
-        if column not in dataset.column_names:
-            near = difflib.get_close_matches(column, dataset.column_names, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            raise ValueError(
-                f"The data set {name} has no column `{column}` (`{flag}`); it has {dataset.column_names}.{hint}"
-            )
-
-
 def _rename(dataset: Dataset, old: str, new: str) -> Dataset:
     if old == new:
         return dataset
@@ -149,7 +138,7 @@ def load_prompts(name: str, config: str | None = None, split: str = "train", pro
     dataset = load_split(name, config, split)
     if Path(name).suffix == ".txt":
         return dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip())
-    _require_columns(dataset, {"prompt_column": prompt_column}, name)
+    require_columns(dataset, [("prompt_column", prompt_column)], f"The data set {name}")
     return _rename(dataset, prompt_column, "prompt")
 
 
@@ -189,7 +178,7 @@ def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Datas
     else:
         first, second = args.pair_columns
         columns |= {"pair_columns[0]": first, "pair_columns[1]": second, "label_column": args.label_column}
-    _require_columns(dataset, columns, args.dataset_name)
+    require_columns(dataset, columns.items(), f"The data set {args.dataset_name}")
     return to_preference_pairs(
         dataset, first=first, second=second, label=args.label_column, prompt=args.prompt_column, **options
     )

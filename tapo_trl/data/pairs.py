@@ -3,7 +3,6 @@
 
 """Data sets as they are published, brought into the columns `prompt`, `chosen` and `rejected` without copying a file."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .columns import refuse_transform
+from .columns import refuse_transform, require_columns
 from .pair_tables import (
     flags,
     pairs_by_position,
@@ -170,7 +169,7 @@ def to_preference_pairs(
     if "valid_column" not in options and _DEFAULT_VALID_COLUMN in dataset.column_names:
         options["valid_column"] = _DEFAULT_VALID_COLUMN
     options.setdefault("prompt", "prompt")
-    _require_columns(dataset, options)
+    require_columns(dataset, _named_columns(options), "The data set")
 
     valid = np.ones(len(dataset), dtype=bool)
     if "valid_column" in options:
@@ -193,9 +192,7 @@ def preset_hint(column_names: list[str], argument: str) -> str:
     """A sentence for error messages that names the presets which fit these columns, or nothing."""
     fitting = []
     for name, options in PAIR_PRESETS.items():
-        columns = [options.get("prompt", "prompt"), *score_columns(options), *options.get("dimensions", {}).values()]
-        columns += [options[key] for key in ("first", "second", "label", "media", "valid_column") if key in options]
-        if set(columns) <= set(column_names):
+        if {column for _, column in _named_columns({"prompt": "prompt"} | options)} <= set(column_names):
             fitting.append(f"`{argument}={name!r}`")
     return f" It has the columns of {' and '.join(fitting)}." if fitting else ""
 
@@ -233,15 +230,11 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-def _require_columns(dataset: Dataset, options: dict[str, Any]) -> None:
-    wanted = [(name, options[name]) for name in ("prompt", "first", "second", "label", "media", "valid_column")
-              if name in options]  # fmt: skip
-    wanted += [("scores", column) for column in score_columns(options)]
-    wanted += [(f"dimensions[{name!r}]", column) for name, column in options.get("dimensions", {}).items()]
-    for argument, column in wanted:
-        if column not in dataset.column_names:
-            near = difflib.get_close_matches(column, dataset.column_names, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            raise ValueError(
-                f"The data set has no column `{column}` (`{argument}`); it has {dataset.column_names}.{hint}"
-            )
+def _named_columns(options: dict[str, Any]) -> list[tuple[str, str]]:
+    """The columns that the options name, each with its option."""
+    names = [name for name in ("prompt", "first", "second", "label", "media", "valid_column") if name in options]
+    return [
+        *((name, options[name]) for name in names),
+        *(("scores", column) for column in score_columns(options)),
+        *((f"dimensions[{name!r}]", column) for name, column in options.get("dimensions", {}).items()),
+    ]

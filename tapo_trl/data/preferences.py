@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..files import atomic_write, cache_root
 from ..policies import FlowPolicy
 from .buckets import BucketedPairs, assign_buckets, bucket_sizes, cropped_share
-from .columns import column_values, refuse_transform
+from .columns import check_prompts, column_values, refuse_transform
 from .dimensions import combine_dimensions
 from .images import BadFileError, ImageReader
 from .latents import LATENT_COLUMNS, ROW_COLUMN, SIDES, LatentReader, encode_pairs, is_encoded, latents_fingerprint
@@ -201,11 +201,7 @@ def check_preference_dataset(
             f"{list(REQUIRED_COLUMNS)}: rename yours with `dataset.rename_columns`, or convert it with "
             f"`to_preference_pairs`.{preset_hint(dataset.column_names, 'preset')}"
         )
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty.")
-    for row, prompt in enumerate(column_values(dataset, "prompt")):
-        if not isinstance(prompt, str):
-            raise ValueError(f"`{name}`, row {row}: `prompt` must be a string, got {prompt!r}.")
+    check_prompts(dataset, name)
     if (
         "margin" in dataset.column_names
         and not np.isfinite(np.array(column_values(dataset, "margin"), dtype=float)).all()

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 
-from ..files import atomic_write, cache_root
-from ..networks.fingerprints import update_with_weights
+from ..files import atomic_write, cache_root, update_with_weights
 from ..policies import FlowPolicy, PromptEmbeddings
-from .columns import refuse_transform, stored_table
+from .columns import check_prompts, refuse_transform, stored_table
 
 
 ROW_COLUMN = "tapo_row"
@@ -43,13 +42,9 @@ def prepare_prompts(dataset: Dataset, name: str) -> Dataset:
         raise ValueError(f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
     refuse_transform(dataset, name)
     dataset = dataset.with_format(None)
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty.")
     if "prompt" not in dataset.column_names:
         raise ValueError(f"`{name}` needs a column `prompt`, but has {dataset.column_names}. Rename yours.")
-    for row, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str):
-            raise ValueError(f"`{name}` row {row}: `prompt` must be a string, got {prompt!r}.")
+    check_prompts(dataset, name)
     if ROW_COLUMN in dataset.column_names:
         dataset = dataset.remove_columns(ROW_COLUMN)
     table, rows = stored_table(dataset)

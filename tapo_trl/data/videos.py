@@ -94,11 +94,7 @@ class VideoReader:
 
     def load(self, value: Any, place: str = "`video`") -> torch.Tensor:
         """
-        Read a video.
-
-        Args:
-            value: the video.
-            place (`str`, *optional*): where it is, for error messages.
+        Read a video. The arguments are those of [`~VideoReader.check`].
 
         Returns:
             `torch.Tensor` of shape `(3, num_frames, height, width)`: float32 in [0, 1].

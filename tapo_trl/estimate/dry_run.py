@@ -19,7 +19,7 @@ from ..policies.loading import pop_dtype
 from ..rewards import REWARD_MODELS, StepRewardModel
 from ..rewards.loading import init_kwargs_of
 from ..rewards.pretrained import is_reward_name, reward_class
-from ..runs.option_checks import autocast_dtype
+from ..runs.checks import autocast_dtype
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
 from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 from ..trainer.model_config import DiffusionModelConfig, get_lora_config

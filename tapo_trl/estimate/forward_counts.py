@@ -17,8 +17,7 @@ from torch import nn
 from ..policies import FlowPolicy
 from ..profiling import StageTimer, on_forward
 from ..rewards import LatentRewardModel, StepRewardModel
-from ..rewards.candidates import Candidates
-from ..rewards.scoring import LatentReward, WeightedReward
+from ..rewards.scoring import Candidates, LatentReward, WeightedReward
 from ..rewards.step_reward import RewardOutput
 from ..rollouts import Rollout
 from ..seeding import seeded_generator

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..policies import FlowPolicy, PromptEmbeddings, load_policy
-from ..policies.families import known_pipelines
+from ..policies.loading import known_pipelines
 from ..rewards import SLRMModel, StepRewardModel
 from ..rewards.loading import saved_class
 
@@ -64,7 +64,7 @@ def make_meta_policy(
     Args:
         pipeline_class (`str`): Class of the pipeline in diffusers.
         components (`dict`): Class and configuration of `transformer`, `vae` and `scheduler`, as in
-            [`~policies.families.known_pipelines`].
+            [`~policies.loading.known_pipelines`].
         tokenizer (`dict`, *optional*): `tokenizer`, whose length counts in some families.
     """
     built = dict(tokenizer or {})

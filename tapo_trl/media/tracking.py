@@ -1,41 +1,16 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What tracking tools need to know of a run that `report_to` does not send them."""
+"""Samples for tracking tools, which `report_to` does not send them."""
 
-import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
-from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from .pictures import video_to_gif
-
-
-class TrackedConfig(FrozenDict):
-    """A diffusers configuration with the two methods that transformers' tracking callbacks call."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self)
-
-    def to_json_string(self) -> str:
-        return json.dumps(dict(self), indent=2, sort_keys=True, default=str) + "\n"
-
-
-def make_config_trackable(model: ModelMixin) -> None:
-    """
-    Lets `report_to` work with a diffusers model. transformers' callbacks for TensorBoard, MLflow, Comet and ClearML call
-    `model.config.to_json_string()` or `.to_dict()`, which diffusers' [`FrozenDict`] lacks, and stop the training.
-
-    Args:
-        model ([`~diffusers.ModelMixin`]): The bare model, wrapped in PEFT or not yet. Changed in place.
-    """
-    model._internal_dict = TrackedConfig(model._internal_dict)
 
 
 def send_to_tensorboard(

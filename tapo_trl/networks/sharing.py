@@ -3,21 +3,22 @@
 
 """One set of frozen weights for a policy and for the reward models that were trained with LoRA from the same base."""
 
+import functools
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.utils import _add_variant
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 from torch import nn
+
+from ..files import local_file
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -105,23 +106,18 @@ def saved_tensors(
         variant (`str`, *optional*): variant of its files, such as `"fp16"`.
         kwargs: arguments of [`~huggingface_hub.hf_hub_download`], such as `revision` or `token`.
     """
+    file_of = functools.partial(local_file, name_or_path, subfolder="transformer", **kwargs)
     index_name, weights_name = _add_variant(f"{WEIGHTS}.index.json", variant), _add_variant(WEIGHTS, variant)
     try:
-        with open(_transformer_file(name_or_path, index_name, **kwargs), encoding="utf-8") as index:
+        with open(file_of(index_name), encoding="utf-8") as index:
             files = sorted(set(json.load(index)["weight_map"].values()))
     except (EntryNotFoundError, FileNotFoundError):
         files = [weights_name]
     for file in files:
-        with safe_open(_transformer_file(name_or_path, file, **kwargs), framework="pt") as tensors:
+        with safe_open(file_of(file), framework="pt") as tensors:
             for name in tensors.keys():
                 if name in base:
                     yield name, tensors.get_tensor(name).to(base[name].dtype)
-
-
-def _transformer_file(name_or_path: str, file: str, **kwargs) -> str:
-    if os.path.isdir(name_or_path):
-        return os.path.join(name_or_path, "transformer", file)
-    return hf_hub_download(name_or_path, file, subfolder="transformer", **kwargs)
 
 
 def share_parameters(backbone: nn.Module, transformer: ModelMixin) -> int:

@@ -3,8 +3,7 @@
 
 from .base import Defaults, FlowPolicy
 from .embeddings import PromptEmbeddings
-from .families import FAMILIES, Family
-from .loading import load_policy
+from .loading import FAMILIES, Family, load_policy
 from .sd3 import SD3Policy
 from .wan import WanPolicy
 

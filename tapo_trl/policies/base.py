@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
-from ..networks.fingerprints import signs_fingerprint, update_with_weights, weights_fingerprint  # noqa: F401
+from ..files import signs_fingerprint, update_with_weights, weights_fingerprint  # noqa: F401
 from ..schedulers import FlowMatchSDEScheduler
 from .embeddings import PromptEmbeddings
 
@@ -66,7 +66,7 @@ class FlowPolicy(ABC):
 
     A policy holds all that differs between model families, and nothing of an algorithm. The network is always passed to
     [`~FlowPolicy.velocity`], because the trainer wraps it (PEFT, accelerate); `policy.transformer` is the bare one.
-    Latents are unpacked, normalised and float32. A family is a subclass and a line in `policies/families.py`.
+    Latents are unpacked, normalised and float32. A family is a subclass and a line in `policies/loading.py`.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):

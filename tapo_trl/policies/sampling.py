@@ -3,8 +3,7 @@
 
 """Samples of a policy, in batches: what the trainer shows while it trains, and what the command line draws."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -59,16 +58,3 @@ def generate_samples(
         )
         samples.append(policy.decode(latents).cpu())
     return torch.cat(samples)
-
-
-@contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode of all modules in `model`; its own `training` stays, by which trainers tell whose metrics they log."""
-    modules = [module for module in model.children() if module.training]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.train()

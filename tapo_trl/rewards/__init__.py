@@ -2,13 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from .base import LatentRewardModel
-from .candidates import Candidates
 from .dina import DiNaModel
 from .loading import REWARD_MODELS, load_reward_model
 from .lrm import LRMModel
 from .pretrained import PretrainedReward, get_reward, list_rewards
 from .remote import RemoteReward, RemoteRewardError
-from .scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, WeightedReward
+from .scoring import Candidates, EstimateReward, LatentReward, PixelReward, RewardFunction, WeightedReward
 from .slrm import SLRMModel, SLRMOutput
 from .spm import SPMModel
 from .step_reward import RewardOutput, StepRewardModel

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..networks.sharing import base_fingerprint
 from ..policies import FAMILIES, FlowPolicy, PromptEmbeddings
 from ..policies.base import cast_inputs
-from ..policies.families import family_of_transformer
+from ..policies.loading import family_of_transformer
 from .backbones.base import RewardBackboneMixin
 from .step_reward import StepRewardModel
 
@@ -30,7 +30,7 @@ class LatentRewardModel(StepRewardModel):
     The others are those of [`StepRewardModel`].
 
     Attributes:
-        backbone_kind (`str`): which backbone of [`~policies.families.Family`], `"score"` or `"features"`.
+        backbone_kind (`str`): which backbone of [`~policies.loading.Family`], `"score"` or `"features"`.
         unsupported (`str`): message where a family has none.
     """
 
@@ -144,16 +144,6 @@ class LatentRewardModel(StepRewardModel):
         return self.score_output(output, sigma, velocity_target)
 
     def check_compatible(self, policy: FlowPolicy, max_sequence_length: int | None = None) -> None:
-        """
-        Check that this model can rate the latents and prompts of `policy`.
-
-        Args:
-            policy ([`FlowPolicy`]): the policy to be trained.
-            max_sequence_length (`int`, *optional*): length at which its prompts will be encoded.
-
-        Raises:
-            ValueError: if backbone, latents, text embeddings or VAE differ from those of the reward model's training.
-        """
         trained_on = {"transformer class": self.config.transformer_class}
         found = {"transformer class": type(policy.transformer).__name__}
         if trained_on == found:

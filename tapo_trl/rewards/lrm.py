@@ -14,7 +14,7 @@ from torch import nn
 
 from ..method_card import MethodCard
 from ..policies import FlowPolicy, PromptEmbeddings
-from ..policies.families import family_of_transformer
+from ..policies.loading import family_of_transformer
 from .backbones.features import FeatureTransformerMixin, check_layers, proportional_layers
 from .base import LatentRewardModel
 from .step_reward import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, RewardOutput

@@ -43,7 +43,7 @@ class RemoteReward:
 
     Args:
         url (`str`): address, such as `http://127.0.0.1:8100`.
-        timeout (`float`, *optional*, defaults to 300): seconds for one answer, with the time that it waits for others.
+        timeout (`float`, *optional*, defaults to 300): seconds for one answer.
         retries (`int`, *optional*, defaults to 3): further tries after a failure.
         wait (`float`, *optional*, defaults to 2): seconds before the first of them; each one waits twice as long.
         batch_size (`int`, *optional*, defaults to 16): images per request.

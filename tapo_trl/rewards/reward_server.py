@@ -63,12 +63,6 @@ def checked_scores(scores, number):
     return scores
 
 
-class Server(HTTPServer):
-    """Rates one request after the other: scorers need not be thread-safe. The processes of a run wait in line."""
-
-    request_queue_size = 128
-
-
 def make_handler(function, name, max_bytes):
     """A request handler that calls `function`."""
 
@@ -122,7 +116,7 @@ def main(arguments=None):
     sys.path.insert(0, os.getcwd())
     function = getattr(importlib.import_module(module), attribute)
     handler = make_handler(function, options.name or attribute, options.max_mb * 2**20)
-    server = Server((options.host, options.port), handler)
+    server = HTTPServer((options.host, options.port), handler)
     print(f"{options.scorer} at http://{options.host}:{server.server_address[1]}", flush=True)
     try:
         server.serve_forever()

@@ -17,6 +17,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..method_card import MethodCard
 from ..networks.sharing import base_fingerprint
 from ..policies import FlowPolicy, PromptEmbeddings
+from ..policies.loading import only
 from .clip_modulation import NoiseModulation, modulated_image_features
 from .pretrained.clip import cast_clip
 from .pretrained.preprocessing import CLIP_MEAN, CLIP_STD, clip_pixel_values
@@ -193,16 +194,6 @@ class SPMModel(StepRewardModel):
         return dict(self.modulation.named_parameters(prefix="modulation"))
 
     def check_compatible(self, policy: FlowPolicy, max_sequence_length: int | None = None) -> None:
-        """
-        Check that this model can rate the samples of `policy`.
-
-        Args:
-            policy ([`FlowPolicy`]): the policy to be trained.
-            max_sequence_length (`int`, *optional*): does not matter to a model that reads prompts with its own tokenizer.
-
-        Raises:
-            ValueError: if the policy is of another family, or decodes with another VAE, than in the model's training.
-        """
         trained_on = {
             "transformer class": self.config.transformer_class,
             "VAE (fingerprint)": self.config.vae_fingerprint,
@@ -303,7 +294,7 @@ class SPMModel(StepRewardModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> "SPMModel":
         pretrained_model_name_or_path = os.path.expanduser(pretrained_model_name_or_path)
         model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub_arguments = only(kwargs, HUB_ARGUMENTS)
         subfolder = "/".join(filter(None, (hub_arguments.pop("subfolder", None), TOKENIZER_FOLDER)))
         model.tokenizer = CLIPTokenizer.from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **hub_arguments

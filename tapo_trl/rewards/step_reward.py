@@ -16,16 +16,16 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import BaseOutput
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
+from ..files import local_file
 from ..method_card import MethodCard
 from ..networks.sharing import all_tensors, base_fingerprint, check_base_stays
 from ..policies import FlowPolicy, PromptEmbeddings
-from ..policies.loading import AUTO, check_arguments, pop_dtype
+from ..policies.loading import AUTO, check_arguments, only, pop_dtype
 from ..policies.loading import HUB_ARGUMENTS as EVERY_REQUEST
 
 
@@ -116,10 +116,11 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
 
         Args:
             policy ([`FlowPolicy`]): the policy to be trained.
-            max_sequence_length (`int`, *optional*): length at which its prompts will be encoded.
+            max_sequence_length (`int`, *optional*):
+                length at which its prompts will be encoded. Without meaning for a model that reads them with its own tokenizer.
 
         Raises:
-            ValueError: if it was trained for another one.
+            ValueError: if it was trained for another one: what it reads of transformer, VAE and prompts must be the same.
         """
 
     @classmethod
@@ -360,7 +361,7 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         if torch_dtype == AUTO or isinstance(torch_dtype, dict):
             raise ValueError(f"`torch_dtype={torch_dtype!r}` is for pipelines: name the precision of a reward model.")
         pretrained_model_name_or_path = os.path.expanduser(pretrained_model_name_or_path)
-        config = cls.load_config(pretrained_model_name_or_path, **_only(kwargs, HUB_ARGUMENTS))
+        config = cls.load_config(pretrained_model_name_or_path, **only(kwargs, HUB_ARGUMENTS))
         if config["_class_name"] != cls.__name__:
             raise ValueError(
                 f"`{pretrained_model_name_or_path}` holds a `{config['_class_name']}`, not a `{cls.__name__}`: load it "
@@ -382,11 +383,11 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         else:
             with torch.device("meta"):
                 model = cls.from_config({**config, "lora": False})
-            base = model._load_base(base_model, torch_dtype or torch.float32, **_only(kwargs, BASE_ARGUMENTS))
+            base = model._load_base(base_model, torch_dtype or torch.float32, **only(kwargs, BASE_ARGUMENTS))
             model.check_base(base)
             model._attach_base(base, share_base)
             shared = {id(tensor) for _, tensor in all_tensors(base)} if share_base else set()
-            local = functools.partial(_local_file, str(pretrained_model_name_or_path), **_only(kwargs, HUB_ARGUMENTS))
+            local = functools.partial(local_file, pretrained_model_name_or_path, **only(kwargs, HUB_ARGUMENTS))
             lora_config = LoraConfig.from_pretrained(os.path.dirname(local("adapter_config.json")))
             if share_base:
                 check_base_stays(lora_config, f"the {cls.label} `{pretrained_model_name_or_path}`")
@@ -422,13 +423,3 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
                 f"The weights in `{folder}` are not those of this {self.label}. Missing: {sorted(missing)[:3]}, unexpected: "
                 f"{sorted(unexpected)[:3]}."
             )
-
-
-def _only(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name in names}
-
-
-def _local_file(name_or_path: str, filename: str, subfolder: str | None = None, **hub_arguments) -> str:
-    if os.path.isdir(name_or_path):
-        return os.path.join(name_or_path, subfolder or "", filename)
-    return hf_hub_download(name_or_path, filename, subfolder=subfolder, **hub_arguments)

@@ -8,12 +8,15 @@ In training the clean latent is known, and \( x_1 - x_0 \) is the ground-truth t
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from ..policies import FlowPolicy, PromptEmbeddings
-from .candidates import Candidates
+
+
+if TYPE_CHECKING:
+    from .scoring import Candidates
 
 
 TrainingVelocityTarget = Literal["ground_truth", "reference", "none"]
@@ -62,7 +65,7 @@ def training_targets(
     return targets
 
 
-def velocity_target(candidates: Candidates, kind: VelocityTarget) -> torch.Tensor | None:
+def velocity_target(candidates: "Candidates", kind: VelocityTarget) -> torch.Tensor | None:
     r"""
     Inference-time target of the candidates x' at sigma'.
 

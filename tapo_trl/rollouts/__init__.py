@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from .base import Rollout, RolloutSampler, Transitions
+from .base import Rollout, RolloutInputs, RolloutSampler, Transitions
 from .groups import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
 from .pairing import PAIRINGS, Pairing, get_pairing
 from .pairs import TAPOSampler, TrajectoryPairs, TransitionPairs
@@ -19,6 +19,7 @@ __all__ = [
     "OnlineDPOSampler",
     "Pairing",
     "Rollout",
+    "RolloutInputs",
     "RolloutSampler",
     "SamplePairs",
     "StateTransitions",

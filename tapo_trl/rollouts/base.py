@@ -1,12 +1,13 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A stored rollout, its mini-batches, and the sampler that makes it."""
+"""A stored rollout, its mini-batches and its metrics, the sampler that makes it, and what is trained on several times."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +15,7 @@ from tqdm.auto import tqdm
 
 from ..policies import FlowPolicy, PromptEmbeddings
 from ..profiling import StageTimer
-from ..rewards.candidates import CleanSamples
-from ..rewards.scoring import WeightedReward
+from ..rewards.scoring import CleanSamples, WeightedReward
 from ..schedulers import FlowMatchSDEScheduler
 
 
@@ -29,7 +29,7 @@ class Rollout(ABC):
         prompt_embeds ([`PromptEmbeddings`]):
             Embeddings of the N prompts.
         weights (`torch.Tensor` of shape `(n, N)`):
-            Weight of each example in the loss.
+            Weight of each example in the loss, 0 for one that does not count.
         rewards (`torch.Tensor`):
             Rewards of all that was scored.
         reward_parts (`dict[str, torch.Tensor]`):
@@ -102,9 +102,10 @@ class Rollout(ABC):
     def _examples(self, level: torch.Tensor, row: torch.Tensor) -> "Transitions":
         """Examples of the noise levels and rows, `torch.LongTensor` of shape `(num_examples,)`."""
 
-    @abstractmethod
     def describe_reward(self, prompts: list[str], index: tuple[int, ...]) -> str:
         """What `rewards[index]` is, in words. `prompts` are the B prompts."""
+        prompt, sample = index
+        return f"{self._name_reward(index)} of sample {sample} for the prompt {prompts[prompt]!r}"
 
     def _name_reward(self, index: tuple[int, ...]) -> str:
         """The reward that is not finite at `index`, by its name if there are several."""
@@ -153,9 +154,35 @@ class Transitions(ABC):
         counts = self.weights.cpu() > 0
         return counts if self.is_real is None else counts & self.is_real
 
-    @abstractmethod
     def describe_loss(self, index: tuple[int, ...]) -> str:
         """What the loss of an example is, in words, with its prompt."""
+        return f"the loss for the prompt {self.prompts[index[0]]!r} at step {self.step_indices[index].item()}"
+
+
+@dataclass(frozen=True)
+class RolloutInputs:
+    """
+    What a rollout is made of.
+
+    Args:
+        model (`torch.nn.Module`): the policy's network.
+        prompts (`list[str]`): B prompts.
+        prompt_embeds ([`PromptEmbeddings`]): their embeddings, on the device of the rollout.
+        negative_prompt_embeds ([`PromptEmbeddings`], *optional*): a single embedding, for guidance.
+        generators (`list[torch.Generator]`): one per prompt, on the CPU: its noise depends on nothing else.
+        columns (`dict[str, list]`): further columns of the dataset, for pixel rewards.
+    """
+
+    model: torch.nn.Module
+    prompts: list[str]
+    prompt_embeds: PromptEmbeddings
+    negative_prompt_embeds: PromptEmbeddings | None
+    generators: list[torch.Generator]
+    columns: dict[str, list[Any]]
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        """Standard normal noise `(B, *shape)`, row b from generator b, on the device of the rollout."""
+        return randn(self.generators, shape, self.prompt_embeds.device)
 
 
 @dataclass(kw_only=True)
@@ -191,7 +218,7 @@ class RolloutSampler(ABC):
     show_progress: bool = False
     timer: StageTimer = field(default_factory=StageTimer)
 
-    @abstractmethod
+    @torch.no_grad()
     def sample(
         self,
         model: torch.nn.Module,
@@ -201,17 +228,14 @@ class RolloutSampler(ABC):
         generators: list[torch.Generator],
         columns: dict[str, list[Any]] | None = None,
     ) -> Rollout:
-        """
-        Make the rollout of a batch of prompts.
+        """Make the rollout of a batch of prompts. The arguments are those of [`RolloutInputs`]."""
+        return self.run(
+            RolloutInputs(model, prompts, prompt_embeds, negative_prompt_embeds, generators, columns or {})
+        )
 
-        Args:
-            model (`torch.nn.Module`): the policy's network.
-            prompts (`list[str]`): B prompts.
-            prompt_embeds ([`PromptEmbeddings`]): their embeddings, on the device of the rollout.
-            negative_prompt_embeds ([`PromptEmbeddings`], *optional*): a single embedding, for guidance.
-            generators (`list[torch.Generator]`): one per prompt, on the CPU: its noise depends on nothing else.
-            columns (`dict[str, list]`, *optional*): further columns of the dataset, for pixel rewards.
-        """
+    @abstractmethod
+    def run(self, inputs: RolloutInputs) -> Rollout:
+        """Make the rollout of a batch of prompts, without gradients."""
 
     def steps(self) -> Iterable[int]:
         """The sampling steps, with a progress bar."""
@@ -223,43 +247,29 @@ class RolloutSampler(ABC):
             disable=not self.show_progress,
         )
 
-    def velocity(
-        self,
-        model: torch.nn.Module,
-        latents: torch.Tensor,
-        index: int,
-        embeds: PromptEmbeddings,
-        negative_embeds: PromptEmbeddings | None,
-    ) -> torch.Tensor:
+    def velocity(self, inputs: RolloutInputs, latents: torch.Tensor, index: int) -> torch.Tensor:
         """Velocity of several trajectories per prompt, `(trajectories, B, *latent_shape)`, in one forward."""
         with self.timer.stage("policy", latents=latents.shape[:2].numel()):
             velocity = self.policy.velocity(
-                model,
+                inputs.model,
                 latents.flatten(0, 1),
                 self.scheduler.sigma(index),
-                embeds.repeat(len(latents)),
-                negative_embeds,
+                inputs.prompt_embeds.repeat(len(latents)),
+                inputs.negative_prompt_embeds,
                 self.guidance_scale,
             )
         return velocity.view_as(latents)
 
     def score(
-        self,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        prompts: list[str],
-        embeds: PromptEmbeddings,
-        columns: dict[str, list[Any]],
+        self, inputs: RolloutInputs, latents: torch.Tensor, noise: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Rewards of final samples.
 
         Args:
+            inputs ([`RolloutInputs`]): B prompts.
             latents (`torch.Tensor` of shape `(num_generations, B, *latent_shape)`): clean latents.
             noise (`torch.Tensor`, shaped as `latents`): the noise that they come from.
-            prompts (`list[str]`): B prompts.
-            embeds ([`PromptEmbeddings`]): their embeddings.
-            columns (`dict[str, list]`): further columns of the dataset.
 
         Returns:
             `tuple`: rewards of shape `(B, num_generations)`, and the same of each reward by name.
@@ -268,9 +278,9 @@ class RolloutSampler(ABC):
         samples = CleanSamples(
             latents=latents.flatten(0, 1),
             initial_noise=noise.flatten(0, 1),
-            prompts=prompts * times,
-            prompt_embeds=embeds.repeat(times),
-            columns={name: values * times for name, values in columns.items()},
+            prompts=inputs.prompts * times,
+            prompt_embeds=inputs.prompt_embeds.repeat(times),
+            columns={name: values * times for name, values in inputs.columns.items()},
         )
         with self.timer.stage("reward", latents=len(samples)):
             rewards = self.reward(samples)
@@ -281,3 +291,156 @@ class RolloutSampler(ABC):
 def randn(generators: list[torch.Generator], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Standard normal noise, row b from generator b, drawn on the CPU so that it is the same on every device."""
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+
+def group_metrics(rollout: Rollout) -> dict[str, torch.Tensor]:
+    """
+    Metrics of the rewards of several samples per prompt.
+
+    Args:
+        rollout ([`~rollouts.base.Rollout`]): with `rewards` of shape `(B, num_generations)`.
+
+    Returns:
+        `dict[str, torch.Tensor]` of shape `(B,)`: `reward` and `reward_std` over the samples of a prompt;
+            `frac_reward_zero_std`, 1 where all of them are rewarded alike; and mean and deviation of each reward, if there
+            are several.
+    """
+    rewards = rollout.rewards
+    metrics = {
+        "reward": rewards.mean(1),
+        "reward_std": rewards.std(1),
+        "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float(),
+    }
+    if len(rollout.reward_parts) > 1:
+        for name, scores in rollout.reward_parts.items():
+            metrics[f"rewards/{name}/mean"] = scores.mean(1)
+            metrics[f"rewards/{name}/std"] = scores.std(1)
+    return metrics
+
+
+def metrics_of_steps(
+    step_indices: torch.Tensor | None,
+    metrics: dict[str, torch.Tensor],
+    by_step: dict[str, torch.Tensor],
+    counts: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """
+    Metrics of examples, of all together and of each step.
+
+    Args:
+        step_indices (`torch.LongTensor` of shape `(num_examples,)`, *optional*): step of each example, on the CPU.
+        metrics (`dict[str, torch.Tensor]`): of shape `(num_examples,)` each.
+        by_step (`dict[str, torch.Tensor]`): the same, of those that are logged for each step.
+        counts (`torch.BoolTensor` of shape `(num_examples,)`): which examples count, on the CPU.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `metrics`, and `step_XX/{name}` of `by_step`.
+    """
+    steps = {}
+    for index in step_indices.unique().tolist() if by_step else ():
+        chosen = ((step_indices == index) & counts).nonzero().flatten()
+        steps |= {f"step_{index:02d}/{name}": values[chosen.to(values.device)] for name, values in by_step.items()}
+    if counts.all():
+        return metrics | steps
+    counted = counts.nonzero().flatten()
+    return {name: values[counted.to(values.device)] for name, values in metrics.items()} | steps
+
+
+class RolloutBuffer:
+    """
+    The rollouts of an optimizer step, one per batch, which `num_iterations` steps in a row are trained on.
+
+    Args:
+        num_iterations (`int`): optimizer steps per rollout.
+
+    Attributes:
+        rollouts (`list[tuple[list[int], Rollout]]`): rows of the dataset, and what grew from them.
+    """
+
+    def __init__(self, num_iterations: int):
+        self.num_iterations = num_iterations
+        self.rollouts: list[tuple[list[int], Rollout]] = []
+        self._step, self._next = -1, 0
+
+    def begin(self, step: int, load: Callable[[], list[tuple[list[int], Rollout]]]) -> bool:
+        """
+        Go on to an optimizer step, if it is a new one: drop what is used up, or `load` what an interrupted run left.
+
+        Returns:
+            `bool`: whether it is a new one.
+        """
+        if step == self._step:
+            return False
+        self._step, self._next = step, 0
+        if step % self.num_iterations == 0:
+            self.rollouts = []
+        elif not self.rollouts:
+            self.rollouts = load()
+        return True
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether the next batch needs a new rollout."""
+        return self._next == len(self.rollouts)
+
+    def take(self, rows: list[int]) -> Rollout:
+        """The rollout of the next batch, which has these rows of the dataset."""
+        stored_rows, rollout = self.rollouts[self._next]
+        self._next += 1
+        if stored_rows != rows:
+            raise RuntimeError(f"The rollout of rows {stored_rows} is up for reuse, but the batch has rows {rows}.")
+        return rollout
+
+    def forget_reference(self) -> None:
+        """Drop velocities of the reference, which has changed."""
+        for _, rollout in self.rollouts:
+            rollout.ref_velocities = None
+
+
+def save_rollouts(folder: str | Path, process: int, rollouts: list[tuple[list[int], Rollout]]) -> None:
+    """
+    Write the rollouts of a process into a checkpoint that lies between two updates from them.
+
+    Args:
+        folder (`str` or `Path`): the checkpoint.
+        process (`int`): index of the process.
+        rollouts (`list[tuple[list[int], Rollout]]`): rows of the dataset, and what grew from them.
+    """
+    torch.save(rollouts, _file(folder, process))
+
+
+def load_rollouts(
+    folder: str | Path, process: int, device: torch.device, rollout_class: type[Rollout]
+) -> list[tuple[list[int], Rollout]]:
+    """
+    Read what [`save_rollouts`] wrote. Tensors that were on the CPU stay there.
+
+    Args:
+        folder (`str` or `Path`): the checkpoint.
+        process (`int`): index of the process.
+        device (`torch.device`): where the others go.
+        rollout_class (`type`): the class of the rollouts. No other is loaded.
+
+    Raises:
+        ValueError: if the checkpoint has none.
+    """
+    file = _file(folder, process)
+    if not file.is_file():
+        raise ValueError(
+            f"The run cannot go on from {folder} exactly: it lies between two updates from the same rollouts, but "
+            f"`{file.name}` is missing. Was `num_iterations` or the number of processes another one? Go on from a "
+            "checkpoint whose step is a multiple of `num_iterations`."
+        )
+
+    def place(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        target = location if location == "cpu" else str(device)
+        return torch.serialization.default_restore_location(storage, target)
+
+    former = [(rollout_class, name) for name in rollout_class.former_names]
+    former.append((PromptEmbeddings, "tapo_trl.policies.base.PromptEmbeddings"))
+    with torch.serialization.safe_globals([rollout_class, PromptEmbeddings, *former]):
+        return torch.load(file, map_location=place, weights_only=True)
+
+
+def _file(folder: str | Path, process: int) -> Path:
+    return Path(folder) / f"rollouts_{process}.pt"

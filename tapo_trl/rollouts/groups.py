@@ -4,12 +4,11 @@
 """Rollouts of Flow-GRPO: groups of stochastic trajectories, rewarded at their ends."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from ..policies import PromptEmbeddings
-from .base import Rollout, RolloutSampler, Transitions, randn
+from .base import Rollout, RolloutInputs, RolloutSampler, Transitions
 
 
 @dataclass(kw_only=True)
@@ -23,13 +22,11 @@ class TrajectoryGroups(Rollout):
             Index of each stochastic step, on the CPU.
         latents (`torch.Tensor` of shape `(n, N, *latent_shape)`):
             x before each step, float32. Not always on the device of the rollout, see
-            [`~rollouts.sampler.RolloutSampler`].
+            [`~rollouts.base.RolloutSampler`].
         next_latents (`torch.Tensor` of shape `(n, N, *latent_shape)`):
             x' after it.
         means (`torch.Tensor` of shape `(n, N, *latent_shape)`):
             Mean of x' under the policy that sampled it.
-        weights (`torch.Tensor` of shape `(n, N)`):
-            Weight of each step in the loss.
         rewards (`torch.Tensor` of shape `(B, K)`):
             Rewards of the final samples.
         advantages (`torch.Tensor` of shape `(B, K)`, *optional*):
@@ -37,7 +34,7 @@ class TrajectoryGroups(Rollout):
         final_latents (`torch.Tensor` of shape `(K, B, *latent_shape)`):
             Clean latents at the end of each trajectory.
 
-    The others are those of [`~rollouts.rollout.Rollout`].
+    The others are those of [`~rollouts.base.Rollout`].
     """
 
     step_indices: torch.Tensor
@@ -64,10 +61,6 @@ class TrajectoryGroups(Rollout):
             advantages=self.advantages.T.flatten()[row],
         )
 
-    def describe_reward(self, prompts: list[str], index: tuple[int, ...]) -> str:
-        prompt, sample = index
-        return f"{self._name_reward(index)} of sample {sample} for the prompt {prompts[prompt]!r}"
-
 
 @dataclass(kw_only=True)
 class GroupTransitions(Transitions):
@@ -80,7 +73,7 @@ class GroupTransitions(Transitions):
         means (`torch.Tensor` of shape `(num_examples, *latent_shape)`): mean of x' under the policy that sampled it.
         advantages (`torch.Tensor` of shape `(num_examples,)`): of the trajectories.
 
-    The others are those of [`~rollouts.rollout.Transitions`].
+    The others are those of [`~rollouts.base.Transitions`].
     """
 
     latents: torch.Tensor
@@ -89,9 +82,6 @@ class GroupTransitions(Transitions):
     advantages: torch.Tensor
 
     on_device: ClassVar[tuple[str, ...]] = ("latents", "next_latents", "means", "advantages")
-
-    def describe_loss(self, index: tuple[int, ...]) -> str:
-        return f"the loss for the prompt {self.prompts[index[0]]!r} at step {self.step_indices[index].item()}"
 
 
 @dataclass(kw_only=True)
@@ -105,44 +95,35 @@ class FlowGRPOSampler(RolloutSampler):
         num_generations (`int`):
             Trajectories per prompt K, at least 2.
 
-    The others are those of [`~rollouts.sampler.RolloutSampler`].
+    The others are those of [`~rollouts.base.RolloutSampler`].
     """
 
     step_indices: list[int]
     num_generations: int
 
-    @torch.no_grad()
-    def sample(
-        self,
-        model: torch.nn.Module,
-        prompts: list[str],
-        prompt_embeds: PromptEmbeddings,
-        negative_prompt_embeds: PromptEmbeddings | None,
-        generators: list[torch.Generator],
-        columns: dict[str, list[Any]] | None = None,
-    ) -> TrajectoryGroups:
-        device = prompt_embeds.device
+    def run(self, inputs: RolloutInputs) -> TrajectoryGroups:
+        device = inputs.prompt_embeds.device
         one_each = (self.num_generations, *self.latent_shape)
-        noise = randn(generators, one_each, device).transpose(0, 1)
+        noise = inputs.randn(*one_each).transpose(0, 1)
         latents = noise  # (K, B, *latent_shape)
-        shape = (len(self.step_indices), self.num_generations * len(prompts), *self.latent_shape)
+        shape = (len(self.step_indices), self.num_generations * len(inputs.prompts), *self.latent_shape)
         parents, children, means = (torch.empty(shape, device=self.store_on or device) for _ in range(3))
 
         for index in self.steps():
-            velocity = self.velocity(model, latents, index, prompt_embeds, negative_prompt_embeds)
+            velocity = self.velocity(inputs, latents, index)
             if index not in self.step_indices:
                 latents = self.scheduler.ode_step(latents, velocity, index)
                 continue
             with self.timer.stage("stochastic steps"):
                 mean, std = self.scheduler.sde_mean_std(latents, velocity, index)
-                next_latents = mean + std * randn(generators, one_each, device).transpose(0, 1)
+                next_latents = mean + std * inputs.randn(*one_each).transpose(0, 1)
             step = self.step_indices.index(index)
             parents[step], children[step], means[step] = (x.flatten(0, 1) for x in (latents, next_latents, mean))
             latents = next_latents
 
-        rewards, parts = self.score(latents, noise, prompts, prompt_embeds, columns or {})
+        rewards, parts = self.score(inputs, latents, noise)
         return TrajectoryGroups(
-            prompt_embeds=prompt_embeds.repeat(self.num_generations),
+            prompt_embeds=inputs.prompt_embeds.repeat(self.num_generations),
             weights=torch.ones(shape[:2], device=device),
             rewards=rewards,
             reward_parts=parts,

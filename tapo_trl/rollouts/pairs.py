@@ -6,15 +6,14 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from ..policies import PromptEmbeddings
-from ..rewards.candidates import Candidates
+from ..rewards.scoring import Candidates
 from ..schedulers import draw_candidates
-from .base import Rollout, RolloutSampler, Transitions, randn
-from .pairing import PAIRINGS, Pairing, Selection
+from .base import Rollout, RolloutInputs, RolloutSampler, Transitions
+from .pairing import LOSE, PAIRINGS, WIN, Pairing, Selection
 
 
 @dataclass(kw_only=True)
@@ -23,8 +22,6 @@ class TrajectoryPairs(Rollout):
     Preference pairs of a batch of prompts, N at each of the n stochastic steps.
 
     Args:
-        prompt_embeds ([`PromptEmbeddings`]):
-            Embeddings of the N prompts.
         step_indices (`torch.LongTensor` of shape `(n,)`):
             Index of each stochastic step, on the CPU.
         latents (`torch.Tensor` of shape `(n, 2, N, *latent_shape)` or `(n, 1, N, *latent_shape)`):
@@ -34,16 +31,12 @@ class TrajectoryPairs(Rollout):
             The candidates that make the pair, x_{t-1} of Eq. 13.
         pair_rewards (`torch.Tensor` of shape `(n, 2, N)`):
             Their rewards.
-        weights (`torch.Tensor` of shape `(n, N)`):
-            Weight of each pair in the loss, 0 for one that does not count.
         rewards (`torch.Tensor` of shape `(n, branches, B, P)`):
             Rewards of all candidates.
         final_latents (`torch.Tensor` of shape `(branches, B, *latent_shape)`):
             Clean latents at the end of each trajectory.
-        reward_parts (`dict[str, torch.Tensor]`):
-            The same as `rewards` for each reward by name.
-        ref_velocities (`dict[tuple[int, int], torch.Tensor]`, *optional*):
-            See [`~rollouts.rollout.Rollout`].
+
+    The others are those of [`~rollouts.base.Rollout`].
     """
 
     step_indices: torch.Tensor
@@ -87,14 +80,11 @@ class TransitionPairs(Transitions):
     Pairs of transitions x_t -> x_{t-1}, the examples of Eq. 13. Each side keeps its own parent x_t, or both share one.
 
     Args:
-        prompt_embeds ([`PromptEmbeddings`]): one prompt per pair.
-        step_indices (`torch.LongTensor` of shape `(num_pairs,)`): step of each pair, on the CPU.
         latents (`torch.Tensor` of shape `(2, num_pairs, *latent_shape)` or `(1, num_pairs, *latent_shape)`): x_t of the
             winning and the losing side, or of both.
         next_latents (`torch.Tensor` of shape `(2, num_pairs, *latent_shape)`): x_{t-1}.
-        weights (`torch.Tensor` of shape `(num_pairs,)`): weight of each pair in the loss.
 
-    The others are those of [`~rollouts.rollout.Transitions`].
+    The others are those of [`~rollouts.base.Transitions`].
     """
 
     step_indices: torch.Tensor
@@ -111,9 +101,6 @@ class TransitionPairs(Transitions):
     def of_both_sides(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the parents, `(num_parents num_pairs, ...)`, as those of [win; lose], `(2 num_pairs, ...)`."""
         return values if self.num_parents == 2 else values.repeat(2, *[1] * (values.ndim - 1))
-
-    def describe_loss(self, index: tuple[int, ...]) -> str:
-        return f"the loss for the prompt {self.prompts[index[0]]!r} at step {self.step_indices[index].item()}"
 
 
 @dataclass(kw_only=True)
@@ -137,7 +124,7 @@ class TAPOSampler(RolloutSampler):
         score_batch_size (`int`, *optional*):
             Candidates per forward where a reward asks for their velocity. All at once by default.
 
-    The others are those of [`~rollouts.sampler.RolloutSampler`].
+    The others are those of [`~rollouts.base.RolloutSampler`].
     """
 
     step_indices: list[int]
@@ -146,47 +133,41 @@ class TAPOSampler(RolloutSampler):
     reference: Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]] | None = None
     score_batch_size: int | None = None
 
-    @torch.no_grad()
-    def sample(
-        self,
-        model: torch.nn.Module,
-        prompts: list[str],
-        prompt_embeds: PromptEmbeddings,
-        negative_prompt_embeds: PromptEmbeddings | None,
-        generators: list[torch.Generator],
-        columns: dict[str, list[Any]] | None = None,
-    ) -> TrajectoryPairs:
-        """Run Algorithm 1, lines 4-13, for a batch of prompts. The arguments are those of [`~rollouts.base.RolloutSampler`]."""
-        noise = randn(generators, self.latent_shape, prompt_embeds.device)
-        batch = _Batch(model, prompts, prompt_embeds, negative_prompt_embeds, generators, columns or {}, noise)
-        record = _Record(self, batch)
+    def run(self, inputs: RolloutInputs) -> TrajectoryPairs:
+        """Run Algorithm 1, lines 4-13, for a batch of prompts."""
+        noise = inputs.randn(*self.latent_shape)
+        record = _Record(self, inputs)
         latents, velocity = noise.unsqueeze(0), None  # one branch until the first stochastic step
 
         for index in self.steps():
             if velocity is None:
-                velocity = self.velocity(model, latents, index, prompt_embeds, negative_prompt_embeds)
+                velocity = self.velocity(inputs, latents, index)
             if index not in self.step_indices:
                 latents, velocity = self.scheduler.ode_step(latents, velocity, index), None
                 continue
 
             latents, velocity = (x.expand(self.pairing.num_branches, *noise.shape) for x in (latents, velocity))
-            candidates, std = self._draw(latents, velocity, index, batch)
+            candidates, std = self._draw(inputs, noise, latents, velocity, index)
             with self.timer.stage("reward", latents=len(candidates)):
                 scores = self.reward(candidates).view(*latents.shape[:2], self.num_candidates)
             with self.timer.stage("selection"):
-                selection = self.pairing.select(scores, generators)
+                selection = self.pairing.select(scores, inputs.generators)
                 record.add(latents, std, candidates, scores, selection)
                 latents = _take(candidates.latents, selection.kept)
                 velocity = _take(candidates.velocity, selection.kept) if candidates.has_velocity else None
 
         final_rewards = None
         if self.pairing.consistent:
-            of_prompts, _ = self.score(latents, noise.expand_as(latents), prompts, prompt_embeds, batch.columns)
-            final_rewards = of_prompts.T
+            final_rewards = self.score(inputs, latents, noise.expand_as(latents))[0].T
         return record.pairs(latents, final_rewards)
 
     def _draw(
-        self, parents: torch.Tensor, velocity: torch.Tensor, index: int, batch: "_Batch"
+        self,
+        inputs: RolloutInputs,
+        initial_noise: torch.Tensor,
+        parents: torch.Tensor,
+        velocity: torch.Tensor,
+        index: int,
     ) -> tuple[Candidates, torch.Tensor]:
         """
         P candidates of each of the parents, of shape `(branches, B, *latent_shape)`, as `branches B P` rows with all that a
@@ -195,11 +176,10 @@ class TAPOSampler(RolloutSampler):
         branches = len(parents)
         with self.timer.stage("stochastic steps"):
             mean, std = self.scheduler.sde_mean_std(parents, velocity, index)
-            noise_shape = (branches, self.num_candidates, *self.latent_shape)
-            noise = randn(batch.generators, noise_shape, parents.device).transpose(0, 1)
+            noise = inputs.randn(branches, self.num_candidates, *self.latent_shape).transpose(0, 1)
             latents = draw_candidates(mean.flatten(0, 1), std, noise.flatten(0, 1)).flatten(0, 1)
         sigma = self.scheduler.sigma(index + 1)
-        embeds = batch.prompt_embeds.repeat(branches).repeat_interleave(self.num_candidates)
+        embeds = inputs.prompt_embeds.repeat(branches).repeat_interleave(self.num_candidates)
 
         def predict(network: torch.nn.Module, *guidance) -> torch.Tensor:
             size = self.score_batch_size or len(latents)
@@ -211,7 +191,7 @@ class TAPOSampler(RolloutSampler):
             return torch.cat(velocities)
 
         def predict_reference() -> torch.Tensor:
-            with self.reference(batch.model) as network:
+            with self.reference(inputs.model) as network:
                 # Without classifier-free guidance, as the target of an SLRM's training
                 return predict(network, None, self.policy.unguided(self.guidance_scale))
 
@@ -223,37 +203,24 @@ class TAPOSampler(RolloutSampler):
             latents=latents,
             sigma=sigma,
             clean_estimate=clean_estimate.flatten(0, 1).repeat_interleave(self.num_candidates, dim=0),
-            initial_noise=torch.cat([batch.noise] * branches).repeat_interleave(self.num_candidates, dim=0),
-            prompts=per_candidate(batch.prompts),
+            initial_noise=torch.cat([initial_noise] * branches).repeat_interleave(self.num_candidates, dim=0),
+            prompts=per_candidate(inputs.prompts),
             prompt_embeds=embeds,
-            columns={name: per_candidate(values) for name, values in batch.columns.items()},
-            predict_velocity=lambda: predict(batch.model, batch.negative_prompt_embeds, self.guidance_scale),
+            columns={name: per_candidate(values) for name, values in inputs.columns.items()},
+            predict_velocity=lambda: predict(inputs.model, inputs.negative_prompt_embeds, self.guidance_scale),
             predict_reference_velocity=predict_reference,
         )
         return candidates, std
 
 
-@dataclass
-class _Batch:
-    """What stays the same during a rollout."""
-
-    model: torch.nn.Module
-    prompts: list[str]
-    prompt_embeds: PromptEmbeddings
-    negative_prompt_embeds: PromptEmbeddings | None
-    generators: list[torch.Generator]
-    columns: dict[str, list[Any]]
-    noise: torch.Tensor
-
-
 class _Record:
     """Collects the pairs of a rollout, step by step."""
 
-    def __init__(self, sampler: TAPOSampler, batch: _Batch):
+    def __init__(self, sampler: TAPOSampler, inputs: RolloutInputs):
         self.pairing, self.reward, self.step_indices = sampler.pairing, sampler.reward, sampler.step_indices
-        self.prompt_embeds = batch.prompt_embeds.repeat(self.pairing.pairs_per_prompt)
-        shape = (self.pairing.pairs_per_prompt * len(batch.prompts), *sampler.latent_shape)
-        num_steps, device = len(self.step_indices), sampler.store_on or batch.noise.device
+        self.prompt_embeds = inputs.prompt_embeds.repeat(self.pairing.pairs_per_prompt)
+        shape = (self.pairing.pairs_per_prompt * len(inputs.prompts), *sampler.latent_shape)
+        num_steps, device = len(self.step_indices), sampler.store_on or inputs.prompt_embeds.device
         self.latents = torch.empty(num_steps, self.pairing.num_parents, *shape, device=device)
         self.next_latents = torch.empty(num_steps, 2, *shape, device=device)
         self.stds, self.rewards, self.pair_rewards, self.parts = [], [], [], []
@@ -295,3 +262,34 @@ def _take(values: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
     values = values.view(choice.numel(), -1, *values.shape[1:])
     chosen = values[torch.arange(choice.numel(), device=values.device), choice.flatten()]
     return chosen.view(*choice.shape, *values.shape[2:])
+
+
+def pair_metrics(pairs: TrajectoryPairs) -> dict[str, torch.Tensor]:
+    """
+    Metrics of the rewards of preference pairs.
+
+    Args:
+        pairs ([`TrajectoryPairs`]): the rollout.
+
+    Returns:
+        `dict[str, torch.Tensor]` of shape `(B,)`: `reward` and `reward_std`, over candidates of one draw; `reward_gap`,
+            between the two sides of a pair; `pairs_kept`, the share of pairs that count; and mean and deviation of each
+            reward, if there are several.
+    """
+    num_prompts = pairs.rewards.shape[2]
+
+    def of_prompts(values: torch.Tensor) -> torch.Tensor:
+        """`(n, N)`, N being a multiple of B, to `(B,)`."""
+        return values.reshape(-1, num_prompts).mean(0)
+
+    metrics = {
+        "reward": pairs.rewards.mean(dim=(0, 1, 3)),
+        "reward_std": pairs.rewards.std(dim=-1).mean(dim=(0, 1)),
+        "reward_gap": of_prompts(pairs.pair_rewards[:, WIN] - pairs.pair_rewards[:, LOSE]),
+        "pairs_kept": of_prompts(pairs.weights),
+    }
+    if len(pairs.reward_parts) > 1:
+        for name, scores in pairs.reward_parts.items():
+            metrics[f"rewards/{name}/mean"] = scores.mean(dim=(0, 1, 3))
+            metrics[f"rewards/{name}/std"] = scores.std(dim=-1).mean(dim=(0, 1))
+    return metrics

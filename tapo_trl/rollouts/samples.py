@@ -5,12 +5,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from ..policies import PromptEmbeddings
-from .base import Rollout, RolloutSampler, Transitions, randn
+from .base import Rollout, RolloutInputs, RolloutSampler, Transitions
 
 
 @dataclass(kw_only=True)
@@ -21,7 +20,7 @@ class SamplePairs(Rollout):
     Args:
         samples (`torch.Tensor` of shape `(2, B, *latent_shape)`):
             Clean latents of the best (0) and the worst (1) sample, float32. Not always on the device of the rollout, see
-            [`~rollouts.sampler.RolloutSampler`].
+            [`~rollouts.base.RolloutSampler`].
         sigmas (`torch.Tensor` of shape `(n, B)`):
             Noise levels, on the CPU.
         noise (`torch.Tensor` of shape `(n, B, *latent_shape)`):
@@ -31,7 +30,7 @@ class SamplePairs(Rollout):
         rewards (`torch.Tensor` of shape `(B, num_generations)`):
             Rewards of all samples.
 
-    The others are those of [`~rollouts.rollout.Rollout`].
+    The others are those of [`~rollouts.base.Rollout`].
     """
 
     samples: torch.Tensor
@@ -53,10 +52,6 @@ class SamplePairs(Rollout):
             noise=self.noise[level, row],
         )
 
-    def describe_reward(self, prompts: list[str], index: tuple[int, ...]) -> str:
-        prompt, sample = index
-        return f"{self._name_reward(index)} of sample {sample} for the prompt {prompts[prompt]!r}"
-
 
 @dataclass(kw_only=True)
 class NoisedPairs(Transitions):
@@ -68,7 +63,7 @@ class NoisedPairs(Transitions):
         sigmas (`torch.Tensor` of shape `(num_pairs,)`): noise levels.
         noise (`torch.Tensor` of shape `(num_pairs, *latent_shape)`): x_1 of both sides.
 
-    The others are those of [`~rollouts.rollout.Transitions`].
+    The others are those of [`~rollouts.base.Transitions`].
     """
 
     samples: torch.Tensor
@@ -105,46 +100,36 @@ class OnlineDPOSampler(RolloutSampler):
         draw_sigma (`Callable`):
             `generator -> noise level`, a tensor of shape `(1,)` on the CPU.
 
-    The others are those of [`~rollouts.sampler.RolloutSampler`].
+    The others are those of [`~rollouts.base.RolloutSampler`].
     """
 
     num_generations: int
     num_noise_levels: int
     draw_sigma: Callable[[torch.Generator], torch.Tensor]
 
-    @torch.no_grad()
-    def sample(
-        self,
-        model: torch.nn.Module,
-        prompts: list[str],
-        prompt_embeds: PromptEmbeddings,
-        negative_prompt_embeds: PromptEmbeddings | None,
-        generators: list[torch.Generator],
-        columns: dict[str, list[Any]] | None = None,
-    ) -> SamplePairs:
-        device = prompt_embeds.device
-        storage = self.store_on or device
-        noise = randn(generators, (self.num_generations, *self.latent_shape), device).transpose(0, 1)
+    def run(self, inputs: RolloutInputs) -> SamplePairs:
+        device = inputs.prompt_embeds.device
+        noise = inputs.randn(self.num_generations, *self.latent_shape).transpose(0, 1)
         latents = noise  # (num_generations, B, *latent_shape)
         for index in self.steps():
-            velocity = self.velocity(model, latents, index, prompt_embeds, negative_prompt_embeds)
-            latents = self.scheduler.ode_step(latents, velocity, index)
+            latents = self.scheduler.ode_step(latents, self.velocity(inputs, latents, index), index)
 
-        rewards, parts = self.score(latents, noise, prompts, prompt_embeds, columns or {})
+        rewards, parts = self.score(inputs, latents, noise)
         with self.timer.stage("selection"):
-            rows = torch.arange(len(prompts), device=device)
+            rows = torch.arange(len(inputs.prompts), device=device)
             pairs = torch.stack([latents[rewards.argmax(1), rows], latents[rewards.argmin(1), rows]])
         sigmas = [
-            torch.cat([self.draw_sigma(generator) for _ in range(self.num_noise_levels)]) for generator in generators
+            torch.cat([self.draw_sigma(generator) for _ in range(self.num_noise_levels)])
+            for generator in inputs.generators
         ]
         sigmas = torch.stack(sigmas, dim=1)
         return SamplePairs(
-            prompt_embeds=prompt_embeds,
+            prompt_embeds=inputs.prompt_embeds,
             # 0 where all samples are rewarded alike
             weights=(rewards.amax(1) != rewards.amin(1)).to(sigmas.dtype).repeat(self.num_noise_levels, 1),
             rewards=rewards,
             reward_parts=parts,
-            samples=pairs.to(storage),
+            samples=pairs.to(self.store_on or device),
             sigmas=sigmas,
-            noise=randn(generators, (self.num_noise_levels, *self.latent_shape), storage).transpose(0, 1),
+            noise=inputs.randn(self.num_noise_levels, *self.latent_shape).transpose(0, 1).to(self.store_on or device),
         )

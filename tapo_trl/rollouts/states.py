@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..policies import PromptEmbeddings
-from .base import Rollout, RolloutSampler, Transitions, randn
+from .base import Rollout, RolloutInputs, RolloutSampler, Transitions
 
 
 @dataclass(kw_only=True)
@@ -85,28 +84,17 @@ class LateStateSampler(RolloutSampler):
 
     stop_at: int
 
-    @torch.no_grad()
-    def sample(
-        self,
-        model: torch.nn.Module,
-        prompts: list[str],
-        prompt_embeds: PromptEmbeddings,
-        negative_prompt_embeds: PromptEmbeddings | None,
-        generators: list[torch.Generator],
-        columns: dict[str, list[Any]] | None = None,
-    ) -> LateStates:
-        device = prompt_embeds.device
-        noise = randn(generators, self.latent_shape, device)[None]
-        latents = noise  # (1, B, *latent_shape)
+    def run(self, inputs: RolloutInputs) -> LateStates:
+        device = inputs.prompt_embeds.device
+        latents = noise = inputs.randn(*self.latent_shape)[None]  # (1, B, *latent_shape)
         for index in list(self.steps())[: self.stop_at]:
-            velocity = self.velocity(model, latents, index, prompt_embeds, negative_prompt_embeds)
-            latents = self.scheduler.ode_step(latents, velocity, index)
+            latents = self.scheduler.ode_step(latents, self.velocity(inputs, latents, index), index)
         return LateStates(
-            prompt_embeds=prompt_embeds,
-            weights=torch.ones(1, len(prompts), device=device),
+            prompt_embeds=inputs.prompt_embeds,
+            weights=torch.ones(1, len(inputs.prompts), device=device),
             rewards=torch.empty(0, device=device),
             step_indices=torch.tensor([self.stop_at]),
             latents=latents.to(self.store_on or device),
             noise=noise.to(self.store_on or device),
-            columns=columns or {},
+            columns=inputs.columns,
         )

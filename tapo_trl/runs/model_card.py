@@ -16,7 +16,7 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..method_card import MethodCard
-from ..policies.families import base_license
+from ..policies.loading import base_license
 from ..version import __version__
 
 

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,31 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..callbacks.base import PolicyCallback
+from ..data.columns import Splits
 from ..data.prompts import PromptCache
 from ..method_card import MethodCard
 from ..moved import moved_names
 from ..policies import FlowPolicy, load_policy
-from ..policies.lora import check_no_adapter, check_peft_config
-from ..policies.sampling import eval_mode, generate_samples
+from ..policies.sampling import generate_samples
 from ..policies.saving import TRANSFORMER_FOLDER, save_policy
 from ..rewards import StepRewardModel
 from ..runs.checkpoints import Checkpoints
+from ..runs.checks import (
+    autocast_dtype,
+    check_dynamo_backend,
+    check_launch,
+    check_optimizer,
+    check_precision,
+    check_run,
+)
 from ..runs.hub import HubUploads
-from ..runs.interruption import GracefulStopCallback, start_data_worker
-from ..runs.launch_checks import check_dynamo_backend, check_launch
 from ..runs.model_card import write_card_of
-from ..runs.nonfinite import NonFiniteGuard
-from ..runs.option_checks import autocast_dtype, check_optimizer, check_precision, check_run
+from ..runs.stopping import GracefulStopCallback, NonFiniteGuard, detach_data_workers
 from .policy_setup import (
+    check_no_adapter,
+    check_peft_config,
     check_start,
+    eval_mode,
     fill_in_sizes,
     make_trainable,
     policy_init_kwargs,
@@ -48,7 +55,6 @@ from .policy_setup import (
     set_vae_options,
     whole_weights,
 )
-from .splits import Splits
 
 
 # Options that every card shows
@@ -178,6 +184,10 @@ class DiffusionTrainer(_BaseTrainer):
     ) -> tuple[Dataset, Splits]:
         """Encode the datasets, and further `prompts`, on `args.device`."""
 
+    @abstractmethod
+    def _encode_new(self, dataset: Dataset, name: str) -> Dataset:
+        """Check and encode a dataset that came after `__init__`."""
+
     def _release_encoders(self, model: Any, args: TrainingArguments) -> None:
         release_text_encoders(model, self.policy)
 
@@ -200,13 +210,14 @@ class DiffusionTrainer(_BaseTrainer):
                 yield model
 
     @property
-    def _is_untrained(self) -> bool:
-        """Whether the model is as it was before the first update of the first run."""
+    def _checks_start(self) -> bool:
+        if not self.args.self_check:
+            return False
         return self.model.training and self.state.global_step == 0 and not self._was_trained
 
     def _check_start(self, margins: torch.Tensor) -> None:
-        """Check the rewards' margins of pairs, see [`check_start`], before the first update."""
-        if self.args.self_check and self._is_untrained:
+        """Check the rewards' margins of pairs, see [`check_start`]."""
+        if self._checks_start:
             check_start(margins)
 
     def generate(
@@ -223,13 +234,11 @@ class DiffusionTrainer(_BaseTrainer):
         Args:
             prompts (`list[str]`): prompts that were encoded at the start (of the datasets or of a callback).
             seed (`int`, *optional*, defaults to `0`): prompt i starts from the noise of `seed + i`.
-            num_inference_steps (`int`, *optional*): defaults to the configuration's.
-            guidance_scale (`float`, *optional*): defaults to the configuration's.
+            num_inference_steps, guidance_scale (*optional*): default to the configuration's.
             batch_size (`int`, *optional*): prompts at once. Defaults to `per_device_eval_batch_size`.
 
         Returns:
-            `torch.Tensor` of shape `(len(prompts), 3, height, width)`, or `(len(prompts), 3, num_frames, height, width)`
-            for a video policy: in [0, 1], float32, on the CPU.
+            `torch.Tensor`: see [`~policies.sampling.generate_samples`].
         """
         args, device = self.args, self.accelerator.device
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -254,10 +263,9 @@ class DiffusionTrainer(_BaseTrainer):
         Train, or go on.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
+            resume_from_checkpoint (`str` or `bool`, *optional*, defaults to `args.resume_from_checkpoint`):
                 Folder of a checkpoint, or `True` for the last whole one of `args.output_dir`; without any, the run starts from
                 the beginning, so that a job that is restarted by a scheduler needs no other command. `False` always does.
-                Defaults to `args.resume_from_checkpoint`.
             kwargs: further arguments of [`~transformers.Trainer.train`].
 
         Raises:
@@ -281,10 +289,14 @@ class DiffusionTrainer(_BaseTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _get_dataloader(self, *args, **kwargs) -> DataLoader:
-        dataloader = super()._get_dataloader(*args, **kwargs)
-        start = partial(start_data_worker, dataloader.worker_init_fn)
-        dataloader.worker_init_fn = dataloader.base_dataloader.worker_init_fn = start
-        return dataloader
+        return detach_data_workers(super()._get_dataloader(*args, **kwargs))
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        is_new = not (eval_dataset is None or isinstance(eval_dataset, str))  # a name is one of the constructor's
+        return super().get_eval_dataloader(self._encode_new(eval_dataset, "eval_dataset") if is_new else eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return super().get_test_dataloader(self._encode_new(test_dataset, "test_dataset"))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         self.nonfinite_guard.grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -293,9 +305,9 @@ class DiffusionTrainer(_BaseTrainer):
     def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
         splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
         if isinstance(eval_dataset, str) and eval_dataset not in splits:
+            found = list(splits) if splits else "no names"
             raise ValueError(
-                f"`eval_dataset={eval_dataset!r}` is the name of a split, but the `eval_dataset` of the trainer "
-                + (f"has {list(splits)}." if splits else "has no names.")
+                f"`eval_dataset={eval_dataset!r}` is the name of a split, but the `eval_dataset` of the trainer has {found}."
             )
         # TRL would prepare the dataset here, and not as `get_eval_dataloader` does
         return Trainer.evaluate(self, eval_dataset, *args, **kwargs)
@@ -309,10 +321,7 @@ class DiffusionTrainer(_BaseTrainer):
         return output
 
     def _num_real_rows(self, num_rows: int) -> int:
-        """
-        How many of this process's `num_rows` rows of an evaluation batch are not padding: with several processes the last
-        batch is filled up with the first rows, so that all make the same forwards. They come last.
-        """
+        """How many of an evaluation batch's rows are not padding, which comes last: `Trainer` fills the last batch up."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder < 1:
             return num_rows
@@ -387,7 +396,6 @@ class DiffusionTrainer(_BaseTrainer):
 
     @property
     def _base_model_name(self) -> str:
-        """Hub id or folder of the pipeline that is trained."""
         return self.policy.name_or_path
 
     def _method_table(self) -> dict[str, Any]:
@@ -404,18 +412,11 @@ class DiffusionTrainer(_BaseTrainer):
         return ["trl", *self.method_card.tags]
 
     def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """
-        Write the model card `README.md` into the output folder.
-
-        Args:
-            model_name (`str`, *optional*): name of the model. Defaults to the Hub id's or the folder's.
-            dataset_name (`str`, *optional*): name of the dataset. Defaults to `self.dataset_name`.
-            tags (`str` or `list[str]`, *optional*): further tags.
+        Write the model card `README.md` into the output folder. `model_name` defaults to that of the Hub or of the folder,
+        `dataset_name` to `self.dataset_name`; `tags` come beside those of the method.
         """
         if self.is_world_process_zero():
             write_card_of(self, model_name, dataset_name, tags)

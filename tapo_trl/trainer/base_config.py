@@ -3,10 +3,10 @@
 
 """Options that several configurations share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ..field_types import convert_fields
+from ..field_types import convert_fields, option
 
 
 @dataclass
@@ -65,60 +65,40 @@ class DiffusionConfig:
     """
 
     # Parameters whose default values are overridden from TrainingArguments
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-    activation_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Alias of `activation_checkpointing`, which it overrides if set."}
-    )
+    learning_rate: float = option("The initial learning rate for AdamW.", 1e-5)
+    weight_decay: float = option("Weight decay of AdamW.", 0.01)
+    activation_checkpointing: bool = option("Recompute activations in the backward pass to save memory.", True)
+    gradient_checkpointing: bool | None = option("Alias of `activation_checkpointing`, which it overrides if set.")
 
     # Parameters that control the model
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, if `model` is a string."},
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        "Keyword arguments for `DiffusionPipeline.from_pretrained`, if `model` is a string."
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the model."})
+    disable_dropout: bool = option("Whether to disable dropout in the model.", True)
 
     # Parameters that control the data
-    resolution: int = field(
-        default=512,
-        metadata={
-            "help": "Height and width in pixels, to which images and videos of a dataset are cropped and resized."
-        },
+    resolution: int = option(
+        "Height and width in pixels, to which images and videos of a dataset are cropped and resized.", 512
     )
-    height: int | None = field(default=None, metadata={"help": "Height in pixels. Overrides `resolution`."})
-    width: int | None = field(default=None, metadata={"help": "Width in pixels. Overrides `resolution`."})
-    num_frames: int | None = field(
-        default=None,
-        metadata={"help": "Number of frames, for video policies; those of a dataset are taken from the start."},
+    height: int | None = option("Height in pixels. Overrides `resolution`.")
+    width: int | None = option("Width in pixels. Overrides `resolution`.")
+    num_frames: int | None = option(
+        "Number of frames, for video policies; those of a dataset are taken from the start."
     )
-    fps: int = field(default=16, metadata={"help": "Frames per second of videos that are read or written."})
-    max_sequence_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of tokens of the T5 (or UMT5) text encoder. By default the model family's: 256 for SD3.5, 512 "
-            "for Wan2.1."
-        },
+    fps: int = option("Frames per second of videos that are read or written.", 16)
+    max_sequence_length: int | None = option(
+        "Number of tokens of the T5 (or UMT5) text encoder. By default the model family's: 256 for SD3.5, 512 for "
+        "Wan2.1."
     )
-    vae_tiling: bool = field(
-        default=False, metadata={"help": "Whether the VAE works on large images or videos in overlapping tiles."}
-    )
-    vae_slicing: bool = field(
-        default=False, metadata={"help": "Whether the VAE works on the images or videos of a batch one at a time."}
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where prompt embeddings, and latents of datasets, are kept."}
-    )
+    vae_tiling: bool = option("Whether the VAE works on large images or videos in overlapping tiles.", False)
+    vae_slicing: bool = option("Whether the VAE works on the images or videos of a batch one at a time.", False)
+    cache_dir: str | None = option("Where prompt embeddings, and latents of datasets, are kept.")
 
     # Parameters that control the training
-    max_skipped_updates: int = field(
-        default=3,
-        metadata={
-            "help": "Updates in a row that may be skipped because a reward, a loss or a gradient is not finite. After one "
-            "more the run saves a checkpoint and stops."
-        },
+    max_skipped_updates: int = option(
+        "Updates in a row that may be skipped because a reward, a loss or a gradient is not finite. After one more "
+        "the run saves a checkpoint and stops.",
+        3,
     )
 
     def __post_init__(self):
@@ -175,13 +155,10 @@ class PolicyConfig(DiffusionConfig):
             ln 2 for every pair, or a ratio of 1 up to rounding and a divergence of 0 from the reference.
     """
 
-    num_inference_steps: int = field(default=20, metadata={"help": "Number of sampling steps T."})
-    guidance_scale: float = field(default=4.5, metadata={"help": "Scale of classifier-free guidance in samples."})
-    negative_prompt: str = field(default="", metadata={"help": "Prompt of the unconditional half of the guidance."})
-    self_check: bool = field(
-        default=True,
-        metadata={"help": "Whether to check before the first update that policy and reference are the same."},
-    )
+    num_inference_steps: int = option("Number of sampling steps T.", 20)
+    guidance_scale: float = option("Scale of classifier-free guidance in samples.", 4.5)
+    negative_prompt: str = option("Prompt of the unconditional half of the guidance.", "")
+    self_check: bool = option("Whether to check before the first update that policy and reference are the same.", True)
 
     def __post_init__(self):
         super().__post_init__()

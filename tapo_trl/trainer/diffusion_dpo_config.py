@@ -1,11 +1,12 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl.trainer.base_config import _BaseConfig
 
-from ..runs.option_checks import check_without_effect
+from ..field_types import option
+from ..runs.checks import check_without_effect
 from ..schedulers.noise_levels import TIMESTEP_SAMPLINGS
 from .base_config import PolicyConfig
 from .preference_config import PreferenceDataConfig
@@ -56,24 +57,15 @@ class DiffusionDPOConfig(PreferenceDataConfig, PolicyConfig, _BaseConfig):
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "dimension_weights"]
 
     # Parameters that control the training
-    variant: str = field(
-        default="diffusion_dpo",
-        metadata={"help": "Which noisy latents of a pair are compared.", "choices": list(VARIANTS)},
+    variant: str = option("Which noisy latents of a pair are compared.", "diffusion_dpo", choices=list(VARIANTS))
+    beta: float = option("Strength of the regularisation to the reference.", 2000.0)
+    timestep_sampling: str = option(
+        "Distribution of the noise level before the pipeline's shift, for `diffusion_dpo`.",
+        "logit_normal",
+        choices=list(TIMESTEP_SAMPLINGS),
     )
-    beta: float = field(default=2000.0, metadata={"help": "Strength of the regularisation to the reference."})
-    timestep_sampling: str = field(
-        default="logit_normal",
-        metadata={
-            "help": "Distribution of the noise level before the pipeline's shift, for `diffusion_dpo`.",
-            "choices": list(TIMESTEP_SAMPLINGS),
-        },
-    )
-    gamma: float = field(
-        default=0.9, metadata={"help": "Discount per sampling step, counted from the noise, for `dense_reward`."}
-    )
-    cache_inversions: bool = field(
-        default=False, metadata={"help": "Whether to keep the trajectories of `inversion_dpo` on disk."}
-    )
+    gamma: float = option("Discount per sampling step, counted from the noise, for `dense_reward`.", 0.9)
+    cache_inversions: bool = option("Whether to keep the trajectories of `inversion_dpo` on disk.", False)
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,17 +11,17 @@ from peft import PeftConfig
 from transformers import TrainerCallback
 
 from ..callbacks.reward_guard import RewardHackingGuardCallback
+from ..data.columns import Splits
 from ..data.inversions import InversionCache
 from ..data.preferences import TIE
 from ..losses import diffusion_dpo_loss, velocity_error_change
 from ..method_card import MethodCard
 from ..metrics.pair_scores import evaluation_noise
-from ..runs.option_checks import autocast_dtype
+from ..runs.checks import autocast_dtype
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from ..seeding import seeded_generator
 from .diffusion_dpo_config import DiffusionDPOConfig
 from .preference_trainer import PreferenceTrainer, describe_loss
-from .splits import Splits
 
 
 VARIANT_CARDS = {

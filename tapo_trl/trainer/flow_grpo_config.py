@@ -1,8 +1,9 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ..field_types import option
 from ..schedulers import sde_step_indices
 from .rollout_config import StochasticRolloutConfig
 
@@ -52,32 +53,21 @@ class FlowGRPOConfig(StochasticRolloutConfig):
     """
 
     # Parameters whose default values are overridden from RolloutConfig
-    num_inference_steps: int = field(default=10, metadata={"help": "Number of sampling steps T."})
+    num_inference_steps: int = option("Number of sampling steps T.", 10)
 
     # Parameters that control the rollout
-    num_generations: int = field(default=8, metadata={"help": "Number of trajectories per prompt, the group of GRPO."})
-    num_sde_steps: int | None = field(
-        default=None, metadata={"help": "Number of stochastic steps n. All but the last one by default."}
-    )
-    t_init: int = field(default=0, metadata={"help": "Index of the first stochastic step."})
+    num_generations: int = option("Number of trajectories per prompt, the group of GRPO.", 8)
+    num_sde_steps: int | None = option("Number of stochastic steps n. All but the last one by default.")
+    t_init: int = option("Index of the first stochastic step.", 0)
 
     # Parameters that control the training
-    beta: float = field(
-        default=0.004, metadata={"help": "Weight of the KL divergence from the reference. 0 disables the reference."}
-    )
-    epsilon: float = field(
-        default=1e-3,
-        metadata={"help": "Clip range of the ratio to the sampling policy: `[1 - epsilon, 1 + epsilon]`."},
-    )
-    scale_rewards: str = field(
-        default="group",
-        metadata={
-            "help": (
-                "Standard deviation that advantages are divided by: of the prompt's samples (`group`), of "
-                "all samples of a micro-step (`batch`), or none (`none`)."
-            ),
-            "choices": list(SCALE_REWARDS),
-        },
+    beta: float = option("Weight of the KL divergence from the reference. 0 disables the reference.", 0.004)
+    epsilon: float = option("Clip range of the ratio to the sampling policy: `[1 - epsilon, 1 + epsilon]`.", 1e-3)
+    scale_rewards: str = option(
+        "Standard deviation that advantages are divided by: of the prompt's samples (`group`), of all samples of a "
+        "micro-step (`batch`), or none (`none`).",
+        "group",
+        choices=list(SCALE_REWARDS),
     )
 
     def __post_init__(self):

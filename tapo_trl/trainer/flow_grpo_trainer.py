@@ -8,7 +8,7 @@ import torch
 from ..losses import flow_grpo_loss, group_advantages
 from ..method_card import MethodCard
 from ..rollouts import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
-from ..rollouts.metrics import group_metrics
+from ..rollouts.base import group_metrics
 from ..schedulers import gaussian_kl
 from .flow_grpo_config import FlowGRPOConfig
 from .rollout_trainer import RolloutTrainer
@@ -78,14 +78,7 @@ class FlowGRPOTrainer(RolloutTrainer):
 
     def build_sampler(self, **kwargs) -> FlowGRPOSampler:
         args = self.args
-        self.scheduler = self.policy.build_scheduler(
-            args.num_inference_steps,
-            self.latent_shape,
-            self.accelerator.device,
-            noise_level=args.noise_level,
-            sde_type=args.sde_type,
-            logprob_reduction=args.logprob_reduction,
-        )
+        self.scheduler = self.stochastic_scheduler()
         self.step_indices = args.step_indices
         return FlowGRPOSampler(
             scheduler=self.scheduler,
@@ -135,7 +128,7 @@ class FlowGRPOTrainer(RolloutTrainer):
         return {name: metrics[key] for name, key in names.items() if key in metrics}
 
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        if not self.args.self_check or not self._is_untrained:
+        if not self._checks_start:
             return
         ratios = metrics["ratio"]
         if (ratios - 1).abs().mean() > self.args.epsilon:

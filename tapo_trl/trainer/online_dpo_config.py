@@ -1,8 +1,9 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ..field_types import option
 from ..schedulers.noise_levels import TIMESTEP_SAMPLINGS
 from .rollout_config import RolloutConfig
 
@@ -46,28 +47,20 @@ class OnlineDiffusionDPOConfig(RolloutConfig):
     """
 
     # Parameters whose default values are overridden from RolloutConfig
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    learning_rate: float = option("The initial learning rate for AdamW.", 1e-5)
 
     # Parameters that control the rollout
-    num_generations: int = field(
-        default=8, metadata={"help": "Number of samples per prompt, of which the best and the worst make the pair."}
-    )
+    num_generations: int = option("Number of samples per prompt, of which the best and the worst make the pair.", 8)
 
     # Parameters that control the training
-    num_noise_levels: int = field(
-        default=4, metadata={"help": "Number of random noise levels at which a pair is compared."}
+    num_noise_levels: int = option("Number of random noise levels at which a pair is compared.", 4)
+    timestep_sampling: str = option(
+        "Distribution of the noise level before the pipeline's shift.",
+        "logit_normal",
+        choices=list(TIMESTEP_SAMPLINGS),
     )
-    timestep_sampling: str = field(
-        default="logit_normal",
-        metadata={
-            "help": "Distribution of the noise level before the pipeline's shift.",
-            "choices": list(TIMESTEP_SAMPLINGS),
-        },
-    )
-    beta: float = field(default=100.0, metadata={"help": "Strength of the regularisation to the reference."})
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Assumed probability that a preference label is flipped."}
-    )
+    beta: float = option("Strength of the regularisation to the reference.", 100.0)
+    label_smoothing: float = option("Assumed probability that a preference label is flipped.", 0.0)
 
     def __post_init__(self):
         super().__post_init__()

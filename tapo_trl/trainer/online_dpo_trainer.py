@@ -6,7 +6,7 @@ import torch
 from ..losses import diffusion_dpo_loss, velocity_error_change
 from ..method_card import MethodCard
 from ..rollouts import NoisedPairs, OnlineDPOSampler, SamplePairs
-from ..rollouts.metrics import group_metrics
+from ..rollouts.base import group_metrics
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from .online_dpo_config import OnlineDiffusionDPOConfig
 from .rollout_trainer import RolloutTrainer
@@ -111,6 +111,3 @@ class OnlineDiffusionDPOTrainer(RolloutTrainer):
         error = (velocity.detach() - target).square().flatten(1).mean(1)
         metrics["error/chosen"], metrics["error/rejected"] = error.chunk(2)
         return losses, inputs.weights * losses, metrics
-
-    def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        self._check_start(metrics["rewards/margins"])

@@ -1,9 +1,10 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Making a policy ready for training: how it is loaded, its sizes, its reference, and options that save memory."""
+"""Making a policy ready for training: its adapter, how it is loaded, its sizes, its reference, and options that save memory."""
 
 import copy
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,27 +14,108 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
-from peft import PeftConfig, PeftModel, get_peft_model
+from diffusers.configuration_utils import FrozenDict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import logging
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..data.prompts import PromptCache
-from ..media.tracking import make_config_trackable
 from ..networks.attention import has_attention_backends, set_attention_backend
 from ..networks.compilation import compile_blocks
 from ..networks.float8 import store_base_in_float8
 from ..policies import FlowPolicy
 from ..policies.loading import pop_dtype
 from ..rewards.scoring import LatentReward, PixelReward
-from ..runs.option_checks import autocast_dtype, check_without_effect
+from ..runs.checks import autocast_dtype, check_without_effect
 from .rollout_config import RolloutConfig
 
 
 logger = logging.get_logger(__name__)
 
 FULL_LEARNING_RATE = 1e-5  # which fits full fine-tuning
+
+# By field of `LoraConfig`, what diffusers loads again and what leaves the base as it is; everything else is refused.
+_ALLOWED = {
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "layer_replication": (None,),
+    "kasa_config": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+}
+_NOT_FOR_TRAINING = {"inference_mode": "freezes the LoRA", "task_type": "is for language models"}
+_POLICY_INITS = (True, "gaussian")
+_REWARD_MODEL_INITS = (True, False, "gaussian", "orthogonal")
+
+
+def check_peft_config(peft_config: PeftConfig | None, has_reference: bool = True) -> None:
+    """
+    Check that what a configuration trains can be saved and loaded again, before anything is loaded.
+
+    Args:
+        peft_config ([`~peft.PeftConfig`], *optional*): the configuration.
+        has_reference (`bool`, *optional*, defaults to `True`):
+            Whether the network without its adapter is the reference, from which the training must start.
+
+    Raises:
+        ValueError: if it is no LoRA or none to be trained, if it trains more than LoRA matrices, or if it starts from other
+            weights than those of the base.
+    """
+    if peft_config is None:
+        return
+    if type(peft_config) is not LoraConfig:
+        raise ValueError(
+            f"`peft_config` is a `{type(peft_config).__name__}`, whose weights diffusers does not load: use a `LoraConfig`."
+        )
+    for name, reason in _NOT_FOR_TRAINING.items():
+        if getattr(peft_config, name):
+            raise ValueError(f"`{name}={getattr(peft_config, name)!r}` of `peft_config` {reason}: leave it unset.")
+    inits = _POLICY_INITS if has_reference else _REWARD_MODEL_INITS
+    names = {own.name for own in fields(peft_config)}
+    for name, allowed in (_ALLOWED | {"init_lora_weights": inits}).items():
+        value = getattr(peft_config, name) if name in names else None
+        if name not in names or value in allowed:
+            continue
+        if name == "init_lora_weights":
+            reason = "starts from other weights than the base's, which are " + (
+                "the reference" if has_reference else "what the LoRA is loaded on again"
+            )
+        else:
+            reason = "trains or changes more than LoRA matrices, which are all that is saved"
+        raise ValueError(
+            f"`{name}={value!r}` of `peft_config` {reason}: "
+            + (
+                f"choose one of {allowed}."
+                if len(allowed) > 1 and allowed[-1] != []
+                else f"leave it at {allowed[0]!r}."
+            )
+        )
+
+
+def check_no_adapter(policy: FlowPolicy) -> None:
+    """
+    Check that the transformer of a policy has no adapter: it would be trained or dropped by accident, and not be saved.
+
+    Raises:
+        ValueError: if it has one, whether active, disabled or fused.
+    """
+    transformer = policy.transformer
+    if not isinstance(transformer, PeftModel) and not any(
+        isinstance(module, BaseTunerLayer) for module in transformer.modules()
+    ):
+        return
+    raise ValueError(
+        "The transformer of `model` has an adapter already, such as the LoRA of an earlier training. Merge it, with "
+        "`pipeline.fuse_lora()` and `pipeline.unload_lora_weights()`, or with `pipeline.transformer = "
+        "pipeline.transformer.merge_and_unload()` if it was made by `get_peft_model`; or detach it, with "
+        "`pipeline.unload_lora_weights()` or `unload()` in the place of `merge_and_unload()`. To go on with a training, use "
+        "`resume_from_checkpoint`."
+    )
 
 
 @contextmanager
@@ -59,6 +141,27 @@ def policy_init_kwargs(args: TrainingArguments, peft_config: PeftConfig | None) 
     if dtype is None and peft_config is not None:
         dtype = autocast_dtype(args)
     return kwargs | {"torch_dtype": dtype}
+
+
+class TrackedConfig(FrozenDict):
+    """A diffusers configuration with the two methods that transformers' tracking callbacks call."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(dict(self), indent=2, sort_keys=True, default=str) + "\n"
+
+
+def make_config_trackable(model: ModelMixin) -> None:
+    """
+    Lets `report_to` work with a diffusers model. transformers' callbacks for TensorBoard, MLflow, Comet and ClearML call
+    `model.config.to_json_string()` or `.to_dict()`, which diffusers' [`FrozenDict`] lacks, and stop the training.
+
+    Args:
+        model ([`~diffusers.ModelMixin`]): The bare model, wrapped in PEFT or not yet. Changed in place.
+    """
+    model._internal_dict = TrackedConfig(model._internal_dict)
 
 
 def make_trainable(
@@ -180,6 +283,19 @@ def encode_late(prompts: list[str], cache: PromptCache, policy: FlowPolicy, args
         policy.move_text_encoders(args.device)
         cache.encode(missing)
         policy.move_text_encoders("cpu")
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode of all modules in `model`; its own `training` stays, by which trainers tell whose metrics they log."""
+    modules = [module for module in model.children() if module.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
 
 
 def check_start(margins: torch.Tensor) -> None:

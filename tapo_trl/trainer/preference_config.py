@@ -1,10 +1,11 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ..data.dimensions import check_dimension_weights
+from ..field_types import option
 from .base_config import DiffusionConfig
 
 
@@ -37,42 +38,25 @@ class PreferenceDataConfig(DiffusionConfig):
             the nearest levels of the training are taken.
     """
 
-    dimension_weights: dict[str, float] | str | None = field(
-        default=None,
-        metadata={"help": "Weights of the columns `label_<dimension>`, which then say which side is preferred."},
+    dimension_weights: dict[str, float] | str | None = option(
+        "Weights of the columns `label_<dimension>`, which then say which side is preferred."
     )
-    skip_bad_files: bool = field(
-        default=False,
-        metadata={"help": "Whether to leave out pairs with a file that is unreadable, damaged or too short."},
+    skip_bad_files: bool = option(
+        "Whether to leave out pairs with a file that is unreadable, damaged or too short.", False
     )
-    short_videos: Literal["refuse", "uniform"] = field(
-        default="refuse",
-        metadata={
-            "help": (
-                "What to do with videos that are too short for `num_frames` at `fps`: treat them as unusable "
-                "files (`refuse`), or sample frames uniformly (`uniform`)."
-            )
-        },
+    short_videos: Literal["refuse", "uniform"] = option(
+        "What to do with videos that are too short for `num_frames` at `fps`: treat them as unusable files "
+        "(`refuse`), or sample frames uniformly (`uniform`).",
+        "refuse",
     )
-    aspect_ratio_buckets: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "Whether to keep the approximate aspect ratio of training images, in batches of one size of "
-                "at most `height` x `width` pixels."
-            )
-        },
+    aspect_ratio_buckets: bool = option(
+        "Whether to keep the approximate aspect ratio of training images, in batches of one size of at most `height` "
+        "x `width` pixels.",
+        False,
     )
-    cache_latents: bool = field(
-        default=True, metadata={"help": "Whether to encode all images or videos before training, into a file."}
-    )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Assumed probability that a preference label is flipped."}
-    )
-    eval_sigmas: list[float] = field(
-        default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9],
-        metadata={"help": "Noise levels at which held-out pairs are compared."},
-    )
+    cache_latents: bool = option("Whether to encode all images or videos before training, into a file.", True)
+    label_smoothing: float = option("Assumed probability that a preference label is flipped.", 0.0)
+    eval_sigmas: list[float] = option("Noise levels at which held-out pairs are compared.", [0.1, 0.3, 0.5, 0.7, 0.9])
 
     def __post_init__(self):
         super().__post_init__()

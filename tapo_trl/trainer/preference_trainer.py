@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from ..data.buckets import BucketedPairs, BucketSampler
-from ..data.columns import column_values
+from ..data.columns import Splits, column_values, map_splits, named_splits
 from ..data.preferences import (
     LATENT_COLUMNS,
     ROW_COLUMN,
@@ -23,7 +23,6 @@ from ..data.preferences import (
 from .base import DiffusionTrainer
 from .policy_setup import encode_late, set_vae_options
 from .preference_config import PreferenceDataConfig
-from .splits import Splits, map_splits, named_splits
 
 
 def check_preference_splits(train_dataset: Dataset | None, eval_dataset: Splits, args: PreferenceDataConfig) -> None:
@@ -95,16 +94,7 @@ class PreferenceTrainer(DiffusionTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return BucketSampler([len(part) for part in dataset.datasets], self._train_batch_size, seed)
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        return super().get_eval_dataloader(self._prepare_new_pairs(eval_dataset, "eval_dataset"))
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        return super().get_test_dataloader(self._prepare_new_pairs(test_dataset, "test_dataset"))
-
-    def _prepare_new_pairs(self, dataset: str | Dataset | None, name: str) -> str | Dataset | None:
-        """What was done to the datasets of the constructor; a name or `None` stands for one of those."""
-        if dataset is None or isinstance(dataset, str):
-            return dataset
+    def _encode_new(self, dataset: Dataset, name: str) -> Dataset:
         check_preference_dataset(dataset, name, self.args.dimension_weights)
         if isinstance(dataset, Dataset):
             encode_late(dataset["prompt"], self.prompt_cache, self.policy, self.args)

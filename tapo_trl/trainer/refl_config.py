@@ -1,9 +1,10 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
-from ..runs.option_checks import check_without_effect
+from ..field_types import option
+from ..runs.checks import check_without_effect
 from .rollout_config import RolloutConfig
 
 
@@ -31,21 +32,13 @@ class ReFLConfig(RolloutConfig):
             the reference is not evaluated.
     """
 
-    num_grad_steps: int = field(
-        default=1, metadata={"help": "Number K of sampling steps that the reward's gradient goes back through."}
+    num_grad_steps: int = option("Number K of sampling steps that the reward's gradient goes back through.", 1)
+    estimate_range: list[int] | None = option(
+        "First and last sampling step of which each update draws one, whose one-step estimate is rewarded. Final "
+        "samples are rewarded by default."
     )
-    estimate_range: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "First and last sampling step of which each update draws one, whose one-step estimate is rewarded. "
-            "Final samples are rewarded by default."
-        },
-    )
-    beta: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the squared difference of velocities from the reference. 0 disables the reference."
-        },
+    beta: float = option(
+        "Weight of the squared difference of velocities from the reference. 0 disables the reference.", 0.0
     )
 
     def __post_init__(self):

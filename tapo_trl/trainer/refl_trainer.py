@@ -7,9 +7,8 @@ import torch
 from peft import PeftConfig
 
 from ..method_card import MethodCard
-from ..rewards.candidates import CleanSamples
 from ..rewards.pretrained.base import PretrainedReward
-from ..rewards.scoring import PixelReward
+from ..rewards.scoring import CleanSamples, PixelReward
 from ..rollouts import LateStates, LateStateSampler, StateTransitions
 from ..seeding import seeded_generator
 from .refl_config import ReFLConfig
@@ -127,7 +126,7 @@ class ReFLTrainer(RolloutTrainer):
         return losses, inputs.weights * (losses + self.args.beta * distance), metrics
 
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        if self.args.self_check and self._is_untrained and metrics.get("distance", losses.new_zeros(1)).max() > 1e-9:
+        if self._checks_start and metrics.get("distance", losses.new_zeros(1)).max() > 1e-9:
             raise RuntimeError(
                 f"Before the first update the squared differences from the reference are {metrics['distance'].tolist()}, not 0: "
                 "the policy and the reference differ. Does the adapter start from trained weights, or is some layer (dropout, "

@@ -17,14 +17,13 @@ from ..data.prompts import ROW_COLUMN
 from ..networks.compilation import compile_blocks
 from ..networks.sharing import base_tensors, check_base_stays, check_same, saved_tensors, share_parameters
 from ..policies import FlowPolicy
-from ..policies.loading import pop_dtype
+from ..policies.loading import only, pop_dtype
 from ..rewards import LatentRewardModel, PretrainedReward, StepRewardModel, get_reward, load_reward_model
 from ..rewards.loading import check_init_kwargs, init_kwargs_of, saved_class
 from ..rewards.pretrained import is_reward_name, reward_class
 from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, check_reward_function
 from ..rewards.step_reward import BASE_ARGUMENTS, HUB_ARGUMENTS
-from ..runs.launch_checks import uses_fsdp
-from ..runs.option_checks import autocast_dtype
+from ..runs.checks import autocast_dtype, uses_fsdp
 from .rollout_config import RolloutConfig
 
 
@@ -70,9 +69,11 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
             "`reward_model` is a function: leave it unset."
         )
     _check_target_stays(args.velocity_target, args)
-    if args.reward_model_init_kwargs and not any(isinstance(reward, str) for reward in rewards):
-        raise ValueError("`reward_model_init_kwargs` is for reward models that are loaded by name, but none is.")
-    check_init_kwargs([reward for reward in rewards if isinstance(reward, str)], args.reward_model_init_kwargs)
+    if args.reward_model_init_kwargs:
+        names = [reward for reward in rewards if isinstance(reward, str)]
+        if not names:
+            raise ValueError("`reward_model_init_kwargs` is for reward models that are loaded by name, but none is.")
+        check_init_kwargs(names, args.reward_model_init_kwargs)
     if args.reward_group_offload and args.device.type == "cpu":
         raise ValueError(
             "`reward_group_offload=True` keeps the reward model on the CPU and lends its blocks to an accelerator, but this run is "
@@ -235,7 +236,7 @@ def _load_sharing(
     The reward model of a folder or on the Hub on the policy's own weights. The base model that it was trained from is read
     once, tensor by tensor, to see that it is the policy's.
     """
-    hub_arguments = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
+    hub_arguments = only(kwargs, HUB_ARGUMENTS)
     model_class = saved_class(name, **hub_arguments)
     config = model_class.load_config(name, **hub_arguments)
     _check_shares(model_class, config["lora"], policy, torch_dtype)
@@ -250,7 +251,7 @@ def _load_sharing(
             "base_model=policy, share_base=True)` if it was, and pass it as `reward_model`."
         )
     base = base_tensors(policy.transformer)
-    files = {key: value for key, value in kwargs.items() if key in BASE_ARGUMENTS} | recorded
+    files = only(kwargs, BASE_ARGUMENTS) | recorded
     check_same(saved_tensors(base_model, base, **files), base, model_class.label)
     return model_class.from_pretrained(name, base_model=policy, share_base=True, **kwargs)
 

@@ -1,12 +1,13 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from trl.trainer.base_config import _BaseConfig
 
-from ..runs.option_checks import check_without_effect
+from ..field_types import option
+from ..runs.checks import check_without_effect
 from .base_config import PolicyConfig
 
 
@@ -89,81 +90,53 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
     velocity_target: ClassVar[str | None] = None  # clean samples have none; a field where noisy candidates are scored
 
     # Parameters whose default values are overridden from TrainingArguments
-    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay `False`: reward functions get all columns of the dataset."}
-    )
+    learning_rate: float = option("The initial learning rate for AdamW.", 1e-4)
+    remove_unused_columns: bool = option("Must stay `False`: reward functions get all columns of the dataset.", False)
 
     # Parameters that control the model
-    attention_backend: str | None = field(
-        default=None, metadata={"help": "Implementation of attention, by its name in diffusers. PyTorch's by default."}
+    attention_backend: str | None = option(
+        "Implementation of attention, by its name in diffusers. PyTorch's by default."
     )
-    layerwise_casting: bool = field(
-        default=False,
-        metadata={"help": "Whether to keep the linear layers of the policy's frozen base in float8. Needs LoRA."},
+    layerwise_casting: bool = option(
+        "Whether to keep the linear layers of the policy's frozen base in float8. Needs LoRA.", False
     )
 
     # Parameters that control the data
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Dataset with a `prompt` column, used when the trainer gets no `train_dataset`."},
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`."})
+    dataset_name: str | None = option("Dataset with a `prompt` column, used when the trainer gets no `train_dataset`.")
+    dataset_split: str = option("Split of `dataset_name`.", "train")
 
     # Parameters that control the reward
-    reward_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Keyword arguments for `load_reward_model` and `get_reward`, if a reward model is a string; a mapping under the "
-                "name of one of several is for that one alone."
-            )
-        },
+    reward_model_init_kwargs: dict[str, Any] | str | None = option(
+        "Keyword arguments for `load_reward_model` and `get_reward`, if a reward model is a string; a mapping under "
+        "the name of one of several is for that one alone."
     )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of several reward models. All 1 by default."}
+    reward_weights: list[float] | None = option("Weights of several reward models. All 1 by default.")
+    standardize_rewards: bool = option(
+        "Whether to standardise each reward over the candidates of a prompt before the weighted sum.", False
     )
-    standardize_rewards: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to standardise each reward over the candidates of a prompt before the weighted sum."
-        },
+    score_batch_size: int | None = option("Candidates per forward of a reward model. All of a step by default.")
+    share_backbone: bool = option(
+        "Whether policy, reference and reward models use one set of frozen base weights. Needs LoRA.", False
     )
-    score_batch_size: int | None = field(
-        default=None, metadata={"help": "Candidates per forward of a reward model. All of a step by default."}
+    reward_layerwise_casting: bool = option(
+        "Whether to keep the linear layers of an SLRM's backbone in float8.", False
     )
-    share_backbone: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether policy, reference and reward models use one set of frozen base weights. Needs LoRA."
-        },
-    )
-    reward_layerwise_casting: bool = field(
-        default=False, metadata={"help": "Whether to keep the linear layers of an SLRM's backbone in float8."}
-    )
-    reward_group_offload: bool = field(
-        default=False,
-        metadata={"help": "Whether to keep an SLRM on the CPU and move one block at a time to the accelerator."},
+    reward_group_offload: bool = option(
+        "Whether to keep an SLRM on the CPU and move one block at a time to the accelerator.", False
     )
 
     # Parameters that control the training
-    transition_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Transition pairs per forward and backward. Defaults to `per_device_train_batch_size`."},
+    transition_batch_size: int | None = option(
+        "Transition pairs per forward and backward. Defaults to `per_device_train_batch_size`."
     )
-    offload_transitions: bool | None = field(
-        default=None,
-        metadata={
-            "help": ("Whether to keep transitions on the CPU until they are trained on. By default for videos only.")
-        },
+    offload_transitions: bool | None = option(
+        "Whether to keep transitions on the CPU until they are trained on. By default for videos only."
     )
-    num_iterations: int = field(default=1, metadata={"help": "Number of optimiser steps per rollout."})
-    sync_ref_model: bool = field(default=False, metadata={"help": "Whether the reference follows the policy."})
-    ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "Share of the policy in the reference at a synchronisation."}
-    )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between synchronisations."})
-    profile: bool = field(default=False, metadata={"help": "Whether to print at the end where the time went."})
+    num_iterations: int = option("Number of optimiser steps per rollout.", 1)
+    sync_ref_model: bool = option("Whether the reference follows the policy.", False)
+    ref_model_mixup_alpha: float = option("Share of the policy in the reference at a synchronisation.", 0.6)
+    ref_model_sync_steps: int = option("Steps between synchronisations.", 512)
+    profile: bool = option("Whether to print at the end where the time went.", False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -193,14 +166,10 @@ class StochasticRolloutConfig(RolloutConfig):
             Reduction of log-probabilities over the latent's dimensions, `"mean"` or `"sum"`.
     """
 
-    noise_level: float = field(default=0.7, metadata={"help": "Strength a of the noise of a stochastic step."})
-    sde_type: str = field(
-        default="flow",
-        metadata={"help": "Noise law of a stochastic step.", "choices": list(SDE_TYPES)},
-    )
-    logprob_reduction: str = field(
-        default="mean",
-        metadata={"help": "Reduction of log-probabilities over the latent's dimensions.", "choices": ["mean", "sum"]},
+    noise_level: float = option("Strength a of the noise of a stochastic step.", 0.7)
+    sde_type: str = option("Noise law of a stochastic step.", "flow", choices=list(SDE_TYPES))
+    logprob_reduction: str = option(
+        "Reduction of log-probabilities over the latent's dimensions.", "mean", choices=["mean", "sum"]
     )
 
     def check_noise(self, step_indices: list[int]) -> None:

@@ -5,7 +5,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,26 +16,26 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, load_dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.utils import logging
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import identity
+from trl.trainer.utils import RepeatSampler, identity
 
 from ..callbacks.profile import ProfileCallback
+from ..data.columns import Splits, map_splits, named_splits
 from ..data.prompts import ROW_COLUMN, default_prompts, prepare_prompts
 from ..policies import FlowPolicy, PromptEmbeddings
-from ..policies.sampling import eval_mode
 from ..profiling import StageTimer
 from ..rewards.scoring import PixelReward, WeightedReward
 from ..rollouts import Rollout, RolloutSampler, Transitions
-from ..rollouts.metrics import metrics_of_steps
-from ..rollouts.reuse import EpochRepeatSampler, RolloutBuffer, load_rollouts, save_rollouts
-from ..runs.nonfinite import Watched
-from ..runs.option_checks import check_speed_options
+from ..rollouts.base import RolloutBuffer, load_rollouts, metrics_of_steps, save_rollouts
+from ..runs.checks import check_speed_options
+from ..runs.stopping import Watched
+from ..schedulers import FlowMatchSDEScheduler
 from ..seeding import seeded_generator
 from .base import DiffusionTrainer
-from .policy_setup import apply_memory_options, encode_late, whole_weights
+from .policy_setup import apply_memory_options, encode_late, eval_mode, whole_weights
 from .reward_setup import (
     RewardModel,
     ShareCallback,
@@ -46,7 +46,6 @@ from .reward_setup import (
     move_rewards,
 )
 from .rollout_config import RolloutConfig
-from .splits import Splits, map_splits, named_splits
 
 
 logger = logging.get_logger(__name__)
@@ -162,8 +161,20 @@ class RolloutTrainer(DiffusionTrainer):
         Make what draws samples, and whatever else of the schedule the loss needs. Called once the accelerator is known.
 
         Args:
-            kwargs: what all samplers take, but for the scheduler, see [`~rollouts.sampler.RolloutSampler`].
+            kwargs: what all samplers take, but for the scheduler, see [`~rollouts.base.RolloutSampler`].
         """
+
+    def stochastic_scheduler(self) -> FlowMatchSDEScheduler:
+        """The pipeline's grid with the noise of a [`StochasticRolloutConfig`]."""
+        args = self.args
+        return self.policy.build_scheduler(
+            args.num_inference_steps,
+            self.latent_shape,
+            self.accelerator.device,
+            noise_level=args.noise_level,
+            sde_type=args.sde_type,
+            logprob_reduction=args.logprob_reduction,
+        )
 
     @abstractmethod
     def transition_losses(
@@ -174,7 +185,7 @@ class RolloutTrainer(DiffusionTrainer):
 
         Args:
             model (`torch.nn.Module`): the policy's network.
-            inputs ([`~rollouts.rollout.Transitions`]): the examples, on the device of the training.
+            inputs ([`~rollouts.base.Transitions`]): the examples, on the device of the training.
 
         Returns:
             `tuple`: losses of shape `(num_examples,)`; the same with all that the training loss adds, such as weights;
@@ -189,9 +200,12 @@ class RolloutTrainer(DiffusionTrainer):
         """What is logged of each step on its own, as `step_XX/...`, of what [`~RolloutTrainer.transition_losses`] returned."""
         return {}
 
-    @abstractmethod
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        """Called with what [`~RolloutTrainer.transition_losses`] returned, to find bugs while the policy is untrained."""
+        """
+        Called with what [`~RolloutTrainer.transition_losses`] returned, to find bugs while the policy is untrained. Here the
+        rewards of both sides of a pair must be the same.
+        """
+        self._check_start(metrics["rewards/margins"])
 
     # Training: rollout -> chunks -> losses
 
@@ -265,7 +279,7 @@ class RolloutTrainer(DiffusionTrainer):
         rollout (`num_iterations`): the reference does not change in between.
 
         Args:
-            inputs ([`~rollouts.rollout.Transitions`]): the examples, on the device of the training.
+            inputs ([`~rollouts.base.Transitions`]): the examples, on the device of the training.
 
         The others are those of [`~FlowPolicy.velocity`].
         """
@@ -392,16 +406,7 @@ class RolloutTrainer(DiffusionTrainer):
         if self._signature_columns is None:
             self._signature_columns = self.train_dataset.column_names
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        return super().get_eval_dataloader(self._prepare_new_prompts(eval_dataset, "eval_dataset"))
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        return super().get_test_dataloader(self._prepare_new_prompts(test_dataset, "test_dataset"))
-
-    def _prepare_new_prompts(self, dataset: str | Dataset | None, name: str) -> str | Dataset | None:
-        """What was done to the datasets of the constructor; a name or `None` stands for one of those."""
-        if dataset is None or isinstance(dataset, str):
-            return dataset
+    def _encode_new(self, dataset: Dataset, name: str) -> Dataset:
         if not isinstance(dataset, Dataset) or ROW_COLUMN not in dataset.column_names:
             dataset = prepare_prompts(dataset, name)
         functions = [reward.function for reward in self.reward.rewards if isinstance(reward, PixelReward)]
@@ -420,3 +425,21 @@ class RolloutTrainer(DiffusionTrainer):
             repeat_count=self.args.num_iterations,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """
+    Draws the order of each epoch from the seed and the epoch: a resumed run does not start with that of the first one.
+
+    Args:
+        epoch (`Callable[[], int]`): says which epoch it is.
+        kwargs: see [`~trl.trainer.utils.RepeatSampler`], with a `seed`.
+    """
+
+    def __init__(self, epoch: Callable[[], int], **kwargs):
+        super().__init__(**kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()

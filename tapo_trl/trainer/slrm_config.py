@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_args
 
 from trl import RewardConfig
 
+from ..field_types import option
 from ..metrics.pair_scores import ACCURACY_RULES
 from ..rewards import REWARD_MODELS
 from ..rewards.dina import DEFAULT_NUM_QUERIES
@@ -21,7 +22,7 @@ from ..rewards.slrm import (
     TrainingVelocityTarget,
 )
 from ..rewards.spm import DEFAULT_CLIP_MODEL
-from ..runs.option_checks import check_without_effect
+from ..runs.checks import check_without_effect
 from ..schedulers.noise_levels import TIMESTEP_SAMPLINGS
 from .preference_config import PreferenceDataConfig
 
@@ -165,103 +166,56 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     _VALID_DICT_FIELDS = RewardConfig._VALID_DICT_FIELDS + ["dimension_weights"]
 
     # Parameters that control the model
-    reward_model_type: str = field(
-        default="slrm",
-        metadata={"help": "Which reward model to train.", "choices": list(REWARD_MODELS)},
+    reward_model_type: str = option("Which reward model to train.", "slrm", choices=list(REWARD_MODELS))
+    freeze_backbone: bool = option(
+        "Whether to train only the parts added to the backbone: score stream, head or modulation.", False
     )
-    freeze_backbone: bool = field(
-        default=False,
-        metadata={"help": "Whether to train only the parts added to the backbone: score stream, head or modulation."},
+    num_task_tokens: int = option("Number of score tokens n_s (Eq. 5).", DEFAULT_NUM_TASK_TOKENS)
+    task_projection_rank: int | None = option("Rank of the score tokens' projections P^S. Full matrices by default.")
+    score_link: str | None = option(
+        "How the logit becomes a positive score. By default as in the training that goes on, else `exp`.",
+        choices=list(get_args(ScoreLink)),
     )
-    num_task_tokens: int = field(
-        default=DEFAULT_NUM_TASK_TOKENS, metadata={"help": "Number of score tokens n_s (Eq. 5)."}
+    lrm_layer: int | None = option(
+        "LRM: the block that is read, counted from 1. By default 18 of 24, or in proportion."
     )
-    task_projection_rank: int | None = field(
-        default=None, metadata={"help": "Rank of the score tokens' projections P^S. Full matrices by default."}
+    lrm_guidance_scale: float = option(
+        "LRM: scale of the visual feature enhancement. 1 turns it off, which halves the cost.", DEFAULT_GUIDANCE_SCALE
     )
-    score_link: str | None = field(
-        default=None,
-        metadata={
-            "help": "How the logit becomes a positive score. By default as in the training that goes on, else `exp`.",
-            "choices": list(get_args(ScoreLink)),
-        },
+    dina_layers: list[int] | None = option(
+        "DiNa-LRM: the blocks that are read, counted from 1. By default 4, 8 and 12 of 24, or in proportion."
     )
-    lrm_layer: int | None = field(
-        default=None,
-        metadata={"help": "LRM: the block that is read, counted from 1. By default 18 of 24, or in proportion."},
-    )
-    lrm_guidance_scale: float = field(
-        default=DEFAULT_GUIDANCE_SCALE,
-        metadata={"help": "LRM: scale of the visual feature enhancement. 1 turns it off, which halves the cost."},
-    )
-    dina_layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "DiNa-LRM: the blocks that are read, counted from 1. By default 4, 8 and 12 of 24, or in proportion."
-        },
-    )
-    dina_num_queries: int = field(
-        default=DEFAULT_NUM_QUERIES, metadata={"help": "DiNa-LRM: number of learned queries of the head."}
-    )
-    spm_clip_model: str = field(
-        default=DEFAULT_CLIP_MODEL, metadata={"help": "SPM: Hub id or folder of the CLIP that it starts from."}
-    )
+    dina_num_queries: int = option("DiNa-LRM: number of learned queries of the head.", DEFAULT_NUM_QUERIES)
+    spm_clip_model: str = option("SPM: Hub id or folder of the CLIP that it starts from.", DEFAULT_CLIP_MODEL)
 
     # Parameters that control the training
-    loss_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "Loss of a pair. By default `thurstone` for DiNa-LRM, else `bradley_terry`.",
-            "choices": list(LOSS_TYPES),
-        },
+    loss_type: str | None = option(
+        "Loss of a pair. By default `thurstone` for DiNa-LRM, else `bradley_terry`.", choices=list(LOSS_TYPES)
     )
-    rho: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the distance in the score (Eq. 7). By default as in the training that goes on, else ln 4."
-        },
+    rho: float | None = option(
+        "Weight of the distance in the score (Eq. 7). By default as in the training that goes on, else ln 4."
     )
-    eta: float = field(default=1.0, metadata={"help": "Exponent of the scores in the Bradley-Terry loss (Eq. 9)."})
-    velocity_target: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Target of the model's velocity in training. Defaults to the value of the loaded SLRM, else "
-                "`reference`."
-            ),
-            "choices": list(get_args(TrainingVelocityTarget)),
-        },
+    eta: float = option("Exponent of the scores in the Bradley-Terry loss (Eq. 9).", 1.0)
+    velocity_target: str | None = option(
+        "Target of the model's velocity in training. Defaults to the value of the loaded SLRM, else `reference`.",
+        choices=list(get_args(TrainingVelocityTarget)),
     )
-    detach_score: bool = field(
-        default=False, metadata={"help": "Whether to stop the gradient of the preference loss through the distance."}
-    )
-    score_preservation_coef: float = field(
-        default=1.0, metadata={"help": "Weight of a flow-matching loss on the chosen latents."}
-    )
-    shared_noise: bool = field(default=True, metadata={"help": "Whether the two sides of a pair get the same noise."})
-    timestep_sampling: str = field(
-        default="uniform",
-        metadata={"help": "Distribution of the noise level in (0, 1).", "choices": list(TIMESTEP_SAMPLINGS)},
+    detach_score: bool = option("Whether to stop the gradient of the preference loss through the distance.", False)
+    score_preservation_coef: float = option("Weight of a flow-matching loss on the chosen latents.", 1.0)
+    shared_noise: bool = option("Whether the two sides of a pair get the same noise.", True)
+    timestep_sampling: str = option(
+        "Distribution of the noise level in (0, 1).", "uniform", choices=list(TIMESTEP_SAMPLINGS)
     )
 
     # Parameters that control the data
-    resolution: int | None = field(
-        default=None,
-        metadata={
-            "help": "Height and width in pixels to which images and videos are cropped and resized. By default as in the "
-            "training that goes on, else 512."
-        },
+    resolution: int | None = option(
+        "Height and width in pixels to which images and videos are cropped and resized. By default as in the training "
+        "that goes on, else 512."
     )
 
     # Parameters that control the evaluation
-    eval_rules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Velocity targets for the accuracy. Defaults to `ground_truth` and one target that is known "
-                "at inference time."
-            )
-        },
+    eval_rules: list[str] | None = option(
+        "Velocity targets for the accuracy. Defaults to `ground_truth` and one target that is known at inference time."
     )
 
     def __post_init__(self):

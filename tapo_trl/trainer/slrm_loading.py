@@ -6,16 +6,15 @@
 import os
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import LoraConfig
 
+from ..files import local_file
 from ..policies import FlowPolicy, load_policy
 from ..policies.loading import only_hub_arguments, pop_dtype
-from ..policies.lora import check_no_adapter
 from ..rewards import REWARD_MODELS, LatentRewardModel, StepRewardModel, load_reward_model
-from ..runs.launch_checks import uses_fsdp
-from ..runs.option_checks import autocast_dtype
+from ..runs.checks import autocast_dtype, uses_fsdp
+from .policy_setup import check_no_adapter
 from .slrm_config import MODEL_FIELDS, SLRMConfig
 
 
@@ -83,19 +82,16 @@ def is_reward_model(name_or_path: str, subfolder: str | None = None, **hub_argum
         ValueError: if there is neither, or no such folder or repository.
     """
     for filename, answer in ((DiffusionPipeline.config_name, False), (StepRewardModel.config_name, True)):
-        if os.path.isdir(name_or_path):
-            if os.path.isfile(os.path.join(name_or_path, subfolder or "", filename)):
-                return answer
-            continue
         try:
-            hf_hub_download(name_or_path, filename, subfolder=subfolder, **hub_arguments)
-            return answer
+            file = local_file(name_or_path, filename, subfolder, **hub_arguments)
         except EntryNotFoundError:  # also if it is not in the cache, without a network
             continue
         except HFValidationError as error:
             raise ValueError(
                 f"There is no folder {name_or_path}, and it cannot be the name of a repository."
             ) from error
+        if not os.path.isdir(name_or_path) or os.path.isfile(file):
+            return answer
     raise ValueError(
         f"`model`: neither a pipeline (`{DiffusionPipeline.config_name}`) nor a reward model (`{StepRewardModel.config_name}`) "
         f"was found in {name_or_path}, a folder or a repository on the Hub. Without a network it must be in the cache "

@@ -19,18 +19,17 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..callbacks.base import PolicyCallback
 from ..data.preferences import TIE
 from ..losses import slrm_loss, thurstone_loss
-from ..media.tracking import make_config_trackable
 from ..metrics.pair_scores import evaluation_noise
 from ..metrics.preference_accuracy import pair_accuracies
 from ..moved import moved_names
 from ..policies import FlowPolicy
-from ..policies.lora import check_peft_config
 from ..rewards import SLRMModel, StepRewardModel
 from ..rewards.slrm import SLRMOutput, enhanced_log_score, log_score, score_distance
 from ..rewards.targets import training_targets
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal
 from ..seeding import seeded_generator
 from .base import COMMON_OPTIONS
+from .policy_setup import check_peft_config, make_config_trackable
 from .preference_trainer import PreferenceTrainer, describe_loss
 from .slrm_config import SLRM_FIELDS, SLRMConfig
 from .slrm_loading import check_not_sharded, load_base_and_reward_model

@@ -1,13 +1,14 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers.utils import logging
 
+from ..field_types import option
 from ..rewards.targets import VELOCITY_TARGETS
 from ..rollouts import PAIRINGS, get_pairing
-from ..runs.option_checks import check_without_effect
+from ..runs.checks import check_without_effect
 from ..schedulers import sde_step_indices
 from .rollout_config import StochasticRolloutConfig
 
@@ -60,7 +61,7 @@ class TAPOConfig(StochasticRolloutConfig):
         velocity_target (`str`, *optional*):
             What the SLRM's velocity is compared to for a candidate, whose clean latent is unknown: `"parent"`,
             `"policy"`, `"reference"`, `"initial_noise"` or `"none"`, see
-            [`~rewards.velocity_targets.velocity_target`]. By default what fits the SLRM's training: `"reference"` and
+            [`~rewards.targets.velocity_target`]. By default what fits the SLRM's training: `"reference"` and
             `"none"` stay, and `"parent"` stands in for `"ground_truth"`.
 
         > Parameters that control the training
@@ -87,82 +88,45 @@ class TAPOConfig(StochasticRolloutConfig):
     """
 
     # Parameters that control the rollout
-    pairing: str = field(
-        default="tapo",
-        metadata={"help": "How preference pairs are formed from the candidates.", "choices": list(PAIRINGS)},
+    pairing: str = option("How preference pairs are formed from the candidates.", "tapo", choices=list(PAIRINGS))
+    continue_with: str | None = option(
+        "Candidate from which the trajectory of `spo` and `lpo` continues. Random by default.",
+        choices=["random", "best"],
     )
-    continue_with: str | None = field(
-        default=None,
-        metadata={
-            "help": "Candidate from which the trajectory of `spo` and `lpo` continues. Random by default.",
-            "choices": ["random", "best"],
-        },
+    pair_threshold: list[float] | None = option(
+        "Minimum difference between the probabilities of the two sides for a pair to count: one number, or two for "
+        "the least and the most noise. Defaults to that of `pairing`."
     )
-    pair_threshold: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Minimum difference between the probabilities of the two sides for a pair to count: one "
-                "number, or two for the least and the most noise. Defaults to that of `pairing`."
-            )
-        },
+    consistent_pairs: bool = option(
+        "Whether to drop pairs of `tapo` whose ranking flips before the final samples.", False
     )
-    consistent_pairs: bool = field(
-        default=False,
-        metadata={"help": "Whether to drop pairs of `tapo` whose ranking flips before the final samples."},
-    )
-    num_sde_steps: int = field(default=8, metadata={"help": "Number of stochastic steps n, Eq. 10."})
-    num_candidates: int = field(
-        default=4, metadata={"help": "Number of candidates P per branch and stochastic step, Eq. 12."}
-    )
-    t_init: int = field(default=1, metadata={"help": "Index of the first stochastic step, Eq. 10."})
+    num_sde_steps: int = option("Number of stochastic steps n, Eq. 10.", 8)
+    num_candidates: int = option("Number of candidates P per branch and stochastic step, Eq. 12.", 4)
+    t_init: int = option("Index of the first stochastic step, Eq. 10.", 1)
 
     # Parameters that control the reward
-    velocity_target: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Target of the SLRM's velocity while sampling, where the clean latent is unknown. By default "
-                "the one that matches the SLRM's training."
-            ),
-            "choices": list(VELOCITY_TARGETS),
-        },
+    velocity_target: str | None = option(
+        "Target of the SLRM's velocity while sampling, where the clean latent is unknown. By default the one that "
+        "matches the SLRM's training.",
+        choices=list(VELOCITY_TARGETS),
     )
 
     # Parameters that control the training
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "Strength of the regularisation to the reference. By default that of `pairing`: 1000 for `tapo` and "
-            "`tapo_within`, 10 for `spo`, 500 for `lpo`."
-        },
+    beta: float | None = option(
+        "Strength of the regularisation to the reference. By default that of `pairing`: 1000 for `tapo` and "
+        "`tapo_within`, 10 for `spo`, 500 for `lpo`."
     )
-    kl_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the KL divergence from the reference, added to the loss."}
+    kl_coef: float = option("Weight of the KL divergence from the reference, added to the loss.", 0.0)
+    loss_type: str = option("Loss of a pair.", "sigmoid", choices=["sigmoid", "hinge", "ipo"])
+    label_smoothing: float = option("Assumed probability that a preference label is flipped.", 0.0)
+    ratio_clip: float | None = option("Clip range of the ratio to the reference: `[1 - ratio_clip, 1 + ratio_clip]`.")
+    step_weighting: str = option(
+        "`none`: equal weights for all steps. `velocity`: weights that equalise the gradient with respect to the "
+        "velocity.",
+        "none",
+        choices=["none", "velocity"],
     )
-    loss_type: str = field(
-        default="sigmoid", metadata={"help": "Loss of a pair.", "choices": ["sigmoid", "hinge", "ipo"]}
-    )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Assumed probability that a preference label is flipped."}
-    )
-    ratio_clip: float | None = field(
-        default=None,
-        metadata={"help": "Clip range of the ratio to the reference: `[1 - ratio_clip, 1 + ratio_clip]`."},
-    )
-    step_weighting: str = field(
-        default="none",
-        metadata={
-            "help": (
-                "`none`: equal weights for all steps. `velocity`: weights that equalise the gradient with "
-                "respect to the velocity."
-            ),
-            "choices": ["none", "velocity"],
-        },
-    )
-    train_cfg: bool = field(
-        default=True, metadata={"help": "Whether to train with the classifier-free guidance of the rollout."}
-    )
+    train_cfg: bool = option("Whether to train with the classifier-free guidance of the rollout.", True)
 
     def __post_init__(self):
         super().__post_init__()

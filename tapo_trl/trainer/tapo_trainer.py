@@ -6,7 +6,7 @@ from peft import PeftConfig
 
 from ..losses import tapo_loss
 from ..rollouts import PAIRINGS, TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
-from ..rollouts.metrics import pair_metrics
+from ..rollouts.pairs import pair_metrics
 from ..schedulers import gaussian_kl, sde_step_indices
 from .rollout_trainer import RolloutTrainer
 from .tapo_config import TAPOConfig
@@ -88,14 +88,7 @@ class TAPOTrainer(RolloutTrainer):
 
     def build_sampler(self, **kwargs) -> TAPOSampler:
         args = self.args
-        self.scheduler = self.policy.build_scheduler(
-            args.num_inference_steps,
-            self.latent_shape,
-            self.accelerator.device,
-            noise_level=args.noise_level,
-            sde_type=args.sde_type,
-            logprob_reduction=args.logprob_reduction,
-        )
+        self.scheduler = self.stochastic_scheduler()
         self.step_indices = sde_step_indices(args.num_inference_steps, args.num_sde_steps, args.t_init)
         self.step_weights = self._step_weights()
         return TAPOSampler(
@@ -178,6 +171,3 @@ class TAPOTrainer(RolloutTrainer):
             "accuracy": metrics["rewards/accuracies"],
             "margin": metrics["rewards/margins"],
         }
-
-    def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        self._check_start(metrics["rewards/margins"])

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from tapo_trl import SLRMConfig, SLRMTrainer, TAPOConfig, TAPOTrainer
-from tapo_trl.media.tracking import make_config_trackable
+from tapo_trl.trainer.policy_setup import make_config_trackable
 
 
 COMMON = {

@@ -13,8 +13,7 @@ from tapo_trl.networks import attention
 from tapo_trl.networks.attention import set_attention_backend
 from tapo_trl.networks.float8 import Float8Linear
 from tapo_trl.policies import load_policy
-from tapo_trl.runs.launch_checks import check_dynamo_backend
-from tapo_trl.runs.option_checks import check_speed_options
+from tapo_trl.runs.checks import check_dynamo_backend, check_speed_options
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 from tests.trainer.policy_checks import trainable
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tapo_trl import FlowGRPOTrainer, TAPOTrainer
 from tapo_trl.policies import PromptEmbeddings, SD3Policy
 from tapo_trl.rollouts import SamplePairs
-from tapo_trl.rollouts.reuse import load_rollouts, save_rollouts
+from tapo_trl.rollouts.base import load_rollouts, save_rollouts
 from tests.testing_utils import tiny_sd3_pipeline
 from tests.trainer.test_flow_grpo_trainer import make_args as make_grpo_args
 from tests.trainer.test_tapo_trainer import make_args as make_tapo_args

@@ -11,7 +11,7 @@ import torch
 import tapo_trl
 from tapo_trl.data import PromptCache
 from tapo_trl.policies import FAMILIES, FlowPolicy, PromptEmbeddings, load_policy
-from tapo_trl.policies.families import base_license, family_of, family_of_transformer, known_pipelines
+from tapo_trl.policies.loading import base_license, family_of, family_of_transformer, known_pipelines
 from tapo_trl.rewards.backbones.features import FeatureTransformerMixin
 from tapo_trl.rewards.backbones.score_stream import ScoreTransformerMixin
 

@@ -140,23 +140,6 @@ def test_pixels_that_are_not_finite(server):
     assert RemoteReward(server)(pixels, ["", "", ""]).isnan().tolist() == [False, True, False]
 
 
-def test_many_processes_wait_in_line(server):
-    """Each gets its own scores."""
-    rewards = [RemoteReward(server, dtype="float32") for _ in range(24)]
-    pixels, found = torch.rand(24, 1, 3, 4, 4), {}
-
-    def rate(index):
-        found[index] = rewards[index](pixels[index], ["a" * index])
-
-    threads = [threading.Thread(target=rate, args=(index,)) for index in range(24)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(24):
-        torch.testing.assert_close(found[index], pixels[index].mean((1, 2, 3)) + index)
-
-
 def test_the_request_is_safetensors(fake):
     fake.answers.append(lambda handler: send(handler, {"scores": [1, 2.5]}))
     assert RemoteReward(fake.url)(images(2), ["é", "b"], tag=["x", None]).tolist() == [1, 2.5]

@@ -8,8 +8,7 @@ import torch
 
 from tapo_trl.policies import PromptEmbeddings
 from tapo_trl.rewards import Candidates, LatentReward, SLRMModel, WeightedReward, velocity_target
-from tapo_trl.rewards.candidates import CleanSamples
-from tapo_trl.rewards.scoring import PixelReward, call_reward_function, check_reward_function
+from tapo_trl.rewards.scoring import CleanSamples, PixelReward, call_reward_function, check_reward_function
 
 
 def make_candidates(sigma=0.4, count=4):

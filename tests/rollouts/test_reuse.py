@@ -8,7 +8,7 @@ import torch
 
 from tapo_trl.policies import PromptEmbeddings
 from tapo_trl.rollouts import SamplePairs, TrajectoryPairs
-from tapo_trl.rollouts.reuse import RolloutBuffer, load_rollouts, save_rollouts
+from tapo_trl.rollouts.base import RolloutBuffer, load_rollouts, save_rollouts
 
 
 def sample_pairs():

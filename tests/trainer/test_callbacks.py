@@ -21,7 +21,7 @@ from tapo_trl.callbacks.ema import EMACallback
 from tapo_trl.callbacks.reward_curve import HELD_OUT_REWARD
 from tapo_trl.callbacks.reward_guard import RewardHackingGuardCallback, detect_reward_hacking
 from tapo_trl.callbacks.samples import SampleGridCallback
-from tapo_trl.media.tracking import make_config_trackable
+from tapo_trl.trainer.policy_setup import make_config_trackable
 from tests.testing_utils import tiny_sd3_pipeline
 
 

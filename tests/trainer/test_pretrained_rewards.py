@@ -175,15 +175,13 @@ def test_commands(tmp_path, tiny_weights, clip_folder, command):
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["grpo", "refl"])
-def test_dry_run_counts_their_memory(tmp_path, capsys, command):
+def test_dry_run_counts_their_memory(tmp_path, capsys):
     tiny_sd3_pipeline().save_pretrained(tmp_path)
     kwargs = json.dumps({"pickscore": {"torch_dtype": "bf16"}})
     flags = ["--model_name_or_path", str(tmp_path), "--max_sequence_length", "8", "--resolution", "32", "--dry_run"]
-    flags += ["--num_inference_steps", "2"]
-    flags += ["--num_sde_steps", "1", "--num_generations", "2"] if command == "grpo" else ["--num_grad_steps", "1"]
+    flags += ["--num_inference_steps", "2", "--num_sde_steps", "1", "--num_generations", "2"]
     flags += ["--reward_model", "clip", "pickscore", "ocr", "--reward_model_init_kwargs", kwargs]
-    main([command, *flags, "--guard_reward", "aesthetic"])
+    main(["grpo", *flags, "--guard_reward", "aesthetic"])
     output = capsys.readouterr().out
     assert f"{427_616_513 * 4 / 2**30:8.2f} reward `clip`" in output and "parameters x 4 bytes" in output
     assert f"{986_109_441 * 2 / 2**30:8.2f} reward `pickscore`" in output

@@ -520,7 +520,7 @@ class TestModelArgument:
             if filename != "config.json" or errors[-1] is not None:
                 raise errors[-1] or LocalEntryNotFoundError(filename)
 
-        monkeypatch.setattr("tapo_trl.trainer.slrm_loading.hf_hub_download", download)
+        monkeypatch.setattr("tapo_trl.files.hf_hub_download", download)
         hub = {"token": "secret", "cache_dir": "elsewhere", "local_files_only": True, "revision": "main"}
         assert is_reward_model("me/slrm", **hub)
         assert all(hub.items() <= kwargs.items() for kwargs in seen)

@@ -3,8 +3,7 @@
 
 """Score tokens: their projections, their head, and making a transformer with score tokens from a plain one."""
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -114,9 +113,21 @@ class ScoreTransformerMixin(RewardBackboneMixin):
         score_head ([`ScoreHead`]): reads the logit out of the score tokens after the last block.
     """
 
-    @abstractmethod
+    def _add_score_stream(self, num_task_tokens: int, text_dim: int, make_block: Callable[[int], nn.Module]) -> None:
+        """Put blocks with score tokens in the place of the base's, and the tokens and their head beside them."""
+        self.task_tokens = nn.Parameter(torch.empty(1, num_task_tokens, text_dim))
+        setattr(self, self.blocks_name, nn.ModuleList(make_block(index) for index in range(self.config.num_layers)))
+        self.score_head = ScoreHead(self.dim)
+
     def init_score_stream(self) -> None:
-        """Set every parameter that the base transformer does not have."""
+        """
+        Set every parameter that the base transformer does not have: score tokens at random, as `nn.Embedding` does, and
+        projections at those of the stream that they start from.
+        """
+        nn.init.normal_(self.task_tokens)
+        for block in self.block_list:
+            block.score_projections.init_from(block.score_sources)
+        self.score_head.reset_parameters()
 
     @classmethod
     def from_base(

@@ -12,7 +12,7 @@ from torch import nn
 
 from .base import RewardBackboneMixin
 from .features import FeatureTransformerMixin
-from .score_stream import ScoreHead, ScoreProjections, ScoreTransformerMixin
+from .score_stream import ScoreProjections, ScoreTransformerMixin
 
 
 class SD3Backbone(RewardBackboneMixin):
@@ -193,28 +193,23 @@ class SD3ScoreTransformer2DModel(SD3Backbone, ScoreTransformerMixin, SD3Transfor
         config = self.config
         if config.num_layers < 2:
             raise ValueError("SLRM needs a transformer of at least 2 blocks: the last one has no text output path.")
-        self.task_tokens = nn.Parameter(torch.empty(1, num_task_tokens, config.joint_attention_dim))
-        self.transformer_blocks = nn.ModuleList(
-            JointScoreBlock(
-                dim=self.inner_dim,
+        self._add_score_stream(
+            num_task_tokens,
+            config.joint_attention_dim,
+            lambda index: JointScoreBlock(
+                dim=self.dim,
                 num_attention_heads=config.num_attention_heads,
                 attention_head_dim=config.attention_head_dim,
                 context_pre_only=index == config.num_layers - 1,
                 qk_norm=config.qk_norm,
                 use_dual_attention=index in config.dual_attention_layers,
                 task_projection_rank=task_projection_rank,
-            )
-            for index in range(config.num_layers)
+            ),
         )
-        self.score_head = ScoreHead(self.inner_dim)
 
     def init_score_stream(self) -> None:
-        """Start the score tokens at random, as `nn.Embedding` does, and their stream's weights at the text stream's."""
-        nn.init.normal_(self.task_tokens)
-        for block in self.transformer_blocks:
-            block.score_projections.init_from(block.score_sources)
+        super().init_score_stream()
         self.transformer_blocks[-1].score_output.init_from_text_stream(self.transformer_blocks[-2])
-        self.score_head.reset_parameters()
 
     def forward(
         self,

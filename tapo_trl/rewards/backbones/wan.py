@@ -11,7 +11,7 @@ from torch import nn
 
 from .base import RewardBackboneMixin
 from .features import FeatureTransformerMixin
-from .score_stream import ScoreHead, ScoreProjections, ScoreTransformerMixin
+from .score_stream import ScoreProjections, ScoreTransformerMixin
 
 
 class WanBackbone(RewardBackboneMixin):
@@ -149,9 +149,10 @@ class WanScoreTransformer3DModel(WanBackbone, ScoreTransformerMixin, WanTransfor
     def __init__(self, num_task_tokens: int, task_projection_rank: int | None = None, **transformer_config):
         super().__init__(**transformer_config)
         config = self.config
-        self.task_tokens = nn.Parameter(torch.empty(1, num_task_tokens, config.text_dim))
-        self.blocks = nn.ModuleList(
-            WanScoreBlock(
+        self._add_score_stream(
+            num_task_tokens,
+            config.text_dim,
+            lambda index: WanScoreBlock(
                 dim=self.dim,
                 ffn_dim=config.ffn_dim,
                 num_heads=config.num_attention_heads,
@@ -159,23 +160,17 @@ class WanScoreTransformer3DModel(WanBackbone, ScoreTransformerMixin, WanTransfor
                 cross_attn_norm=config.cross_attn_norm,
                 eps=config.eps,
                 task_projection_rank=task_projection_rank,
-            )
-            for _ in range(config.num_layers)
+            ),
         )
-        self.score_head = ScoreHead(self.dim)
 
     def init_score_stream(self) -> None:
         """
-        Start the projections at the video's and the score tokens at random, as large as texts are to the model: its
-        text projection, trained on those, gets inputs of variance 1 in its hidden layer. Larger tokens would drown
-        what the blocks add to them, smaller ones would all be its bias.
+        The score tokens are as large as texts are to the model: its text projection, trained on those, gets inputs of
+        variance 1 in its hidden layer. Larger tokens would drown what the blocks add to them, smaller ones would all be its bias.
         """
+        super().init_score_stream()
         to_hidden = self.condition_embedder.text_embedder.linear_1.weight.float()
-        nn.init.normal_(self.task_tokens)
         self.task_tokens.div_(to_hidden.square().sum(dim=1).mean().sqrt())
-        for block in self.blocks:
-            block.score_projections.init_from(block.score_sources)
-        self.score_head.reset_parameters()
 
     def forward(
         self,

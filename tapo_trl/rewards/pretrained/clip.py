@@ -133,10 +133,7 @@ class AestheticReward(PretrainedReward):
 
 
 def aesthetic_head(dim: int) -> nn.Sequential:
-    """
-    The linear layers of the predictor, and of ImageReward. There is nothing between them but dropout, so that frozen they are one
-    affine map.
-    """
+    """The predictor's linear layers. There is nothing between them but dropout, so that frozen they are one affine map."""
     widths = (dim, 1024, 128, 64, 16, 1)
     layers = [nn.Linear(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
     first, second, third, fourth, last = layers

@@ -12,7 +12,6 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from .base import PretrainedReward
 from .checkpoints import load_converted, pretrained_from_state_dict, weights_file
-from .clip import aesthetic_head
 from .preprocessing import CLIP_MEAN, CLIP_STD, center_crop, normalize, resize_shortest_edge
 
 
@@ -69,7 +68,7 @@ class ImageReward(PretrainedReward):
         return cls(
             pretrained_from_state_dict(BlipVisionModel, of_vision, vision, weights, torch_dtype),
             load_converted(text_model, text, weights, torch_dtype),
-            load_converted(aesthetic_head(facts["hidden_size"]), head, weights, torch.float32),
+            load_converted(make_head(facts["hidden_size"]), head, weights, torch.float32),
             tokenizer,
             **kwargs,
         )
@@ -139,4 +138,18 @@ def text_config(facts: dict, image_width: int) -> BlipTextConfig:
         **{name: facts[name] for name in (*names, "max_position_embeddings", "hidden_act", "layer_norm_eps")},
         encoder_hidden_size=image_width,
         is_decoder=True,
+    )
+
+
+def make_head(width: int) -> nn.Sequential:
+    """Linear layers without activations between them."""
+    return nn.Sequential(
+        nn.Linear(width, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
     )

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from tapo_trl import EMACallback, SLRMTrainer, TAPOConfig
 from tapo_trl.runs.checkpoints import checkpoint_damage
-from tapo_trl.runs.nonfinite import NonFiniteGuard
+from tapo_trl.runs.stopping import NonFiniteGuard
 from tapo_trl.trainer import tapo_trainer
 from tests.data.preference_pairs import latent_pairs
 from tests.testing_utils import tiny_sd3_pipeline

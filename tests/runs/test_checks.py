@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate.utils import DistributedType
 
-from tapo_trl.runs.launch_checks import check_launch
+from tapo_trl.runs.checks import check_launch
 
 
 def configuration(world_size=2, zero=None, deepspeed=None, **overrides):
