@@ -41,9 +41,9 @@ from tapo_trl.policies import FlowPolicy
 HERE = Path(__file__).resolve().parent
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 RULES = {
-    "ground_truth": "paper's rule (sees the clean latent)",
-    "reference": "deployable rule (base model's velocity)",
-    "none": "deployable rule (logit only)",
+    "ground_truth": "ground-truth target (sees the clean latent)",
+    "reference": "inference-time target (base's velocity)",
+    "none": "inference-time target (logit only)",
 }
 
 
