@@ -123,16 +123,26 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
 @dataclass
 class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
     """
-    Arguments of `tapo-trl evaluate` beside [`PipelineConfig`]: the accuracy of a reward model on held-out pairs
-    (`slrm` and `dataset_name`), the mean reward of a model's samples (`reward_model` and `prompts`), or both. The pairs are
-    described by [`ScoredPairsArguments`] and the samples by [`GenerationArguments`], whose size, `fps`, `batch_size` and
-    `seed` hold for the pairs, too; by default their size is that of the SLRM's training.
+    Arguments of `tapo-trl evaluate` beside [`PipelineConfig`]: the accuracy of reward models on held-out pairs (`slrm` or
+    `reward_model`, and `dataset_name`), the mean reward of a model's samples (`reward_model` and `prompts`), or a public
+    `benchmark`. The pairs are described by [`ScoredPairsArguments`] and the samples by [`GenerationArguments`], whose size,
+    `fps`, `batch_size` and `seed` hold for the pairs, too; by default their size is that of the SLRM's training.
     """
 
     reward_model: list[str] | None = option(REWARDS_OF_SAMPLES)
     reward_model_init_kwargs: dict[str, Any] | str | None = option(INIT_KWARGS)
     compare_base: bool = option("Whether to draw and score the base model's samples, too, if there is a `lora`.", True)
     samples_dir: str | None = option("Folder for the samples and the score of each.")
+    benchmark: str | None = option(
+        "Public benchmark whose prompts are drawn into `samples_dir`: `geneval`, `compbench/color` (or another category), "
+        "`drawbench`, `partiprompts`, `ocr` or `vbench`."
+    )
+    benchmark_prompts: str | None = option("The benchmark's official prompt file, or a clone of its repository.")
+    samples_per_prompt: int | None = option("Samples per prompt of the benchmark; by default as many as it asks for.")
+    results: str | None = option(
+        "What the benchmark's own tool wrote, whose scores are computed: `results.jsonl` of GenEval, `vqa_result.json` of "
+        "T2I-CompBench, or the folder of VBench's `*_eval_results.json`."
+    )
     output_file: str | None = option("JSON file for the result.")
 
     def __post_init__(self):
@@ -141,11 +151,44 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
         _read_mapping(self, "reward_model_init_kwargs")
         if self.samples_dir is not None:
             check_folder_name(self.samples_dir, "samples_dir")
-        if self.slrm is None and self.reward_model is None:
-            raise ValueError("Give `slrm` (accuracy on pairs), `reward_model` (reward of samples), or both.")
         _check_file(self.output_file)
-        if self.reward_model is not None and self.prompts is None:
-            raise ValueError("`reward_model` needs `prompts`: what the model should draw.")
+        if self.benchmark is not None:
+            return self._check_benchmark()
+        for name in ("benchmark_prompts", "samples_per_prompt", "results"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}` is set but `benchmark` is not: whose is it?")
+        if self.slrm is None and self.reward_model is None:
+            raise ValueError(
+                "Give `slrm` (accuracy on pairs), `reward_model` (reward of samples, or accuracy on pairs), or `benchmark`."
+            )
+        if self.reward_model is not None and self.prompts is None and self.dataset_name is None:
+            raise ValueError(
+                "`reward_model` needs `prompts` (what the model should draw) or `dataset_name` (pairs to be ranked)."
+            )
+
+    def _check_benchmark(self) -> None:
+        from ..evaluation.prompts import find_benchmark
+
+        benchmark = find_benchmark(self.benchmark)
+        for name in ("slrm", "dataset_name", "prompts"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}` and `benchmark` exclude each other: run two commands.")
+        if self.samples_per_prompt is not None and self.samples_per_prompt < 1:
+            raise ValueError(f"`samples_per_prompt` must be at least 1, but it is {self.samples_per_prompt}.")
+        if self.results is not None:
+            if benchmark.next_step is None:
+                raise ValueError(
+                    f"`results` are those of a tool, and `{self.benchmark}` has none: give `reward_model`."
+                )
+            return
+        if self.samples_dir is None:
+            raise ValueError("`benchmark` needs `samples_dir`: the folder of the samples.")
+        if self.benchmark_prompts is None:
+            raise ValueError(f"`benchmark` needs `benchmark_prompts`. {benchmark.how_to_get}")
+        if benchmark.next_step is None and self.reward_model is None:
+            raise ValueError(
+                f"`benchmark={self.benchmark}` has no tool of its own: give `reward_model`, which scores it."
+            )
 
 
 @dataclass

@@ -82,6 +82,45 @@ def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
     )
 
 
+def measure_reward_accuracy(args, model_args) -> dict[str, dict[str, dict[float, float]]]:
+    """
+    Accuracy on held-out pairs of rewards that read pixels: those of one-step estimates, and of noisy latents (Table 2).
+
+    Args:
+        args ([`EvaluateArguments`]): The rewards and the pairs.
+        model_args ([`PipelineConfig`]): The pipeline, which adds noise, predicts and decodes.
+
+    Returns:
+        `dict[str, dict[str, dict[float, float]]]`: `{reward: {"estimate" or "noisy": {sigma: accuracy}}}`.
+    """
+    from ..data.loading import load_preference_pairs
+    from ..evaluation.scores import load_scorers
+    from ..metrics import accuracy_by_level, score_pairs_of_pixels
+    from ..scripts.utils import load_functions
+    from .sample import load_sampling_policy, sample_size
+
+    pairs = load_preference_pairs(args, args.dataset_test_split)
+    if args.max_pairs is not None:
+        pairs = pairs.select(range(min(args.max_pairs, len(pairs))))
+    policy = load_sampling_policy(model_args, args)
+    scorers = load_scorers(load_functions(args.reward_model), args.reward_model_init_kwargs, lambda name: policy)
+    height, width, num_frames = sample_size(policy, args)
+    options = {
+        name: getattr(args, name)
+        for name in ("fps", "short_videos", "dimension_weights", "skip_bad_files", "batch_size", "seed", "cache_dir")
+    }
+    options |= {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "max_sequence_length": args.max_sequence_length,
+    }
+    return {
+        name: accuracy_by_level(score_pairs_of_pixels(scorer, policy, pairs, args.sigmas, **options))
+        for name, scorer in scorers.items()
+    }
+
+
 def measure_rewards(args, model_args) -> dict[str, dict]:
     """
     Rewards of a model's samples and, with a LoRA, of its base's on the same seeds.
@@ -164,6 +203,7 @@ def format_rewards(statistics: dict[str, dict]) -> str:
 def main(args, model_args) -> None:
     """
     Measures, prints and (with `output_file`) writes the result as JSON: `slrm_accuracy` = `{rule: {sigma: accuracy}}`,
+    `reward_accuracy` = `{reward: {reading: {sigma: accuracy}}}`, `benchmark` (see [`~cli.benchmark.run_benchmark`]),
     and `rewards` = `{reward: mean}` of the model's samples with `reward_statistics`, whichever were asked for. The table of rewards is
     printed on the standard error.
 
@@ -174,7 +214,13 @@ def main(args, model_args) -> None:
     result = {}
     if args.slrm is not None:
         result["slrm_accuracy"] = measure_accuracy(args, model_args)
-    if args.reward_model is not None:
+    if args.benchmark is not None:
+        from .benchmark import run_benchmark
+
+        result["benchmark"] = run_benchmark(args, model_args)
+    elif args.reward_model is not None and args.prompts is None:
+        result["reward_accuracy"] = measure_reward_accuracy(args, model_args)
+    elif args.reward_model is not None:
         statistics = measure_rewards(args, model_args)
         print(format_rewards(statistics), file=sys.stderr)
         means = {spec: values.get("aligned", values)["mean"] for spec, values in statistics.items()}

@@ -49,7 +49,7 @@ def sample_size(policy, args) -> tuple[int, int, int | None]:
     return height, width, args.num_frames or size.num_frames
 
 
-def draw(policy, prompts: list[str], args):
+def draw(policy, prompts: list[str], args, seeds=None):
     """
     Draws one image or video per prompt, as the trainers do; sample `i` starts from the noise of `args.seed + i`.
 
@@ -57,6 +57,7 @@ def draw(policy, prompts: list[str], args):
         policy ([`FlowPolicy`]): The policy.
         prompts (`list[str]`): The prompts.
         args ([`GenerationArguments`]): How to sample.
+        seeds (`Sequence[int]`, *optional*): Seed of each sample.
 
     Returns:
         `torch.Tensor`: Samples of shape `[B, 3, H, W]` or `[B, 3, F, H, W]`, float32 in [0, 1], on the CPU.
@@ -72,7 +73,7 @@ def draw(policy, prompts: list[str], args):
         latent_shape=policy.latent_shape(*sample_size(policy, args)),
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
-        seed=args.seed,
+        seed=args.seed if seeds is None else seeds,
         batch_size=args.batch_size,
     )
 

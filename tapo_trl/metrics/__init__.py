@@ -8,6 +8,7 @@ from .pair_scores import ACCURACY_RULES, PairScores, score_pairs, score_pairs_of
 from .plots import plot_diagnosis
 from .preference_accuracy import (
     PreferenceAccuracy,
+    accuracy_by_level,
     calibrated_tie_threshold,
     evaluate_preference_accuracy,
     videoalign_accuracy_with_ties,
@@ -19,6 +20,7 @@ __all__ = [
     "ACCURACY_RULES",
     "PairScores",
     "PreferenceAccuracy",
+    "accuracy_by_level",
     "area_under_curve",
     "calibrated_tie_threshold",
     "diagnose_scores",
@@ -29,4 +31,6 @@ __all__ = [
     "score_distributions",
     "score_pairs",
     "score_pairs_of_pixels",
+    "scores_from_file",
+    "videoalign_accuracy_with_ties",
 ]

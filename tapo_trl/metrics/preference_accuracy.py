@@ -14,7 +14,7 @@ from datasets import Dataset
 from ..data.preferences import TIE
 from ..policies import FlowPolicy
 from ..rewards import StepRewardModel
-from .pair_scores import AccuracyRule, score_pairs
+from .pair_scores import AccuracyRule, PairScores, score_pairs
 
 
 ZeroMargin = Literal["half", "wrong"]
@@ -194,7 +194,19 @@ def evaluate_preference_accuracy(
     Returns:
         `dict[str, dict[float, float]]`: `{rule: {sigma: accuracy}}`.
     """
-    scores = score_pairs(slrm, policy, dataset, sigmas, rules, **options)
+    return accuracy_by_level(score_pairs(slrm, policy, dataset, sigmas, rules, **options))
+
+
+def accuracy_by_level(scores: PairScores) -> dict[str, dict[float, float]]:
+    """
+    Accuracy of scores of pairs. Ties are left out.
+
+    Args:
+        scores ([`PairScores`]): from [`score_pairs`] or [`score_pairs_of_pixels`].
+
+    Returns:
+        `dict[str, dict[float, float]]`: `{rule or reading: {sigma: accuracy}}`.
+    """
     return {
         rule: {sigma: _accuracy(row, scores.labels) for sigma, row in zip(scores.sigmas, margins, strict=True)}
         for rule, margins in scores.margins.items()

@@ -3,7 +3,7 @@
 
 """Samples of a policy, in batches: what the trainer shows while it trains, and what the command line draws."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,7 +21,7 @@ def generate_samples(
     latent_shape: tuple[int, ...],
     num_inference_steps: int,
     guidance_scale: float,
-    seed: int,
+    seed: int | Sequence[int],
     batch_size: int,
 ) -> torch.Tensor:
     """
@@ -36,13 +36,14 @@ def generate_samples(
         latent_shape (`tuple[int, ...]`): shape of one latent.
         num_inference_steps (`int`): number of sampling steps.
         guidance_scale (`float`): scale of classifier-free guidance, none if at most 1.
-        seed (`int`): sample i starts from the noise of `seed + i`, whatever the batches.
+        seed (`int` or `Sequence[int]`): sample i starts from the noise of `seed + i`, or of `seed[i]`, whatever the batches.
         batch_size (`int`): prompts at once.
 
     Returns:
         `torch.Tensor` of shape `(len(prompts), 3, height, width)`, or `(len(prompts), 3, num_frames, height, width)` for
         a video policy: in [0, 1], float32, on the CPU.
     """
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     negative_prompt_embeds = encode_prompts([negative_prompt])
     samples = []
     for start in range(0, len(prompts), batch_size):
@@ -54,7 +55,7 @@ def generate_samples(
             latent_shape=latent_shape,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            generators=[torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))],
+            generators=[torch.Generator().manual_seed(own) for own in seeds[start : start + batch_size]],
         )
         samples.append(policy.decode(latents).cpu())
     return torch.cat(samples)
