@@ -33,7 +33,14 @@ from tests.testing_utils import save_tiny_clip, tiny_sd3_pipeline, tiny_wan_pipe
 
 ROOT = Path(__file__).parents[2]
 SPLITS = ("train", "validation", "test")
-CONFIGS = ("SLRMConfig", "TAPOConfig", "DiffusionDPOConfig", "OnlineDiffusionDPOConfig", "FlowGRPOConfig")
+CONFIGS = (
+    "SLRMConfig",
+    "TAPOConfig",
+    "DiffusionDPOConfig",
+    "OnlineDiffusionDPOConfig",
+    "FlowGRPOConfig",
+    "ReFLConfig",
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,10 @@ def build(folder: Path) -> None:
     for row, pair in enumerate(color_pairs(2)):
         pair["chosen"].save(folder / "samples" / f"{row}.png")
     (folder / "prompts.txt").write_text("a fox\na boat\n")
+    rows = "\n".join(json.dumps({"tag": tag, "prompt": tag, "correct": True}) for tag in ("counting", "colors"))
+    for file in ("geneval/prompts/evaluation_metadata.jsonl", "geneval-samples/results.jsonl"):
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text(rows)
     color_pairs(8).to_parquet(folder / "pairs.parquet")
     pick_a_pic(color_pairs(8)).save_to_disk(folder / "tiny" / "pick_a_pic")
     video_pairs(folder).to_parquet(folder / "video_pairs.parquet")

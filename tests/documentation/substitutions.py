@@ -63,6 +63,7 @@ LARGEST = {
     "prompts": 1,
     "seeds": 1,
     "repeats": 1,
+    "samples_per_prompt": 1,
 }
 
 # Flags of other scripts
@@ -103,6 +104,7 @@ EXEMPT = {
     r"tapo-trl rewards --prepare": "downloads; tests/rewards/pretrained/test_instructions.py",
     r"python reward_server\.py": "serves until it is stopped; tests/rewards/test_remote.py starts it",
     r"tapo-trl tapo .*http://": "needs a server; tests/trainer/test_remote_reward.py trains with one",
+    r"git clone ": "downloads",
     r"pip install ": "installs; `.ci/run` does it in a new environment",
     r"hf ": "needs an account",
     r"tapo-trl bench .*--device cuda": "needs an NVIDIA GPU",
