@@ -44,7 +44,9 @@ class Rollout(ABC):
     reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
     ref_velocities: dict[tuple[int, int], torch.Tensor] | None = None
 
-    of_levels: ClassVar[tuple[str, ...]]  # fields whose first dimension is the n noise levels, beside `weights`
+    of_levels: ClassVar[
+        tuple[str, ...]
+    ]  # fields whose first dimension is the n noise levels; the last one are latents
     former_names: ClassVar[tuple[str, ...]] = ()  # of the class in the checkpoints of earlier versions
 
     @property
@@ -94,9 +96,9 @@ class Rollout(ABC):
         self.ref_velocities = (self.ref_velocities or {}) | {key: ref_velocity.to(self.storage)}
 
     @property
-    @abstractmethod
     def storage(self) -> torch.device:
         """Where latents are kept until they are trained on."""
+        return getattr(self, self.of_levels[-1]).device
 
     @abstractmethod
     def _examples(self, level: torch.Tensor, row: torch.Tensor) -> "Transitions":

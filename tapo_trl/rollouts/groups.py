@@ -46,10 +46,6 @@ class TrajectoryGroups(Rollout):
 
     of_levels: ClassVar[tuple[str, ...]] = ("step_indices", "latents", "next_latents", "means")
 
-    @property
-    def storage(self) -> torch.device:
-        return self.latents.device
-
     def _examples(self, level: torch.Tensor, row: torch.Tensor) -> "GroupTransitions":
         return GroupTransitions(
             prompt_embeds=self.prompt_embeds[row],

@@ -53,10 +53,6 @@ class TrajectoryPairs(Rollout):
         """Number of transition pairs, n x N."""
         return self.num_examples
 
-    @property
-    def storage(self) -> torch.device:
-        return self.latents.device
-
     def _examples(self, level: torch.Tensor, row: torch.Tensor) -> "TransitionPairs":
         return TransitionPairs(
             prompt_embeds=self.prompt_embeds[row],

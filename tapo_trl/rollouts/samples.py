@@ -39,10 +39,6 @@ class SamplePairs(Rollout):
 
     of_levels: ClassVar[tuple[str, ...]] = ("sigmas", "noise")
 
-    @property
-    def storage(self) -> torch.device:
-        return self.samples.device
-
     def _examples(self, level: torch.Tensor, row: torch.Tensor) -> "NoisedPairs":
         return NoisedPairs(
             prompt_embeds=self.prompt_embeds[row],

@@ -32,10 +32,6 @@ class LateStates(Rollout):
 
     of_levels: ClassVar[tuple[str, ...]] = ("step_indices", "latents", "noise")
 
-    @property
-    def storage(self) -> torch.device:
-        return self.latents.device
-
     def _examples(self, level: torch.Tensor, row: torch.Tensor) -> "StateTransitions":
         return StateTransitions(
             prompt_embeds=self.prompt_embeds[row],
