@@ -203,9 +203,10 @@ class RolloutTrainer(DiffusionTrainer):
     def check_before_first_update(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
         """
         Called with what [`~RolloutTrainer.transition_losses`] returned, to find bugs while the policy is untrained. Here the
-        rewards of both sides of a pair must be the same.
+        rewards of both sides of a pair, if there are pairs, must be the same.
         """
-        self._check_start(metrics["rewards/margins"])
+        if "rewards/margins" in metrics:
+            self._check_start(metrics["rewards/margins"])
 
     # Training: rollout -> chunks -> losses
 
