@@ -103,14 +103,15 @@ def build(folder: Path) -> None:
     for row, pair in enumerate(color_pairs(2)):
         pair["chosen"].save(folder / "samples" / f"{row}.png")
     (folder / "prompts.txt").write_text("a fox\na boat\n")
-    rows = "\n".join(json.dumps({"tag": tag, "prompt": tag, "correct": True}) for tag in ("counting", "colors"))
-    for file in ("geneval/prompts/evaluation_metadata.jsonl", "geneval-samples/results.jsonl"):
-        (folder / file).parent.mkdir(parents=True)
-        (folder / file).write_text(rows)
+    for file, text in benchmark_files().items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
     color_pairs(8).to_parquet(folder / "pairs.parquet")
     pick_a_pic(color_pairs(8)).save_to_disk(folder / "tiny" / "pick_a_pic")
     video_pairs(folder).to_parquet(folder / "video_pairs.parquet")
     video_pairs(folder).to_csv(folder / "pairs.csv")
+    genai_bench(video_pairs(folder)).save_to_disk(folder / "tiny" / "genai_bench")
+    videogen_rewardbench(video_pairs(folder)).to_csv(folder / "VideoGen-RewardBench" / "videogen-rewardbench.csv")
     reward_places = ("slrm", "sd35-slrm", "outputs/sd35-slrm")
     train(
         tiny_sd3_pipeline(),
@@ -181,6 +182,34 @@ def video_pairs(folder: Path) -> Dataset:
             write_video(file, grey_clip(12), fps=4)
             rows[side].append(str(file))
     return Dataset.from_dict(rows)
+
+
+def genai_bench(pairs: Dataset) -> DatasetDict:
+    """The pairs in that data set's columns."""
+    pairs = pairs.rename_columns({"chosen": "left_video", "rejected": "right_video"})
+    return DatasetDict({"test": pairs.add_column("vote_type", ["leftvote", "tievote"])})
+
+
+def videogen_rewardbench(pairs: Dataset) -> Dataset:
+    """The pairs in that data set's columns."""
+    pairs = pairs.rename_columns({"chosen": "path_A", "rejected": "path_B"})
+    for name in ("Overall", "VQ", "MQ", "TA"):
+        pairs = pairs.add_column(name, ["A", "same"])
+    return pairs
+
+
+def benchmark_files() -> dict[str, str]:
+    """Prompts of the benchmarks, and results of their tools, in the official layouts."""
+    geneval = "\n".join(json.dumps({"tag": tag, "prompt": tag, "correct": True}) for tag in ("counting", "colors"))
+    return {
+        "geneval/prompts/evaluation_metadata.jsonl": geneval,
+        "geneval-samples/results.jsonl": geneval,
+        "T2I-CompBench/examples/dataset/color_val.txt": "a blue cup\n",
+        "compbench-samples/color/annotation_blip/vqa_result.json": '[{"question_id": 0, "answer": "0.5"}]',
+        "VBench/vbench/VBench_full_info.json": '[{"prompt_en": "a cup turns", "dimension": ["scene"]}]',
+        "vbench-samples/evaluation_results/scene_eval_results.json": '{"scene": [0.5, []]}',
+        "parti/PartiPrompts.tsv": "Prompt\tCategory\na cup\tThings\n",
+    }
 
 
 # Running

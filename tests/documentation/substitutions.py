@@ -10,6 +10,15 @@ import re
 TEXT = {
     r'(StableDiffusion3Pipeline\.from_pretrained\(\s*"stabilityai[^"]*")': r"\1, text_encoder_3=None, tokenizer_3=None",
     r'load_dataset\("TIGER-Lab/GenAI-Bench".*\)': "Dataset.from_dict(VOTES)",
+    r'load_dataset\("liuhuohuo2/pick-a-pic-v2", split="(\w+)"(, streaming=True)?\)': (
+        r'__import__("datasets").load_from_disk("tiny/pick_a_pic")["\1"]'
+    ),
+    r"TIGER-Lab/GenAI-Bench": "tiny/genai_bench",
+    r'\.to\("cuda"\)': '.to("cpu")',
+    r"height=512, width=512": "height=32, width=32",
+    # Rewards whose weights the sandbox lacks
+    r"aesthetic\n(clip\npickscore)": r"\1",
+    r"(pickscore)\nhpsv2\.1\nhpsv3\n(mps|vqascore)\nimagereward": r"\1",
     r"from diffusers.utils import export_to_video.*\n": "",
     r"export_to_video\(.*\)": "",
     r"num_frames=81, guidance_scale=5.0\)": "height=32, width=32, num_frames=5, num_inference_steps=2)",
@@ -105,6 +114,7 @@ EXEMPT = {
     r"python reward_server\.py": "serves until it is stopped; tests/rewards/test_remote.py starts it",
     r"tapo-trl tapo .*http://": "needs a server; tests/trainer/test_remote_reward.py trains with one",
     r"git clone ": "downloads",
+    r"tapo-trl evaluate .*--reward_model videoreward": "needs weights; tests/rewards/pretrained/test_videoreward.py scores tiny ones",
     r"pip install ": "installs; `.ci/run` does it in a new environment",
     r"hf ": "needs an account",
     r"tapo-trl bench .*--device cuda": "needs an NVIDIA GPU",
