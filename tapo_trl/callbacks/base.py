@@ -15,11 +15,10 @@ logger = logging.get_logger(__name__)
 
 class PolicyCallback(TrainerCallback):
     """
-    Base class of the callbacks that need more than the events of [`~transformers.TrainerCallback`]: the trainer itself,
-    and prompts of their own.
+    Base class of callbacks that need the trainer, or that generate samples of their own prompts.
 
     The trainer of a policy, [`TAPOTrainer`] or [`DiffusionDPOTrainer`], encodes the `prompts` of every such callback
-    together with those of the data set, before the text encoders leave the memory, and calls `attach` at the end of its
+    together with those of the dataset, before the text encoders are freed, and calls `attach` at the end of its
     `__init__`. In an event, generate with `self.trainer.generate(self.prompts, seed=...)`, **on every process**:
     generation is collective when the policy is sharded, and every process draws the same images.
 

@@ -28,9 +28,10 @@ class GradientShareCallback(PolicyCallback):
     `step_XX/loss`. The loss is the one that is trained on, with its weights and its KL term, and the norm is that of the
     mean over all processes, without clipping.
 
-    The training does not notice: its gradients, its random numbers and its other metrics stay as they are, bit for bit.
-    A measurement costs as much as the losses and backward passes of one optimizer step, without its rollout, and the memory
-    of two more gradients. One that is not finite is left out. With `fp16` the loss is scaled as it is in training.
+    The training is not changed: gradients, random numbers and other metrics stay the same, bit for bit. A measurement
+    takes as long as the losses and backward passes of one optimizer step, without its rollout, and needs memory for
+    two more gradients. NaN and infinite measurements are not logged. With `fp16` the loss is scaled as it is in
+    training.
 
     For trainers with stochastic steps, [`TAPOTrainer`] and [`FlowGRPOTrainer`], in one process or under DDP.
 

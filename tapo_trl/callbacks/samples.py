@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 class SampleGridCallback(PolicyCallback):
     """
-    Draws the same prompts with the same seeds again and again, so that the run can be watched.
+    Draws samples of the same prompts with the same seeds during training.
 
     A grid is written to `output_dir/samples/step_XXXXXX.png` before the first step, every `every_n_steps` optimizer steps
     and at the end of training, and sent to those of `"wandb"`, `"tensorboard"` and `"trackio"` that are in

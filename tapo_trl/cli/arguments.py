@@ -18,7 +18,7 @@ REWARDS_OF_SAMPLES = (
     "What scores the samples: names of pretrained rewards (`tapo-trl rewards` lists them), `package.module:function`, and Hub ids or "
     "folders of reward models."
 )
-INIT_KWARGS = "Keyword arguments for the reward models that are given by name; a mapping under the name of one of several is for that one alone."
+INIT_KWARGS = "Keyword arguments for rewards that are given by name. A mapping under the name of a reward applies to that reward only."
 
 
 def _read_mapping(args: Any, name: str) -> None:
@@ -195,14 +195,16 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
 class ScoreArguments:
     """Arguments of `tapo-trl score FOLDER` beside [`PipelineConfig`], the pipeline of latent reward models."""
 
-    folder: str | None = option("Folder of the images or videos. May stand without the flag, first.")
+    folder: str | None = option("Folder of the images or videos. Can also be the first argument, without the flag.")
     prompts: list[str] | None = option(
-        "Prompts of the files, in the order of their names: one each, or the path of one .txt file with a prompt per line. Or the "
-        "path of one .json file, `{file name: prompt}`."
+        "Prompt of each file, in the order of the file names: a list, a .txt file with a prompt per line, or a .json file "
+        "`{file name: prompt}`."
     )
     reward_model: list[str] | None = option(REWARDS_OF_SAMPLES)
     reward_model_init_kwargs: dict[str, Any] | str | None = option(INIT_KWARGS)
-    output_file: str | None = option("JSON file for the result, or CSV file for the score of each sample.")
+    output_file: str | None = option(
+        "JSON file for the result and the score of each file, or CSV file for the scores alone."
+    )
 
     def __post_init__(self):
         for name in ("folder", "prompts", "reward_model"):
@@ -218,11 +220,15 @@ class ScoreArguments:
 class RewardsArguments:
     """Arguments of `tapo-trl rewards`."""
 
-    torch_dtype: str | None = option("Precision for which the memory is given. By default each reward's own.")
-    prepare: str | None = option(
-        "Fetch the instruction that `hpsv3` or `videoreward` was trained with, once, from the original's own distribution."
+    torch_dtype: str | None = option(
+        "Precision for which the memory is listed. By default the default precision of each reward."
     )
-    source: str | None = option("Wheel or Python file of the original that is already here, for `prepare`.")
+    prepare: str | None = option(
+        "Download the instruction text of `hpsv3` or `videoreward` from the distribution of the original. Needed once."
+    )
+    source: str | None = option(
+        "Local wheel or Python file of the original, which `prepare` reads instead of downloading."
+    )
 
     def __post_init__(self):
         if self.source is not None and self.prepare is None:
@@ -248,10 +254,8 @@ class DiagnoseArguments(ScoredPairsArguments):
     batch_size: int = option("Pairs per forward pass.", 8)
     seed: int = option("Seed of the noise.", 0)
     fps: int = option("Frames per second of videos.", 16)
-    runs: list[str] | None = option("Output folders of `tapo-trl tapo`, whose logs are drawn.")
-    judge: str = option(
-        "What the training reward of `runs` is compared to, by its name in the logs.", "guard/held_out_reward"
-    )
+    runs: list[str] | None = option("Output folders of training runs, whose logged curves are plotted.")
+    judge: str = option("Logged metric that the training reward of `runs` is compared with.", "guard/held_out_reward")
     output_dir: str = option("Folder of `diagnosis.json` and `diagnosis.png`.", "diagnosis")
 
     def __post_init__(self):
@@ -312,7 +316,7 @@ class BenchArguments:
     size: Literal["tiny", "tiny_wan", "sd35", "wan21"] = option(
         "Size of the networks, which have random weights. Sets the defaults of the other options.", "tiny"
     )
-    model_name_or_path: str | None = option("A pipeline to load instead.")
+    model_name_or_path: str | None = option("Pipeline to load instead of random weights.")
     device: str = option("Where to run.", "cpu")
     torch_dtype: Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] = option(
         "Precision of the frozen weights.", "float32"
@@ -325,8 +329,15 @@ class BenchArguments:
     num_sde_steps: list[int] = option("Stochastic steps n.", [2, 4, 8, 16])
     num_candidates: list[int] = option("Candidates P per branch.", [2, 4])
     prompts: list[int] = option("Prompts per batch.", [1, 4, 8])
-    sweep_steps: list[int] = option("Other values of T, with the first n and prompts and the last P.", [])
-    sweep_resolutions: list[int] = option("Heights and widths, with the first n and prompts and the last P.", [])
+    sweep_steps: list[int] = option(
+        "Further values of T, measured with the first of `num_sde_steps` and `prompts` and the last of `num_candidates`.",
+        [],
+    )
+    sweep_resolutions: list[int] = option(
+        "Further sizes (height and width), measured with the first of `num_sde_steps` and `prompts` and the last of "
+        "`num_candidates`.",
+        [],
+    )
     guidance_scale: float = option("Scale of classifier-free guidance.", 4.5)
     score_batch_size: int | None = option("Candidates per forward of the reward model. All of a step by default.")
     transition_batch_size: int = option("Transition pairs per forward and backward.", 1)

@@ -10,21 +10,21 @@ from .launch import is_launch, launch
 
 TRAININGS = {
     "slrm": "train a latent reward model on preference pairs",
-    "tapo": "align a text-to-image or text-to-video model with a reward model",
-    "online_dpo": "the same by Diffusion-DPO on the best and the worst of its own samples",
-    "grpo": "the same by Flow-GRPO, policy gradients on its sampling steps",
-    "refl": "the same by the gradient of a differentiable reward",
-    "dpo": "align a text-to-image or text-to-video model with preference pairs",
+    "tapo": "align a text-to-image or text-to-video model with a reward, by TAPO",
+    "online_dpo": "align with Diffusion-DPO on the best and the worst of the model's own samples",
+    "grpo": "align with Flow-GRPO, a policy gradient on the sampling steps",
+    "refl": "align with ReFL, the gradient of a differentiable reward",
+    "dpo": "align with Diffusion-DPO on collected preference pairs",
 }
 COMMANDS = {
     **TRAININGS,
-    "evaluate": "measure a reward model on held-out pairs, or the reward of a model's samples",
-    "score": "rate the images or videos of a folder",
-    "rewards": "list the pretrained rewards that `reward_model` takes by name",
-    "diagnose": "draw how a reward model ranks pairs at each noise level, and the curves of trainings",
-    "reproduce": "measure the paper's tables and figures again, in a small world",
-    "bench": "measure what a pair of trajectories costs here, with random weights",
-    "sample": "draw images or videos, with or without trained weights",
+    "evaluate": "measure rewards on held-out pairs, or a model by its samples and on public benchmarks",
+    "score": "score the images or videos of a folder",
+    "rewards": "list the pretrained rewards, which `reward_model` accepts by name",
+    "diagnose": "plot how a reward model ranks pairs at each noise level, and the curves of training runs",
+    "reproduce": "repeat the paper's tables and figures on a small test problem",
+    "bench": "measure time and memory of TAPO training on this machine, with random weights",
+    "sample": "draw images or videos, with or without a trained LoRA",
 }
 
 USAGE = """usage: tapo-trl COMMAND [--config recipe.yaml] [--any_field value ...]
@@ -32,8 +32,9 @@ USAGE = """usage: tapo-trl COMMAND [--config recipe.yaml] [--any_field value ...
 commands:
 {commands}
 
-`tapo-trl COMMAND --help` lists every field. Several processes: `--accelerate_config multi_gpu` (a file, or the name of one in
-recipes/accelerate), which is `accelerate launch --config_file ... -m tapo_trl.cli COMMAND ...`."""
+`tapo-trl COMMAND --help` lists every field. To train on several processes, pass `--accelerate_config multi_gpu` (a
+file, or the name of one in recipes/accelerate). It runs
+`accelerate launch --config_file ... -m tapo_trl.cli COMMAND ...`."""
 
 
 def command_module(name: str) -> ModuleType:

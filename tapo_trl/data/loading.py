@@ -30,7 +30,7 @@ class PreferenceDatasetArguments:
     )
     prompt_column: str = option("Column of the prompts.", "prompt")
     chosen_column: str = option("Column of the preferred images or videos.", "chosen")
-    rejected_column: str = option("Column of the other ones.", "rejected")
+    rejected_column: str = option("Column of the rejected images or videos.", "rejected")
     pair_columns: list[str] | None = option(
         "The two columns of images or videos, when the pairs are stored by position with a label (as in "
         "Pick-a-Pic). Needs `label_column`."

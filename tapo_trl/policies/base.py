@@ -64,9 +64,10 @@ class FlowPolicy(ABC):
     """
     A text-to-image or text-to-video flow-matching pipeline as a policy.
 
-    A policy holds all that differs between model families, and nothing of an algorithm. The network is always passed to
-    [`~FlowPolicy.velocity`], because the trainer wraps it (PEFT, accelerate); `policy.transformer` is the bare one.
-    Latents are unpacked, normalised and float32. A family is a subclass and a line in `policies/loading.py`.
+    A policy contains everything that differs between model families, and nothing that belongs to an algorithm. The
+    network is always passed to [`~FlowPolicy.velocity`], because the trainer wraps it (PEFT, accelerate);
+    `policy.transformer` is the bare one. Latents are unpacked, normalised and float32. A family is a subclass and a
+    line in `policies/loading.py`.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):

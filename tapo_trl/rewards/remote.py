@@ -38,8 +38,9 @@ class RemoteReward:
     trainer = TAPOTrainer("stabilityai/stable-diffusion-3.5-medium", geneval, TAPOConfig("sd35-tapo"))
     ```
 
-    A server that is gone, slow, or that fails (HTTP 500) is asked again `retries` times, and then stops the run. A wrong number
-    of scores, or one that is not finite, stops it at once. No score is ever made up.
+    A request is retried `retries` times if the server is unreachable, slow or fails (HTTP 500). Then the run stops. A
+    wrong number of scores, or a NaN or infinite score, stops it at once. Missing scores are never replaced by a
+    default.
 
     Args:
         url (`str`): address, such as `http://127.0.0.1:8100`.

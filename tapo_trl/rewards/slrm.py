@@ -85,11 +85,12 @@ def enhanced_log_score(
 
 class SLRMModel(LatentRewardModel):
     """
-    Score-based Latent Reward Model: a pretrained diffusion transformer with learnable score tokens, whose last states
-    give a logit, and whose own velocity keeps it a judge of noisy latents.
+    Score-based Latent Reward Model: a pretrained diffusion transformer with learnable score tokens. The last hidden
+    states of these tokens give a logit. The score also depends on the distance of the model's velocity prediction to a
+    target (Eq. 7).
 
-    Make one with [`~SLRMModel.from_policy`] or [`~SLRMModel.from_pretrained`]; train it with [`SLRMTrainer`]; rate
-    latents with [`~SLRMModel.score`].
+    Create one with [`~SLRMModel.from_policy`] or [`~SLRMModel.from_pretrained`], train it with [`SLRMTrainer`], and
+    score latents with [`~SLRMModel.score`].
 
     Args:
         num_task_tokens (`int`, *optional*, defaults to `8`): number of score tokens n_s.

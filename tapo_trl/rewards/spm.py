@@ -36,9 +36,9 @@ TOKENIZER_FOLDER = "tokenizer"
 
 class SPMModel(StepRewardModel):
     r"""
-    Step-aware preference model of SPO (Liang et al., 2024): a CLIP rates the image that the noisy latents \\( x_\sigma \\)
-    would become in one step, \\( \hat{x}_0 = x_\sigma - \sigma v(x_\sigma) \\) decoded by the policy's VAE. Adaptive layer
-    norm tells its image tower the noise level.
+    Step-aware preference model of SPO (Liang et al., 2024): a CLIP scores the one-step prediction of the image from
+    the noisy latents \\( x_\sigma \\), that is \\( \hat{x}_0 = x_\sigma - \sigma v(x_\sigma) \\) decoded by the
+    policy's VAE. Adaptive layer norm conditions the image tower on the noise level.
 
     Args:
         clip_config (`dict`): the arguments of [`~transformers.CLIPConfig`].

@@ -62,9 +62,9 @@ class DiffusionDPOTrainer(PreferenceTrainer):
     Trainer for Diffusion-DPO, which aligns a flow-matching policy with pairs that were collected beforehand.
 
     Both sides of a pair are noised, and the policy learns to predict the velocity of the chosen one better than the
-    reference does, and that of the rejected one worse. `args.variant` says which noisy latents those are: random ones
-    (Diffusion-DPO), those of inverted trajectories (Inversion-DPO), or random ones that are the more likely the earlier
-    they come in sampling (DenseReward).
+    reference does, and that of the rejected one worse. `args.variant` selects the noisy latents: latents at random
+    noise levels (Diffusion-DPO), latents of inverted trajectories (Inversion-DPO), or latents at sampling steps that
+    are drawn with higher probability the earlier they are (DenseReward).
 
     Example:
 

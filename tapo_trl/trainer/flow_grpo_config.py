@@ -19,7 +19,7 @@ class FlowGRPOConfig(StochasticRolloutConfig):
     This class includes only the parameters that are specific to Flow-GRPO. For a full list of training arguments, please
     refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may differ from
     those in [`~transformers.TrainingArguments`]. The parameters of all trainers with rollouts are those of
-    [`RolloutConfig`]. Options that TRL's GRPO has, too, are called as there.
+    [`RolloutConfig`]. Options that TRL's GRPO has, too, have the same names.
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
@@ -40,13 +40,14 @@ class FlowGRPOConfig(StochasticRolloutConfig):
         > Parameters that control the training
 
         beta (`float`, *optional*, defaults to `0.004`):
-            Weight of the KL divergence of each step from the reference. Without it, at 0, the reference is not asked.
+            Weight of the KL divergence of each step from the reference. With 0 the reference is not evaluated.
         epsilon (`float`, *optional*, defaults to `1e-3`):
-            The ratio to the policy that sampled is clipped to `[1 - epsilon, 1 + epsilon]`. It fits log-probabilities that
-            are averaged over the latent's dimensions (`logprob_reduction="mean"`), whose ratios hardly leave 1.
+            Clip range of the ratio to the sampling policy: `[1 - epsilon, 1 + epsilon]`. The default is meant for
+            log-probabilities averaged over the latent's dimensions (`logprob_reduction="mean"`), whose ratios stay
+            close to 1.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
-            By which standard deviation advantages are divided: `"group"`, that of the prompt's own samples; `"batch"`, that of
-            all samples of a micro-step on all processes; `"none"`, by none.
+            Standard deviation that advantages are divided by: that of the prompt's samples (`"group"`), that of all
+            samples of a micro-step on all processes (`"batch"`), or none (`"none"`).
 
     > [!NOTE]
     > `num_inference_steps` defaults to `10` instead of the `20` of [`RolloutConfig`].

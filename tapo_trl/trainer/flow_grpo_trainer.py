@@ -18,9 +18,9 @@ class FlowGRPOTrainer(RolloutTrainer):
     r"""
     Trainer for Flow-GRPO, policy gradients on the stochastic steps of a flow-matching sampler.
 
-    Every step draws a group of stochastic trajectories for each prompt and rewards their ends. What a sample is rewarded
-    beyond the mean of its group is the advantage of all of its steps, which become likelier or less likely by it; a KL term
-    keeps the policy near the reference.
+    Every update draws a group of stochastic trajectories for each prompt and scores their final samples. The advantage
+    of a trajectory is its reward relative to its group. Training raises the probability of the steps of trajectories
+    with a positive advantage and lowers that of the others; a KL term keeps the policy close to the reference.
 
     Example:
 

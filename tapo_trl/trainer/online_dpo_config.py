@@ -31,16 +31,16 @@ class OnlineDiffusionDPOConfig(RolloutConfig):
         > Parameters that control the training
 
         num_noise_levels (`int`, *optional*, defaults to `4`):
-            Number of random noise levels at which a pair is compared. A rollout costs far more than they do.
+            Number of random noise levels at which a pair is compared. They cost little compared with a rollout.
         timestep_sampling (`str`, *optional*, defaults to `"logit_normal"`):
             Distribution of the noise level before the pipeline's shift: `"logit_normal"`, as in the training of SD3, or
             `"uniform"`.
         beta (`float`, *optional*, defaults to `100.0`):
-            Strength of the regularisation towards the reference. It fits squared errors that are averaged over the
-            latent's dimensions, as that of [`DiffusionDPOConfig`], which is higher: the two sides of a pair are samples of
-            the policy itself here, and closer to each other.
+            Strength of the regularisation towards the reference. It is meant for squared errors averaged over the
+            latent's dimensions, as in [`DiffusionDPOConfig`]. The default there is higher: here both sides of a pair
+            are samples of the policy and closer to each other.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
-            Probability that a pair is the wrong way round.
+            Assumed probability that a preference label is flipped.
 
     > [!NOTE]
     > `learning_rate` defaults to `1e-5` instead of the `1e-4` of [`RolloutConfig`].

@@ -23,19 +23,23 @@ class ReFLConfig(RolloutConfig):
 
     Parameters:
         num_grad_steps (`int`, *optional*, defaults to `1`):
-            Number K of sampling steps that the gradient of the reward goes back through. Memory grows with it.
+            Number K of last sampling steps that the gradient of the reward is backpropagated through. Memory grows
+            with K.
         estimate_range (`list[int]`, *optional*):
-            First and last index of the sampling steps of which each update draws one. The reward then reads the one-step
-            estimate of the clean latent at it, as in ReFL. By default it reads final samples, as in DRaFT-K and AlignProp.
+            First and last index of a range of sampling steps. Each update draws a step of the range at random and
+            rewards its one-step prediction of the clean latent, as in ReFL. By default final samples are rewarded, as
+            in DRaFT-K and AlignProp.
         beta (`float`, *optional*, defaults to `0.0`):
             Weight of the mean squared difference of the velocities of policy and reference at the steps with gradient. At 0
             the reference is not evaluated.
     """
 
-    num_grad_steps: int = option("Number K of sampling steps that the reward's gradient goes back through.", 1)
+    num_grad_steps: int = option(
+        "Number K of last sampling steps that the gradient of the reward is backpropagated through.", 1
+    )
     estimate_range: list[int] | None = option(
-        "First and last sampling step of which each update draws one, whose one-step estimate is rewarded. Final "
-        "samples are rewarded by default."
+        "First and last sampling step of a range. Each update rewards the one-step prediction at a random step of it. By "
+        "default final samples are rewarded."
     )
     beta: float = option(
         "Weight of the squared difference of velocities from the reference. 0 disables the reference.", 0.0

@@ -17,11 +17,12 @@ from .rollout_trainer import RolloutTrainer
 
 class ReFLTrainer(RolloutTrainer):
     r"""
-    Trainer for reward feedback learning: the gradient of a differentiable reward goes back through the last sampling steps.
+    Trainer for reward feedback learning (ReFL): gradient ascent on a differentiable reward, backpropagated through the
+    last sampling steps.
 
-    Every step follows the trajectories of a batch of prompts without gradients up to the last `num_grad_steps` sampling steps,
-    goes on with gradients, and raises the reward of the end. With `estimate_range` it stops at a random step instead, whose
-    one-step estimate of the clean latent is rewarded.
+    Every update samples a batch of prompts, the last `num_grad_steps` sampling steps with gradients, and maximises the
+    reward of the final samples. With `estimate_range`, sampling stops at a random step of that range, and the one-step
+    prediction of the clean latent is rewarded.
 
     Example:
 
@@ -55,8 +56,7 @@ class ReFLTrainer(RolloutTrainer):
         tags=("refl",),
         paper="xu2023imagereward",
         title="**reward feedback learning (ReFL)**",
-        text="The policy draws samples, and the gradient of a reward with respect to them goes back through the last sampling steps "
-        "into the weights.",
+        text="The policy draws samples, and the gradient of their reward is backpropagated through the last sampling steps.",
     )
     _seed_name = "refl"
     _card_metrics = ("reward", "eval_", "distance")

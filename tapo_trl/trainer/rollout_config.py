@@ -27,8 +27,8 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
             Implementation of attention, by its name in diffusers, such as `"flash_hub"` or `"_native_cudnn"`. Applied to the
             policy, and to latent reward models whose attention asks for one. By default PyTorch chooses.
         layerwise_casting (`bool`, *optional*, defaults to `False`):
-            Whether to keep the linear layers of the policy's frozen base in float8, one byte per weight, and cast each for
-            its own forward and backward only. Needs LoRA. The policy and its reference are both the rounded base's.
+            Whether to keep the linear layers of the policy's frozen base in float8, one byte per weight, and cast each
+            layer only for its forward and backward pass. Needs LoRA. Policy and reference both use the rounded base.
 
         > Parameters that control the data
 
@@ -41,9 +41,9 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
         > Parameters that control the reward
 
         reward_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for [`load_reward_model`] and [`get_reward`], used for reward models that are given by name, for
-            example `{"torch_dtype": "bfloat16"}`, which halves their memory. A mapping under the name of one of several is
-            for that one alone: `{"ocr": {"detect": False}}`.
+            Keyword arguments for [`load_reward_model`] and [`get_reward`], used for rewards given by name, for example
+            `{"torch_dtype": "bfloat16"}`, which halves their memory. A mapping under the name of a reward applies to
+            that reward only: `{"ocr": {"detect": False}}`.
         reward_weights (`list[float]`, *optional*):
             Weights of several reward models. All 1 by default.
         standardize_rewards (`bool`, *optional*, defaults to `False`):
@@ -66,8 +66,9 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
             Number of transition pairs per forward and backward. The gradient does not depend on it. Defaults to
             `per_device_train_batch_size`, that is one stochastic step at a time.
         offload_transitions (`bool`, *optional*):
-            Whether the transitions of a rollout wait on the CPU and visit the accelerator chunk by chunk. The gradient
-            does not depend on it. Defaults to `True` for video policies, whose transitions are large, else `False`.
+            Whether to keep the transitions of a rollout on the CPU and move each chunk to the accelerator when it is
+            trained on. The gradient does not depend on it. Defaults to `True` for video policies, whose transitions
+            are large, else `False`.
         num_iterations (`int`, *optional*, defaults to `1`):
             Number of optimiser steps per rollout.
         sync_ref_model (`bool`, *optional*, defaults to `False`):
@@ -77,7 +78,7 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
             Steps between synchronisations.
         profile (`bool`, *optional*, defaults to `False`):
-            Whether to print at the end where the time went, see [`~profiling.StageTimer`].
+            Whether to print the time of each stage at the end of training, see [`~profiling.StageTimer`].
 
     > [!NOTE]
     > These parameters have default values different from [`DiffusionConfig`] and [`~transformers.TrainingArguments`]:
@@ -107,8 +108,8 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
 
     # Parameters that control the reward
     reward_model_init_kwargs: dict[str, Any] | str | None = option(
-        "Keyword arguments for `load_reward_model` and `get_reward`, if a reward model is a string; a mapping under "
-        "the name of one of several is for that one alone."
+        "Keyword arguments for `load_reward_model` and `get_reward`, for rewards given by name. A mapping under the name of "
+        "a reward applies to that reward only."
     )
     reward_weights: list[float] | None = option("Weights of several reward models. All 1 by default.")
     standardize_rewards: bool = option(
@@ -136,7 +137,7 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
     sync_ref_model: bool = option("Whether the reference follows the policy.", False)
     ref_model_mixup_alpha: float = option("Share of the policy in the reference at a synchronisation.", 0.6)
     ref_model_sync_steps: int = option("Steps between synchronisations.", 512)
-    profile: bool = option("Whether to print at the end where the time went.", False)
+    profile: bool = option("Whether to print the time of each stage at the end of training.", False)
 
     def __post_init__(self):
         super().__post_init__()

@@ -63,16 +63,18 @@ LOSS_TYPES = ("bradley_terry", "thurstone")
 @dataclass
 class SLRMConfig(PreferenceDataConfig, RewardConfig):
     r"""
-    Configuration class for the [`SLRMTrainer`], of SLRMs and of the other reward models of noisy latents.
+    Configuration class for the [`SLRMTrainer`], which trains SLRMs and related reward models.
 
     This class includes only the parameters that are specific to SLRM training. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
-    differ from those in [`~transformers.TrainingArguments`]. They are the paper's for SD3.5-medium (Table 5), but for 3
-    epochs instead of 5 and the batch of 32 pairs; the recipe `recipes/sd35/slrm.yaml` has all of them. Further
-    parameters are those of [`PreferenceDataConfig`] and [`DiffusionConfig`].
+    differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5),
+    except the number of epochs (3 instead of 5) and the batch size (32 pairs in the paper). The recipe
+    `recipes/sd35/slrm.yaml` sets all values of the paper. Further parameters are those of [`PreferenceDataConfig`] and
+    [`DiffusionConfig`].
 
-    When the training of a reward model goes on, `rho`, `score_link`, `velocity_target`, the size (`resolution`, `height`,
-    `width` and `num_frames`) and `max_sequence_length` are those of its training. They may be left out, and must not differ.
+    When you continue the training of a reward model, `rho`, `score_link`, `velocity_target`, the size (`resolution`,
+    `height`, `width`, `num_frames`) and `max_sequence_length` are read from the saved model. Other values raise an
+    error.
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
@@ -85,8 +87,8 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
             Which reward model to train: `"slrm"`, the paper's; `"lrm"`, LPO's; `"dina"`, DiNa-LRM; or `"spm"`, SPO's, which
             reads decoded images. Must be the kind of `model`, if that is a reward model already.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
-            Whether to train only what is beside the transformer: SLRM's score stream, or the head of LRM and DiNa-LRM; of an
-            SPM, the modulation beside its CLIP.
+            Whether to train only the parts added to the backbone: the score stream of an SLRM, the head of an LRM or
+            DiNa-LRM, or the modulation of an SPM.
 
         > Parameters that control the model, if `reward_model_type="slrm"`
 
@@ -134,14 +136,14 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         eta (`float`, *optional*, defaults to `1.0`):
             Exponent of the scores in the Bradley-Terry loss (Eq. 9).
         velocity_target (`str`, *optional*):
-            What the model's velocity is compared to in training: `"ground_truth"`, x1 - x0, as in the paper;
-            `"reference"`, the velocity of the frozen base model at x_t, which holds nothing of the clean latent; or
-            `"none"`, the logit alone. Defaults to that of `model`, if it is a reward model already, else to `"reference"`.
+            Target of the model's velocity in training: `"ground_truth"`, x1 - x0, as in the paper; `"reference"`, the
+            velocity of the frozen base model at x_t, which does not depend on the clean latent; or `"none"`, the logit
+            alone. Defaults to that of `model`, if it is a reward model already, else to `"reference"`.
         detach_score (`bool`, *optional*, defaults to `False`):
             Whether to stop the gradient of the preference loss through the distance.
         score_preservation_coef (`float`, *optional*, defaults to `1.0`):
-            Weight of a flow-matching loss on the chosen latents, which keeps the model's velocity a velocity. 0 is the
-            paper's loss.
+            Weight of a flow-matching loss on the chosen latents, which keeps the velocity prediction accurate. 0 gives
+            the paper's loss.
         center_rewards_coefficient (`float`, *optional*):
             Coefficient to incentivize the reward model to output mean-zero rewards (proposed by [this
             paper](https://huggingface.co/papers/2312.09244), Eq. 2). Recommended value: `0.01`.
@@ -154,9 +156,9 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         > Parameters that control the evaluation
 
         eval_rules (`list[str]`, *optional*):
-            Velocity targets under which the accuracy is measured, side by side: `"ground_truth"`, `"reference"`,
-            `"none"`. Defaults to `"ground_truth"`, the paper's rule, and one that a rollout can use: `"none"` if
-            `velocity_target="none"`, else `"reference"`. Reward models other than SLRM have `"none"` alone.
+            Velocity targets for which the accuracy is measured: `"ground_truth"`, `"reference"`, `"none"`. Defaults to
+            `"ground_truth"` (the paper's) and one that is known at inference time: `"none"` if
+            `velocity_target="none"`, else `"reference"`. Reward models other than SLRM support only `"none"`.
 
     > [!NOTE]
     > `chat_template_path`, `dataset_num_proc`, `eos_token`, `max_length`, `pad_token`, `pad_to_multiple_of` and
@@ -173,7 +175,7 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     num_task_tokens: int = option("Number of score tokens n_s (Eq. 5).", DEFAULT_NUM_TASK_TOKENS)
     task_projection_rank: int | None = option("Rank of the score tokens' projections P^S. Full matrices by default.")
     score_link: str | None = option(
-        "How the logit becomes a positive score. By default as in the training that goes on, else `exp`.",
+        "How the logit becomes a positive score. Defaults to the value of the loaded reward model, else `exp`.",
         choices=list(get_args(ScoreLink)),
     )
     lrm_layer: int | None = option(
@@ -193,7 +195,7 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         "Loss of a pair. By default `thurstone` for DiNa-LRM, else `bradley_terry`.", choices=list(LOSS_TYPES)
     )
     rho: float | None = option(
-        "Weight of the distance in the score (Eq. 7). By default as in the training that goes on, else ln 4."
+        "Weight of the distance in the score (Eq. 7). Defaults to the value of the loaded SLRM, else ln 4."
     )
     eta: float = option("Exponent of the scores in the Bradley-Terry loss (Eq. 9).", 1.0)
     velocity_target: str | None = option(
@@ -209,8 +211,8 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
 
     # Parameters that control the data
     resolution: int | None = option(
-        "Height and width in pixels to which images and videos are cropped and resized. By default as in the training "
-        "that goes on, else 512."
+        "Height and width in pixels to which images and videos are cropped and resized. Defaults to the value of the loaded "
+        "reward model, else 512."
     )
 
     # Parameters that control the evaluation

@@ -37,11 +37,12 @@ from .slrm_loading import check_not_sharded, load_base_and_reward_model
 
 class SLRMTrainer(PreferenceTrainer, RewardTrainer):
     r"""
-    Trainer for the Score-based Latent Reward Model (SLRM), which rates noisy latents, and for other reward models of them
+    Trainer for the Score-based Latent Reward Model (SLRM), which scores noisy latents, and for related reward models
     (`args.reward_model_type`).
 
-    Both sides of a preference pair are noised to one level, x_t = (1 - t) x_0 + t x_1, and rated in one forward; the
-    loss is Bradley-Terry on the scores, those of SLRM enhanced (Eq. 9), or `args.loss_type`.
+    Both sides of a preference pair are noised to the same level, x_t = (1 - t) x_0 + t x_1, and scored in one forward
+    pass. The loss is Bradley-Terry on the scores (Eq. 9; SLRM uses enhanced scores), unless `args.loss_type` says
+    otherwise.
 
     Example:
 

@@ -23,10 +23,10 @@ class TAPOConfig(StochasticRolloutConfig):
 
     This class includes only the parameters that are specific to TAPO training. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
-    differ from those in [`~transformers.TrainingArguments`]. They are the paper's for SD3.5-medium (Table 5), but for 3
-    epochs instead of 5 and bf16 instead of fp16; the paper's LoRA, of rank 64, is the trainer's `peft_config`. The recipe
-    `recipes/sd35/tapo.yaml` has all of them. The parameters of all trainers with rollouts are those of [`RolloutConfig`]
-    and [`StochasticRolloutConfig`].
+    differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5),
+    except 3 epochs instead of 5 and bf16 instead of fp16. Pass the paper's LoRA of rank 64 as the trainer's
+    `peft_config`. The recipe `recipes/sd35/tapo.yaml` sets all values of the paper. The parameters of all trainers
+    with rollouts are those of [`RolloutConfig`] and [`StochasticRolloutConfig`].
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
@@ -36,16 +36,16 @@ class TAPOConfig(StochasticRolloutConfig):
         > Parameters that control the rollout
 
         pairing (`str`, *optional*, defaults to `"tapo"`):
-            How preference pairs are made of the candidates, see [`~rollouts.pairing.get_pairing`]: `"tapo"`, the best of
-            a winning and the worst of a losing trajectory (Eq. 12); `"spo"`, the best and the worst of one trajectory
-            that goes on at random; `"lpo"`, the same with a threshold that grows with the noise; `"tapo_within"`, TAPO's
-            two trajectories with the best and the worst inside each.
+            How preference pairs are formed from the candidates, see [`~rollouts.pairing.get_pairing`]: `"tapo"`, the
+            best of a winning and the worst of a losing trajectory (Eq. 12); `"spo"`, the best and the worst of one
+            trajectory, which continues from a random candidate; `"lpo"`, the same with a threshold that grows with the
+            noise; `"tapo_within"`, the best and the worst inside each of TAPO's two trajectories.
         continue_with (`str`, *optional*):
-            Candidate with which the trajectory of `"spo"` and `"lpo"` goes on: `"random"`, their default, or `"best"`.
+            Candidate from which the trajectory of `"spo"` and `"lpo"` continues: `"random"` (the default) or `"best"`.
         pair_threshold (`list[float]`, *optional*):
-            By how much the probabilities of the two sides, a softmax of their rewards, must differ for a pair to count:
-            one number, or two for the least and the most noise. Defaults to 0.3 for `"spo"`, 0.35 and 0.5 for `"lpo"`,
-            and none otherwise.
+            Minimum difference between the probabilities of the two sides (a softmax of their rewards) for a pair to
+            count: one number, or two for the least and the most noise. Defaults to 0.3 for `"spo"`, 0.35 and 0.5 for
+            `"lpo"`, and none otherwise.
         consistent_pairs (`bool`, *optional*, defaults to `False`):
             Whether pairs of `"tapo"` count only if their ranking does not flip until the end: the chosen side scores higher
             at its own step, and so does the final sample of the winning trajectory. Costs two reward forwards per prompt.
@@ -59,10 +59,9 @@ class TAPOConfig(StochasticRolloutConfig):
         > Parameters that control the reward
 
         velocity_target (`str`, *optional*):
-            What the SLRM's velocity is compared to for a candidate, whose clean latent is unknown: `"parent"`,
-            `"policy"`, `"reference"`, `"initial_noise"` or `"none"`, see
-            [`~rewards.targets.velocity_target`]. By default what fits the SLRM's training: `"reference"` and
-            `"none"` stay, and `"parent"` stands in for `"ground_truth"`.
+            Target of the SLRM's velocity while sampling, where the clean latent is unknown: `"parent"`, `"policy"`,
+            `"reference"`, `"initial_noise"` or `"none"`, see [`~rewards.targets.velocity_target`]. The default matches
+            the SLRM's training: `"reference"` and `"none"` stay the same, and `"parent"` replaces `"ground_truth"`.
 
         > Parameters that control the training
 
@@ -71,18 +70,19 @@ class TAPOConfig(StochasticRolloutConfig):
             over the latent's dimensions (`logprob_reduction="mean"`). Defaults to what the authors of `pairing` use: 1000
             for `"tapo"` and `"tapo_within"`, 10 for `"spo"` and 500 for `"lpo"`.
         kl_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the KL divergence of each step from the reference, which is added to the loss. Eq. 13 contrasts the
-            two sides of a pair and is blind to what changes both alike; this is not. Costs no forward.
+            Weight of the KL divergence of each step from the reference, which is added to the loss. Eq. 13 contrasts
+            the two sides of a pair and does not see changes that affect both alike; the KL divergence does. Needs no
+            further forward pass.
         loss_type (`str`, *optional*, defaults to `"sigmoid"`):
             `"sigmoid"` (Eq. 13), `"hinge"` or `"ipo"`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
-            Probability that a pair is the wrong way round.
+            Assumed probability that a preference label is flipped.
         ratio_clip (`float`, *optional*):
             Keeps the ratios of the policy to the reference in `[1 - ratio_clip, 1 + ratio_clip]`, as SPO's code does
             with 0.1. Off by default, as in Eq. 13.
         step_weighting (`str`, *optional*, defaults to `"none"`):
-            `"none"` weighs all steps alike (Eq. 13), which makes late steps count far more than early ones as changes
-            of the velocity go. `"velocity"` evens the gradient with respect to the velocity out over the steps.
+            `"none"`: equal weights for all steps (Eq. 13), which gives late steps a much larger gradient with respect
+            to the predicted velocity. `"velocity"`: weights that equalise this gradient over the steps.
         train_cfg (`bool`, *optional*, defaults to `True`):
             Whether transitions are scored with the guidance they were sampled with.
     """

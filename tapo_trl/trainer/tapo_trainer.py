@@ -16,8 +16,9 @@ class TAPOTrainer(RolloutTrainer):
     r"""
     Trainer for Trajectory Advantages Preference Optimization (TAPO).
 
-    Every step grows a winning and a losing trajectory for each prompt, keeping the best and the worst of P stochastic
-    candidates at n of the T sampling steps (Algorithm 1), and trains on those pairs with a step-wise DPO loss (Eq. 13).
+    Every update samples a winning and a losing trajectory for each prompt. At n of the T sampling steps, P stochastic
+    candidates are drawn, and the best and the worst are kept (Algorithm 1). The policy trains on these pairs with a
+    step-wise DPO loss (Eq. 13).
 
     Example:
 
