@@ -30,7 +30,7 @@ VARIANT_CARDS = {
         tags=("diffusion-dpo",),
         paper="wallace2024diffusion",
         title="**Diffusion-DPO**",
-        text="Both sides of a preference pair are brought to a noise level. The policy is trained to predict the velocity of the "
+        text="Both sides of a preference pair are noised to the same level. The policy is trained to predict the velocity of the "
         "preferred side better than the base model does, and that of the other side worse.",
         from_pairs=True,
     ),
@@ -39,9 +39,9 @@ VARIANT_CARDS = {
         tags=("diffusion-dpo", "inversion-dpo"),
         paper="li2025inversion",
         title="**Diffusion-DPO** in its variant **Inversion-DPO**",
-        text="Both sides of a preference pair are brought to noise by inverting the sampler, with the velocity of the base model. "
-        "The policy is trained to predict the velocity along the way of the preferred side better than the base model does, "
-        "and that of the other side worse.",
+        text="Both sides of a preference pair are inverted to noise with the velocity of the base model. The policy is trained to "
+        "predict the velocity on the trajectory of the preferred side better than the base model does, and that on the "
+        "other trajectory worse.",
         from_pairs=True,
     ),
     "dense_reward": MethodCard(
@@ -49,7 +49,7 @@ VARIANT_CARDS = {
         tags=("diffusion-dpo", "dense-reward"),
         paper="yang2024dense",
         title="**Diffusion-DPO** in its variant **DenseReward**",
-        text="Both sides of a preference pair are brought to noise levels that are the likelier the earlier they come in sampling. "
+        text="Both sides of a preference pair are noised to a sampling step, which is an early one with higher probability. "
         "The policy is trained to predict the velocity of the preferred side better than the base model does, and that of the "
         "other side worse.",
         from_pairs=True,

@@ -55,9 +55,9 @@ class FlowGRPOTrainer(RolloutTrainer):
         tags=("flow-grpo",),
         paper="liu2025flow",
         title="**Flow-GRPO**",
-        text="The policy draws a group of stochastic trajectories for every prompt, and a reward rates where they end. The steps "
-        "of those that are better than the mean of their group are made likelier, those of the others less likely, with a "
-        "penalty on the divergence from the base model.",
+        text="The policy draws a group of stochastic trajectories for every prompt, and a reward scores their final samples. "
+        "Training raises the probability of the steps of trajectories that are better than the mean of their group, and "
+        "lowers that of the others, with a penalty on the divergence from the base model.",
     )
     _seed_name = "flow_grpo"
     _card_metrics = ("reward", "eval_", "kl")

@@ -52,8 +52,8 @@ class OnlineDiffusionDPOTrainer(RolloutTrainer):
         tags=("online-diffusion-dpo",),
         paper="wallace2024diffusion",
         title="**Online-Diffusion-DPO**",
-        text="The policy draws several samples of every prompt, and a reward picks the best and the worst of them. Both are "
-        "brought to the same noise levels. The policy is trained to predict the velocity of the better one better than the "
+        text="The policy draws several samples for every prompt, and a reward selects the best and the worst of them. Both are "
+        "noised to the same levels. The policy is trained to predict the velocity of the better one better than the "
         "base model does, and that of the other one worse.",
     )
     _seed_name = "online_dpo"
