@@ -15,8 +15,8 @@ from ..policies.loading import parse_dtype
 
 
 REWARDS_OF_SAMPLES = (
-    "What scores the samples: names of pretrained rewards (`tapo-trl rewards` lists them), `package.module:function`, and Hub ids or "
-    "folders of reward models."
+    "Rewards: names of pretrained ones (`tapo-trl rewards` lists them), `package.module:function`, Hub ids or folders of reward "
+    "models, or addresses of reward servers."
 )
 INIT_KWARGS = "Keyword arguments for rewards that are given by name. A mapping under the name of a reward applies to that reward only."
 
@@ -134,13 +134,13 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
     compare_base: bool = option("Whether to draw and score the base model's samples, too, if there is a `lora`.", True)
     samples_dir: str | None = option("Folder for the samples and the score of each.")
     benchmark: str | None = option(
-        "Public benchmark whose prompts are drawn into `samples_dir`: `geneval`, `compbench/color` (or another category), "
+        "Public benchmark whose samples are drawn: `geneval`, `compbench/color` (or another category), "
         "`drawbench`, `partiprompts`, `ocr` or `vbench`."
     )
     benchmark_prompts: str | None = option("The benchmark's official prompt file, or a clone of its repository.")
     samples_per_prompt: int | None = option("Samples per prompt of the benchmark; by default as many as it asks for.")
     results: str | None = option(
-        "What the benchmark's own tool wrote, whose scores are computed: `results.jsonl` of GenEval, `vqa_result.json` of "
+        "Output of the benchmark's own tool, to compute scores from: `results.jsonl` of GenEval, `vqa_result.json` of "
         "T2I-CompBench, or the folder of VBench's `*_eval_results.json`."
     )
     output_file: str | None = option("JSON file for the result.")
