@@ -80,7 +80,7 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
     """A latent reward model, and the held-out pairs of [`PreferenceDatasetArguments`] that it scores."""
 
     dataset_test_split: str = option(
-        "Split of held-out pairs; slices such as `train[90%%:]` work for files and Hub data sets.", "test"
+        "Split of held-out pairs; slices such as `train[90%%:]` work for files and Hub datasets.", "test"
     )
     slrm: str | None = option("Hub id or folder of the latent reward model that is measured.")
     sigmas: list[float] = option("Noise levels in [0, 1).", [0.1, 0.3, 0.5, 0.7, 0.9])

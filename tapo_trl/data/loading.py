@@ -21,12 +21,12 @@ FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv
 
 @dataclass
 class PreferenceDatasetArguments:
-    """A data set of preference pairs, see [`load_preference_pairs`]. `tapo-trl slrm --help` describes the fields."""
+    """A dataset of preference pairs, see [`load_preference_pairs`]. `tapo-trl slrm --help` describes the fields."""
 
     dataset_name: str | None = option("Hub id, folder, or .parquet, .json, .jsonl or .csv file of preference pairs.")
-    dataset_config: str | None = option("Configuration of a data set on the Hub.")
+    dataset_config: str | None = option("Configuration of a dataset on the Hub.")
     dataset_test_split: str | None = option(
-        "Split of held-out pairs; slices such as `train[90%%:]` work for files and Hub data sets."
+        "Split of held-out pairs; slices such as `train[90%%:]` work for files and Hub datasets."
     )
     prompt_column: str = option("Column of the prompts.", "prompt")
     chosen_column: str = option("Column of the preferred images or videos.", "chosen")
@@ -44,7 +44,7 @@ class PreferenceDatasetArguments:
             "videofeedback", "none",
         ]
         | None
-    ) = option("Columns of a published data set, instead of the options above.")  # fmt: skip
+    ) = option("Columns of a published dataset, instead of the options above.")  # fmt: skip
     label_values: dict[str, Any] | str | None = option(
         "What the values of `label_column` mean, such as `{left: 1, right: 0, tie: 0.5, unsure: null}`."
     )
@@ -86,12 +86,12 @@ class PreferenceDatasetArguments:
 
 def load_split(name: str, config: str | None = None, split: str = "train") -> Dataset:
     """
-    Loads one split of a data set, wherever it is.
+    Loads one split of a dataset, wherever it is.
 
     Args:
         name (`str`): A `.parquet`, `.json`, `.jsonl`, `.csv` or `.txt` file, a folder written by
             `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, a folder of data files, or a Hub id.
-        config (`str`, *optional*): Configuration of a data set on the Hub.
+        config (`str`, *optional*): Configuration of a dataset on the Hub.
         split (`str`, *optional*, defaults to `"train"`): Split. A file is one split, `train`, of which slices such as
             `train[:90%]` can be taken.
 
@@ -110,7 +110,7 @@ def load_split(name: str, config: str | None = None, split: str = "train") -> Da
         if isinstance(saved, Dataset):
             saved = DatasetDict({"train": saved})
         if split not in saved:
-            raise ValueError(f"The data set in {name} has no split `{split}`; it has {sorted(saved)}.")
+            raise ValueError(f"The dataset in {name} has no split `{split}`; it has {sorted(saved)}.")
         return saved[split]
     return load_dataset(name, config, split=split)
 
@@ -138,14 +138,14 @@ def load_prompts(name: str, config: str | None = None, split: str = "train", pro
     dataset = load_split(name, config, split)
     if Path(name).suffix == ".txt":
         return dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip())
-    require_columns(dataset, [("prompt_column", prompt_column)], f"The data set {name}")
+    require_columns(dataset, [("prompt_column", prompt_column)], f"The dataset {name}")
     return _rename(dataset, prompt_column, "prompt")
 
 
 def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Dataset:
     """
     Loads preference pairs into the columns that [`SLRMTrainer`] reads, see [`to_preference_pairs`]. No image or video is
-    decoded or copied, and nothing is written beside what loading a data set writes.
+    decoded or copied, and nothing is written beside what loading a dataset writes.
 
     Args:
         args ([`PreferenceDatasetArguments`]): Where the pairs are, and how their columns are called.
@@ -153,7 +153,7 @@ def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Datas
 
     Returns:
         [`~datasets.Dataset`]: With the columns `prompt`, `chosen` and `rejected`, and for pairs with labels also `label`
-            (1, or 0.5 for a tie), in the order of the data set, and the columns `label_<dimension>`, turned to say how
+            (1, or 0.5 for a tie), in the order of the dataset, and the columns `label_<dimension>`, turned to say how
             much the chosen is preferred. Pairs without a label are left out.
     """
     dataset = load_split(args.dataset_name, args.dataset_config, split)
@@ -168,17 +168,17 @@ def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Datas
         columns |= {"chosen_column": first, "rejected_column": second}
         hint = preset_hint(dataset.column_names, "pair_preset")
         if hint and not set(columns.values()) <= set(dataset.column_names):
-            raise ValueError(f"The data set {args.dataset_name} does not have all of {list(columns.values())}.{hint}")
+            raise ValueError(f"The dataset {args.dataset_name} does not have all of {list(columns.values())}.{hint}")
         if first not in dataset.column_names and "image_0" in dataset.column_names:
             raise ValueError(
-                f"The data set {args.dataset_name} stores pairs by position (`image_0`, `image_1`): set "
+                f"The dataset {args.dataset_name} stores pairs by position (`image_0`, `image_1`): set "
                 "`pair_columns: [image_0, image_1]` and `label_column`, the column that tells how much the first is "
                 "preferred."
             )
     else:
         first, second = args.pair_columns
         columns |= {"pair_columns[0]": first, "pair_columns[1]": second, "label_column": args.label_column}
-    require_columns(dataset, columns.items(), f"The data set {args.dataset_name}")
+    require_columns(dataset, columns.items(), f"The dataset {args.dataset_name}")
     return to_preference_pairs(
         dataset, first=first, second=second, label=args.label_column, prompt=args.prompt_column, **options
     )

@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tables of preference pairs, made of the columns of a data set without a copy of its images and videos."""
+"""Tables of preference pairs, made of the columns of a dataset without a copy of its images and videos."""
 
 import math
 import os

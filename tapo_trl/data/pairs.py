@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Data sets as they are published, brought into the columns `prompt`, `chosen` and `rejected` without copying a file."""
+"""Datasets as they are published, brought into the columns `prompt`, `chosen` and `rejected` without copying a file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from .pair_tables import (
 # Column that says whether a row has a label at all, in Pick-a-Pic and what is derived from it
 _DEFAULT_VALID_COLUMN = "has_label"
 
-# Keyword arguments of `to_preference_pairs` for data sets with these columns
+# Keyword arguments of `to_preference_pairs` for datasets with these columns
 PAIR_PRESETS: dict[str, dict[str, Any]] = {
     "pickapic": {
         "first": "jpg_0",
@@ -87,7 +87,7 @@ def to_preference_pairs(
     media_root: str | Path | None = None,
 ) -> Dataset:
     """
-    Preference pairs in the columns that [`SLRMTrainer`] and [`DiffusionDPOTrainer`] read, from a data set that has others.
+    Preference pairs in the columns that [`SLRMTrainer`] and [`DiffusionDPOTrainer`] read, from a dataset that has others.
 
     Images and videos are neither read nor copied, and nothing is written: the result looks at the columns of `dataset`, with
     a number per row and its labels in memory. There are three forms:
@@ -114,7 +114,7 @@ def to_preference_pairs(
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Data set. Its format does not matter.
+            Dataset. Its format does not matter.
         preset (`str`, *optional*):
             Name of a set of the arguments below, one of `PAIR_PRESETS`. Arguments that are given take precedence.
         first (`str`, *optional*):
@@ -169,7 +169,7 @@ def to_preference_pairs(
     if "valid_column" not in options and _DEFAULT_VALID_COLUMN in dataset.column_names:
         options["valid_column"] = _DEFAULT_VALID_COLUMN
     options.setdefault("prompt", "prompt")
-    require_columns(dataset, _named_columns(options), "The data set")
+    require_columns(dataset, _named_columns(options), "The dataset")
 
     valid = np.ones(len(dataset), dtype=bool)
     if "valid_column" in options:
@@ -183,7 +183,7 @@ def to_preference_pairs(
         pairs = pairs_by_preference(dataset, options, valid)
     if len(pairs) == 0:
         raise ValueError(
-            "No pair is left of the data set: none of its rows has a label (or two media and their scores)."
+            "No pair is left of the dataset: none of its rows has a label (or two media and their scores)."
         )
     return pairs
 

@@ -112,7 +112,7 @@ class RemoteReward:
         except (TypeError, ValueError) as error:
             raise RemoteRewardError(
                 f"The columns {sorted(columns)} cannot be sent to `{self.url}`: {error}. Remove those that are no text, numbers or "
-                "lists from the data set."
+                "lists from the dataset."
             ) from error
         body = safetensors.torch.save({"images": pixels.contiguous()}, {"request": request})
         scores = self._ask("/score", body).get("scores")

@@ -9,7 +9,7 @@ newer and numpy, and nothing of tapo_trl.
 
 `score(images, prompts, **columns)` of `my_scorer.py` gets `images`, an array of shape (N, height, width, 3), or (N, frames,
 height, width, 3) for videos, of uint8 values or of float32 values in [0, 1], a list of N prompts and the further columns of
-the data set, and returns N numbers. If it raises an exception, the client gets HTTP 500 with its message.
+the dataset, and returns N numbers. If it raises an exception, the client gets HTTP 500 with its message.
 """
 
 import argparse

@@ -201,7 +201,7 @@ class CardFacts:
 def write_model_card(path: str | Path, facts: CardFacts) -> ModelCard:
     """
     Write the model card of a trained policy or reward model. Needs no network, and puts no path of this machine and no access
-    token into the card: a base model or data set in a local folder is called by the folder's name.
+    token into the card: a base model or dataset in a local folder is called by the folder's name.
 
     Args:
         path (`str` or `Path`): Where the card goes, `<output folder>/README.md`.

@@ -35,7 +35,7 @@ class SLRMScriptArguments(PreferenceDatasetArguments):
     """Arguments of `tapo-trl slrm` beside [`SLRMConfig`] and [`DiffusionModelConfig`]."""
 
     dataset_train_split: str = option(
-        "Split to train on; slices such as `train[:90%%]` work for files and Hub data sets.", "train"
+        "Split to train on; slices such as `train[:90%%]` work for files and Hub datasets.", "train"
     )
     dry_run: bool = option(DRY_RUN, False)
 
@@ -75,9 +75,9 @@ class TAPOScriptArguments(SampleCallbackArguments):
     `dataset_split`) and [`DiffusionModelConfig`]: prompts, rewards and callbacks.
     """
 
-    dataset_config: str | None = option("Configuration of a data set on the Hub.")
+    dataset_config: str | None = option("Configuration of a dataset on the Hub.")
     dataset_test_split: str | None = option("Split of held-out prompts.")
-    eval_dataset_name: str | None = option("Data set of held-out prompts, when it is not a split of `dataset_name`.")
+    eval_dataset_name: str | None = option("Dataset of held-out prompts, when it is not a split of `dataset_name`.")
     prompt_column: str = option("Column of the prompts. The lines of a .txt file are prompts.", "prompt")
     reward_model: list[str] | None = option(
         "Name of a pretrained reward (`tapo-trl rewards` lists them), Hub id or folder of a reward model, "
@@ -124,7 +124,7 @@ def load_prompt_dataset(
     if script_args.eval_dataset_name is not None or script_args.dataset_test_split is not None:
         if eval_name is None:
             raise ValueError(
-                "`dataset_test_split` is set, but neither `eval_dataset_name` nor `dataset_name` says of which data set."
+                "`dataset_test_split` is set, but neither `eval_dataset_name` nor `dataset_name` says of which dataset."
             )
         eval_dataset = load_prompts(
             eval_name, script_args.dataset_config, script_args.dataset_test_split or "train", script_args.prompt_column

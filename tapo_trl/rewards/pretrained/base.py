@@ -225,7 +225,7 @@ class PretrainedReward(nn.Module):
         return (scores - self.mean) * self.factor
 
     def score_with_columns(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
-        """[`~PretrainedReward.score`] as a [`RewardFunction`], which gets further columns of the data set."""
+        """[`~PretrainedReward.score`] as a [`RewardFunction`], which gets further columns of the dataset."""
         return self.score(images, prompts)
 
     @torch.no_grad()
@@ -236,7 +236,7 @@ class PretrainedReward(nn.Module):
         Args:
             images (`torch.Tensor` of shape `(N, 3, H, W)` or `(N, 3, F, H, W)`): float in [0, 1].
             prompts (`list[str]`): one per image.
-            columns: further columns of the data set, which are not read.
+            columns: further columns of the dataset, which are not read.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32. NaN where pixels are not finite, as after a diverged step.
