@@ -1,7 +1,10 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Every command and every block of Python of the documentation runs, but for those that `substitutions.EXEMPT` gives a reason for."""
+"""
+Every `bash` and `python` block of the documentation runs, but for those that `substitutions.EXEMPT` gives a reason for. Commands of other
+tools, in environments of their own, are in `sh` blocks.
+"""
 
 import os
 import re
