@@ -87,15 +87,16 @@ def to_preference_pairs(
     media_root: str | Path | None = None,
 ) -> Dataset:
     """
-    Preference pairs in the columns that [`SLRMTrainer`] and [`DiffusionDPOTrainer`] read, from a dataset that has others.
+    Convert a preference dataset to the columns that [`SLRMTrainer`] and [`DiffusionDPOTrainer`] read.
 
-    Images and videos are neither read nor copied, and nothing is written: the result looks at the columns of `dataset`, with
-    a number per row and its labels in memory. There are three forms:
+    Images and videos are neither read nor copied, and nothing is written: the result is a view of the columns of
+    `dataset`, with row indices and labels in memory. There are three forms:
 
     - `first`, `second` and `label`: two columns of images or videos, and how much the first is preferred.
     - `first` and `second`: the first is preferred. Columns `margin`, `label` and `label_<dimension>` stay as they are.
-    - `media` and `scores`: what is scored by itself. If `media` holds one path or address per row, all rows of a prompt are
-      paired; if it holds a list, all members of the list. The higher score wins; with several `scores` the higher mean.
+    - `media` and `scores`: items with individual scores. If `media` contains one path or address per row, all rows of
+      a prompt are paired; if it contains a list, all members of the list. The item with the higher score is preferred;
+      with several `scores`, the one with the higher mean.
 
     ```python
     from datasets import load_dataset

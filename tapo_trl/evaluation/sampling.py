@@ -86,7 +86,8 @@ def list_items(name: str, rows: Dataset, samples_per_prompt: int | None = None, 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
-    Keep samples of different settings apart: write the settings into a new folder, and refuse a folder of others.
+    Make sure that all samples of a folder have the same settings: write the settings to a new folder, or compare with
+    those of an existing one.
 
     Raises:
         ValueError: if the folder has samples that were drawn otherwise.
@@ -116,15 +117,16 @@ def sample_benchmark(
     seed: int = 0,
 ) -> list[Item]:
     """
-    Draw the samples of a benchmark that a folder lacks. Under `accelerate launch` the processes share the work; each file is
-    written whole or not at all, so that a run that was stopped goes on where it was.
+    Draw the samples of a benchmark that are missing in a folder. Processes of `accelerate launch` share the work.
+    Files are written atomically, so an interrupted run continues where it stopped.
 
     Args:
         name (`str`): Name of the benchmark.
         rows (`Dataset`): Its prompts, from [`load_prompts`].
         draw (`Callable`): Prompts and their seeds to samples of shape `(B, 3, H, W)` or `(B, 3, F, H, W)` in [0, 1].
         folder (`str` or `Path`): Where the files go.
-        settings (`dict[str, Any]`): What the samples depend on: the model, its LoRA, the steps. Kept in `sampling.json`.
+        settings (`dict[str, Any]`): Everything that the samples depend on: model, LoRA, sampling options. Saved in
+        `sampling.json`.
         samples_per_prompt (`int`, *optional*): By default the benchmark's.
         batch_size (`int`, *optional*, defaults to `4`): Samples at once.
         fps (`int`, *optional*, defaults to `16`): Frames per second of videos.

@@ -25,8 +25,8 @@ BATCH_SIZE = 16  # samples that a scorer gets at once
 
 class LatentScorer:
     """
-    A reward model of trajectories as a reward of finished samples: pixels are encoded and rated at noise level 0, without a
-    velocity target, as [`FlowGRPOTrainer`] rates final latents. An SPM reads the pixels themselves.
+    A latent reward model as a reward of finished samples: pixels are encoded and scored at noise level 0, without a
+    velocity target, as in [`FlowGRPOTrainer`]. An SPM scores the pixels directly.
 
     Args:
         model ([`StepRewardModel`]): the reward model.
@@ -57,7 +57,7 @@ def load_scorers(
     load_base: Callable[[str], FlowPolicy] = load_policy,
 ) -> dict[str, Callable]:
     """
-    Rewards of samples. Weights stay on the CPU until [`score_samples`].
+    Load rewards for samples. Weights stay on the CPU until [`score_samples`].
 
     Args:
         rewards (`dict[str, str | Callable]`): by what they are called: names of pretrained rewards, folders or Hub ids of reward
@@ -85,7 +85,7 @@ def score_samples(
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """
-    Rate samples, one reward after the other, so that the weights of one alone are on the accelerator.
+    Score samples with one reward after the other, so that only the weights of one reward are on the accelerator.
 
     Args:
         scorers (`dict[str, Callable]`): from [`load_scorers`]. A function of yours gets all samples of one size at once, on the

@@ -33,7 +33,7 @@ def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> StepRewardMo
         [`StepRewardModel`]: in evaluation mode.
 
     Raises:
-        ValueError: if there is something else than a reward model.
+        ValueError: if it contains no reward model.
     """
     name_or_path = os.path.expanduser(name_or_path)
     hub_arguments = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
@@ -71,7 +71,7 @@ def saved_class(name_or_path: str | os.PathLike, **hub_arguments) -> type[StepRe
     The class of a saved reward model, as its `config.json` says.
 
     Raises:
-        ValueError: if there is something else than a reward model.
+        ValueError: if it contains no reward model.
     """
     name = StepRewardModel.load_config(name_or_path, **hub_arguments).get("_class_name")
     classes = {model_class.__name__: model_class for model_class in REWARD_MODELS.values()}

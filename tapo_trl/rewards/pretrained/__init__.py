@@ -67,7 +67,7 @@ def check_reward_name(spec: str) -> None:
 
 def get_reward(name: str, **kwargs) -> PretrainedReward:
     """
-    Load a pretrained scorer of images or videos, which `reward_model=` takes.
+    Load a pretrained image or video scorer, to use as `reward_model`.
 
     ```python
     from tapo_trl import TAPOConfig, TAPOTrainer, get_reward

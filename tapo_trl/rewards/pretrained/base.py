@@ -18,21 +18,21 @@ SCALES = "`scale` multiplies the score and `standardize=(mean, std)` subtracts a
 
 class PretrainedReward(nn.Module):
     """
-    A frozen scorer with published weights, which works as a [`RewardFunction`]. Make one with
-    [`~PretrainedReward.from_pretrained`] or [`get_reward`].
+    A frozen scorer with published weights, which can be used as a [`RewardFunction`]. Load one with [`get_reward`] or
+    [`~PretrainedReward.from_pretrained`].
 
-    A subclass states the facts below, loads itself in [`~PretrainedReward.load`] and scores in
+    Subclasses define the attributes below and the methods [`~PretrainedReward.load`] and
     [`~PretrainedReward.raw_scores`].
 
     Args:
         batch_size (`int`, *optional*): images (or videos) per forward when it is called. Defaults to the class's.
         scale (`float`, *optional*): factor on the score, for weighted sums.
         standardize (`tuple[float, float]`, *optional*):
-            mean and standard deviation of its scores on data of yours; the score is then `(score - mean) / std`.
+            mean and standard deviation of the scores on your data; returned scores are `(score - mean) / std`.
         frames (`int` or `str`, *optional*, defaults to `"all"`):
-            which frames of a video a scorer of images reads, whose scores are averaged: `"all"`, `"first"`, or how many,
-            evenly spaced from the first to the last.
-        offload (`bool`, *optional*, defaults to `False`): whether to go back to the CPU after each call.
+            frames of a video that an image scorer reads, whose scores are averaged: `"all"`, `"first"`, or a number of
+            frames, evenly spaced from the first to the last.
+        offload (`bool`, *optional*, defaults to `False`): whether to move the weights back to the CPU after each call.
 
     Attributes:
         name (`str`): short name, as in [`get_reward`] and in logs.
@@ -120,7 +120,7 @@ class PretrainedReward(nn.Module):
     @classmethod
     def check_prompts(cls, prompts: Sequence[str]) -> None:
         """
-        Check that prompts can be rated, before anything is sampled.
+        Check that prompts can be scored, before anything is sampled.
 
         Raises:
             ValueError: if one cannot.
@@ -156,7 +156,8 @@ class PretrainedReward(nn.Module):
         **kwargs,
     ) -> "PretrainedReward":
         """
-        Load the scorer, frozen and in evaluation mode, on the CPU. It moves to the images' device when it is first called.
+        Load the scorer on the CPU, frozen and in evaluation mode. It is moved to the device of the images at the first
+        call.
 
         Args:
             weights (`str` or `os.PathLike`, *optional*): Hub id, folder or file. Defaults to the published weights.
@@ -166,7 +167,8 @@ class PretrainedReward(nn.Module):
 
         Raises:
             ValueError: if an argument is unusable.
-            OSError: if the weights are neither here nor can be downloaded. The message has the command that downloads them.
+            OSError: if the weights are not in the cache and cannot be downloaded. The message contains the download
+            command.
         """
         dtype = parse_dtype(torch_dtype) or cls.default_dtype
         if dtype == AUTO:
@@ -198,14 +200,15 @@ class PretrainedReward(nn.Module):
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """
-        Rate images in one forward, with gradients to the pixels if the class is `differentiable`.
+        Score images in one forward pass, with gradients with respect to the pixels if the class is `differentiable`.
 
         Args:
             images (`torch.Tensor` of shape `(N, 3, H, W)`): float in [0, 1]; `(N, 3, F, H, W)` if it reads videos.
             prompts (`list[str]`): one per image.
 
         Returns:
-            `torch.Tensor` of shape `(N,)`, float32: the published number, after `scale` or `standardize`.
+            `torch.Tensor` of shape `(N,)`, float32: scores on the published scale, changed by `scale` or
+            `standardize`.
 
         Raises:
             ValueError: if the input is not as described, or if there is another number of scores than of images.
