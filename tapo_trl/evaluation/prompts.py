@@ -99,7 +99,13 @@ _COMPBENCH_TOOLS = {
     "3d_spatial": "cd UniDet_eval && python 3D_spatial_eval.py --outpath={folder}",
     "numeracy": "cd UniDet_eval && python numeracy_eval.py --outpath={folder}",
     "non_spatial": "python CLIPScore_eval/CLIP_similarity.py --outpath={folder}",
-    "complex": "cd 3_in_1_eval && python 3_in_1.py --outpath={folder}",
+    # Combines the results of the three before it
+    "complex": (
+        "(cd BLIPvqa_eval && python BLIP_vqa.py --out_dir={folder}) && "
+        "(cd UniDet_eval && python 2D_spatial_eval.py --outpath={folder} --complex=True) && "
+        "python CLIPScore_eval/CLIP_similarity.py --outpath={folder} --complex=True && "
+        "cd 3_in_1_eval && python 3_in_1.py --outpath={folder}"
+    ),
 }
 
 BENCHMARKS = {

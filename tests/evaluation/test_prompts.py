@@ -96,3 +96,10 @@ def test_another_layout_is_an_error_that_names_the_file(tmp_path, name, text):
 def test_an_unknown_name_offers_the_nearest(name, near):
     with pytest.raises(ValueError, match=near):
         load_prompts(name, "anywhere")
+
+
+def test_the_tool_of_complex_prompts_makes_the_results_that_it_combines():
+    command = BENCHMARKS["compbench/complex"].next_step
+    scripts = ["BLIP_vqa.py", "2D_spatial_eval.py", "CLIP_similarity.py", "3_in_1.py"]
+    assert sorted(scripts, key=command.index) == scripts
+    assert command.count("--complex=True") == 2 and command.count("{folder}") == 4
