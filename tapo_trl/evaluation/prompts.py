@@ -173,7 +173,7 @@ BENCHMARKS = {
         samples_per_prompt=5,
         modality="video",
         licence="Apache-2.0",
-        next_step="vbench evaluate --videos_path {folder} --dimension DIMENSION --output_path {folder}/evaluation_results",
+        next_step="vbench evaluate --videos_path {folder}/videos --dimension DIMENSION --output_path {folder}/evaluation_results",
     ),
 }
 

@@ -54,7 +54,8 @@ def _items_of_vbench(rows: Dataset, samples: int) -> list[list[Path]]:
     found: dict[str, list[Path]] = {}
     for row in rows:
         number = max(samples, FLICKERING_SAMPLES) if "temporal_flickering" in row["dimension"] else samples
-        files = [Path(_file_name(f"{row['prompt']}-{index}.mp4")) for index in range(number)]
+        # In a folder of their own: the tool takes the suffix of whatever file it lists first for that of the videos
+        files = [Path("videos", _file_name(f"{row['prompt']}-{index}.mp4")) for index in range(number)]
         if len(files) > len(found.get(row["prompt"], [])):
             found[row["prompt"]] = files
     # The same prompt may stand in two rows, and is sampled once

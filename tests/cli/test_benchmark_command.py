@@ -72,8 +72,10 @@ class TestSampling:
     def test_vbench(self, folder, tmp_path):
         tiny_wan_pipeline().save_pretrained(tmp_path / "wan")
         flags = ["--benchmark", "vbench", "--benchmark_prompts", folder / "vbench.json", "--num_frames", 5]
-        run(folder, *flags, "--samples_dir", tmp_path / "videos", "--model_name_or_path", tmp_path / "wan")
-        assert len(list((tmp_path / "videos").glob("a cat-?.mp4"))) == 5
+        run(folder, *flags, "--samples_dir", tmp_path / "vbench", "--model_name_or_path", tmp_path / "wan")
+        # And nothing else beside them, whose suffix the tool could take for theirs
+        files = sorted(file.name for file in (tmp_path / "vbench" / "videos").iterdir())
+        assert files == [f"a cat-{index}.mp4" for index in range(5)]
 
 
 def test_results_of_a_tool(folder, tmp_path, capsys):

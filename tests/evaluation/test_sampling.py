@@ -53,7 +53,7 @@ class TestLayouts:
             ("geneval", ["00000/samples/0000.png", "00000/samples/0001.png", "00001/samples/0000.png"]),
             ("compbench/color", ["samples/a_000000.png", "samples/a_000001.png", "samples/b_000002.png"]),
             ("drawbench", ["00000_0.png", "00000_1.png", "00001_0.png"]),
-            ("vbench", ["a-0.mp4", "a-1.mp4", "b-0.mp4"]),
+            ("vbench", ["videos/a-0.mp4", "videos/a-1.mp4", "videos/b-0.mp4"]),
         ],
     )
     def test_files(self, name, files):
