@@ -3,7 +3,7 @@
 
 # /// script
 # dependencies = [
-#     "tapo-trl[rewards]",
+#     "tapo-trl[rewards,video]",
 # ]
 # ///
 
@@ -13,6 +13,7 @@ Check a pretrained reward with its real weights: load it, rate a picture, and co
 ```bash
 python examples/check_reward.py clip
 python examples/check_reward.py pickscore --image photo.png --prompt "two cats on a sofa"
+python examples/check_reward.py videoreward --image clip.mp4 --prompt "a cat runs"
 ```
 
 It downloads weights and pictures, so it needs a network once. The exit status is 1 if a score is not the published one.
@@ -23,6 +24,7 @@ import io
 import sys
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -30,6 +32,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tapo_trl import get_reward
 from tapo_trl.data.images import ImageReader
+from tapo_trl.data.videos import read_video
+from tapo_trl.evaluation.scores import VIDEOS
 from tapo_trl.rewards.pretrained import reward_class
 
 
@@ -103,10 +107,23 @@ def read_image(place: str) -> torch.Tensor:
     return ImageReader(image.height, image.width).load(image)[None]
 
 
+def read_file(place: str) -> torch.Tensor:
+    """A picture, see [`read_image`], or a video from a file, of shape `(1, 3, F, H, W)`."""
+    return read_video(place)[None] if Path(place).suffix.lower() in VIDEOS else read_image(place)
+
+
+def frames_per_second(file: str) -> float:
+    """Those of a video file."""
+    import av
+
+    with av.open(file) as container:
+        return float(container.streams.video[0].average_rate)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare a pretrained reward with published scores.")
     parser.add_argument("name", help="name of a reward, such as pickscore; `tapo-trl rewards` lists them")
-    parser.add_argument("--image", help="a picture of yours")
+    parser.add_argument("--image", help="a picture of yours, or a video file")
     parser.add_argument("--prompt", help="its prompt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -115,10 +132,13 @@ def main() -> int:
     low, high = scorer.score_range
     print(f"{args.name}: usual range {low:g} to {high:g}, licence {scorer.license}, {scorer.citation}")
     check = CHECKS.get(args.name)
+    if scorer.reads == "video" and Path(args.image or "").suffix.lower() not in VIDEOS:
+        parser.error(f"{args.name} reads videos: give one, `--image clip.mp4 --prompt 'what it shows'`")
     if args.image is not None or check is None:
-        reward = get_reward(args.name)
+        kwargs = {"fps": frames_per_second(args.image)} if scorer.reads == "video" else {}
+        reward = get_reward(args.name, **kwargs)
         image, prompt = args.image or CATS, args.prompt or "two cats on a sofa"
-        score = reward(read_image(image).to(args.device), [prompt]).item()
+        score = reward(read_file(image).to(args.device), [prompt]).item()
         print(f"{score:9.4f}  {image}, {prompt!r}. No published score is known for it.")
         return 0
 

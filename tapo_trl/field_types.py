@@ -65,6 +65,13 @@ def convert_fields(config: Any) -> None:
                 setattr(config, name, converted)
 
 
+def read_mapping(config: Any, name: str) -> None:
+    """[`convert_fields`], and the mapping of a field that may be written as JSON."""
+    convert_fields(config)
+    if isinstance(getattr(config, name), str):
+        setattr(config, name, json.loads(getattr(config, name)))
+
+
 def convert(name: str, value: Any, hint: Any, text: Any = None) -> Any:
     """
     A value as its field asks for it, if there is one way to read it: a single value for a list is a list of one, 4.0 and "4"

@@ -30,7 +30,8 @@ def atomic_write(file: Path) -> Iterator[Path]:
     Write a file that is there whole or not at all, also when several processes write it at once. The body writes to the path
     that it gets, which then takes the place of `file`.
     """
-    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    start = file.name.encode()[:200].decode(errors="ignore")  # file systems allow 255 bytes
+    aside = file.with_name(f"{start}.{os.getpid()}.tmp")
     yield aside
     os.replace(aside, file)
 

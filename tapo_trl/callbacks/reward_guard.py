@@ -87,12 +87,19 @@ class RewardHackingGuardCallback(PolicyCallback):
         if action not in ("warn", "stop"):
             raise ValueError(f'`action` must be "warn" or "stop", but it is {action!r}.')
         check_reward_function(reward_fn)
+        if isinstance(reward_fn, PretrainedReward):
+            reward_fn.check_prompts(self.prompts)
         self.reward_fn = reward_fn
         self.every_n_steps = every_n_steps
         self.patience = patience
         self.min_drop = min_drop
         self.action = action
         self.seed = seed
+
+    def attach(self, trainer) -> None:
+        if isinstance(self.reward_fn, PretrainedReward):
+            self.reward_fn.check_reads(trainer.policy)
+        super().attach(trainer)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if state.global_step == 0:

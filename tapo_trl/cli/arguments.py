@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.loading import PreferenceDatasetArguments
-from ..field_types import convert_fields, option
+from ..field_types import convert_fields, option, read_mapping
 from ..files import check_folder_name
 from ..policies.loading import parse_dtype
 
@@ -19,12 +19,6 @@ REWARDS_OF_SAMPLES = (
     "models, or addresses of reward servers."
 )
 INIT_KWARGS = "Keyword arguments for rewards that are given by name. A mapping under the name of a reward applies to that reward only."
-
-
-def _read_mapping(args: Any, name: str) -> None:
-    convert_fields(args)
-    if isinstance(getattr(args, name), str):
-        setattr(args, name, json.loads(getattr(args, name)))
 
 
 def _check_file(output_file: str | None) -> None:
@@ -148,7 +142,7 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
     def __post_init__(self):
         ScoredPairsArguments.__post_init__(self)
         GenerationArguments.__post_init__(self)
-        _read_mapping(self, "reward_model_init_kwargs")
+        read_mapping(self, "reward_model_init_kwargs")
         if self.samples_dir is not None:
             check_folder_name(self.samples_dir, "samples_dir")
         _check_file(self.output_file)
@@ -212,7 +206,7 @@ class ScoreArguments:
                 raise ValueError(
                     f"`{name}` is missing: `tapo-trl score FOLDER --prompts prompts.txt --reward_model clip`."
                 )
-        _read_mapping(self, "reward_model_init_kwargs")
+        read_mapping(self, "reward_model_init_kwargs")
         _check_file(self.output_file)
 
 

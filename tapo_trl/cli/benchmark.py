@@ -42,6 +42,7 @@ def run_benchmark(args, model_args) -> dict[str, Any]:
         raise ValueError(
             f"`{args.benchmark}` is a benchmark of {benchmark.modality}s, but the model makes {policy.modality}s."
         )
+    scorers = load_benchmark_scorers(args, policy, rows) if PartialState().is_main_process else {}
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"size": sample_size(policy, args), "model": model_args.model_name_or_path, "lora": args.lora}
     settings |= {"revision": model_args.model_revision, "torch_dtype": str(model_args.dtype)}
@@ -60,7 +61,7 @@ def run_benchmark(args, model_args) -> dict[str, Any]:
     if not PartialState().is_main_process:
         return result
     if args.reward_model is not None:
-        result["rewards"] = score_items(args, policy, rows, items)
+        result["rewards"] = score_items(args, policy, rows, items, scorers)
     if benchmark.next_step is not None:
         command = benchmark.next_step.format(folder=shlex.quote(str(Path(args.samples_dir).absolute())))
         print(
@@ -82,7 +83,18 @@ def read_results(name: str, path: str) -> dict[str, float]:
     return read_vbench(path) if name == "vbench" else {name: read_compbench(path)}
 
 
-def score_items(args, policy, rows, items) -> dict[str, dict[str, dict]]:
+def load_benchmark_scorers(args, policy, rows) -> dict[str, Any]:
+    """The rewards of the samples, loaded and checked before these are drawn."""
+    from ..evaluation.scores import check_scorers, load_scorers
+    from ..scripts.utils import load_functions
+
+    rewards = load_functions(args.reward_model or [])
+    scorers = load_scorers(rewards, args.reward_model_init_kwargs, lambda name: policy)
+    check_scorers(scorers, rows["prompt"], policy)
+    return scorers
+
+
+def score_items(args, policy, rows, items, scorers) -> dict[str, dict[str, dict]]:
     """
     Rewards of the samples of a benchmark.
 
@@ -91,24 +103,21 @@ def score_items(args, policy, rows, items) -> dict[str, dict[str, dict]]:
         policy ([`FlowPolicy`]): The pipeline, base of latent reward models.
         rows (`Dataset`): The prompts, with their categories.
         items (`list[Item]`): The files.
+        scorers (`dict[str, Callable]`): From [`load_benchmark_scorers`].
     """
-    from ..evaluation.scores import SampleFiles, load_scorers, score_samples, summarize
-    from ..rewards import PretrainedReward
-    from ..scripts.utils import load_functions
+    from ..evaluation.scores import SampleFiles, score_samples, summarize
 
     prompts = [item.prompt for item in items]
-    scorers = load_scorers(load_functions(args.reward_model), args.reward_model_init_kwargs, lambda name: policy)
-    for scorer in scorers.values():
-        if isinstance(scorer, PretrainedReward):
-            scorer.check_prompts(prompts)
     files = SampleFiles([Path(args.samples_dir) / item.file for item in items])
     scores = score_samples(scorers, files, prompts, policy.transformer.device)
     column = next((name for name in ("category", "tag") if name in rows.column_names), None)
-    categories = {} if column is None else dict(zip(rows["prompt"], rows[column], strict=True))
+    # Each row has as many files; the same prompt may stand in two categories
+    per_row = len(items) // len(rows)
+    categories = [] if column is None else [category for category in rows[column] for _ in range(per_row)]
     found = {}
     for name, values in scores.items():
         found[name] = {"all": summarize(values)}
-        for category in dict.fromkeys(categories.values()):
-            members = [row for row, prompt in enumerate(prompts) if categories[prompt] == category]
+        for category in dict.fromkeys(categories):
+            members = [row for row, other in enumerate(categories) if other == category]
             found[name][category] = summarize(values[members])
     return found

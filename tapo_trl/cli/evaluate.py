@@ -94,8 +94,9 @@ def measure_reward_accuracy(args, model_args) -> dict[str, dict[str, dict[float,
         `dict[str, dict[str, dict[float, float]]]`: `{reward: {"estimate" or "noisy": {sigma: accuracy}}}`.
     """
     from ..data.loading import load_preference_pairs
-    from ..evaluation.scores import load_scorers
+    from ..evaluation.scores import LatentScorer, check_scorers, load_scorers
     from ..metrics import accuracy_by_level, score_pairs_of_pixels
+    from ..rewards import PretrainedReward
     from ..scripts.utils import load_functions
     from .sample import load_sampling_policy, sample_size
 
@@ -104,6 +105,7 @@ def measure_reward_accuracy(args, model_args) -> dict[str, dict[str, dict[float,
         pairs = pairs.select(range(min(args.max_pairs, len(pairs))))
     policy = load_sampling_policy(model_args, args)
     scorers = load_scorers(load_functions(args.reward_model), args.reward_model_init_kwargs, lambda name: policy)
+    check_scorers(scorers, pairs["prompt"], policy)
     height, width, num_frames = sample_size(policy, args)
     options = {
         name: getattr(args, name)
@@ -115,10 +117,12 @@ def measure_reward_accuracy(args, model_args) -> dict[str, dict[str, dict[float,
         "num_frames": num_frames,
         "max_sequence_length": args.max_sequence_length,
     }
-    return {
-        name: accuracy_by_level(score_pairs_of_pixels(scorer, policy, pairs, args.sigmas, **options))
-        for name, scorer in scorers.items()
-    }
+    accuracies = {}
+    for name, scorer in scorers.items():
+        accuracies[name] = accuracy_by_level(score_pairs_of_pixels(scorer, policy, pairs, args.sigmas, **options))
+        if isinstance(scorer, (PretrainedReward, LatentScorer)):  # the next one takes its place on the accelerator
+            scorer.to("cpu")
+    return accuracies
 
 
 def measure_rewards(args, model_args) -> dict[str, dict]:
@@ -134,19 +138,14 @@ def measure_rewards(args, model_args) -> dict[str, dict]:
             [`~evaluation.scores.compare`] of both.
     """
     from ..data.loading import read_prompts
-    from ..evaluation.scores import compare, load_scorers, score_samples, summarize
-    from ..rewards import PretrainedReward
+    from ..evaluation.scores import check_scorers, compare, load_scorers, score_samples, summarize
     from ..scripts.utils import load_functions
-    from ..trainer.reward_setup import check_reads
     from .sample import draw, load_sampling_policy
 
     prompts, rewards = read_prompts(args.prompts, "prompts"), load_functions(args.reward_model)
     policy = load_sampling_policy(model_args, args)
     scorers = load_scorers(rewards, args.reward_model_init_kwargs, load_base=lambda name: policy)
-    for scorer in scorers.values():
-        if isinstance(scorer, PretrainedReward):
-            check_reads(scorer, policy)
-            scorer.check_prompts(prompts)
+    check_scorers(scorers, prompts, policy)
     samples = {"aligned" if args.lora is not None else "samples": draw(policy, prompts, args)}
     if args.lora is not None and args.compare_base:
         policy.pipeline.disable_lora()
@@ -211,6 +210,8 @@ def main(args, model_args) -> None:
         args ([`EvaluateArguments`]): What to measure.
         model_args ([`PipelineConfig`]): The pipeline.
     """
+    from accelerate import PartialState
+
     result = {}
     if args.slrm is not None:
         result["slrm_accuracy"] = measure_accuracy(args, model_args)
@@ -218,13 +219,15 @@ def main(args, model_args) -> None:
         from .benchmark import run_benchmark
 
         result["benchmark"] = run_benchmark(args, model_args)
-    elif args.reward_model is not None and args.prompts is None:
+    elif args.reward_model is not None and args.dataset_name is not None and None in (args.prompts, args.slrm):
         result["reward_accuracy"] = measure_reward_accuracy(args, model_args)
-    elif args.reward_model is not None:
+    if args.benchmark is None and args.reward_model is not None and args.prompts is not None:
         statistics = measure_rewards(args, model_args)
         print(format_rewards(statistics), file=sys.stderr)
         means = {spec: values.get("aligned", values)["mean"] for spec, values in statistics.items()}
         result |= {"rewards": means, "reward_statistics": statistics}
+    if not PartialState().is_main_process:
+        return
     text = json.dumps(result, indent=2)
     print(text)
     if args.output_file is not None:

@@ -43,7 +43,7 @@ def match_prompts(files: list[Path], prompts: list[str]) -> list[str]:
     from ..data.loading import read_prompts
 
     if len(prompts) == 1 and prompts[0].endswith(".json"):
-        by_name = json.loads(Path(prompts[0]).read_text(encoding="utf-8"))
+        by_name = read_prompts_by_name(Path(prompts[0]))
         missing = [file.name for file in files if file.name not in by_name]
         if missing:
             raise ValueError(f"`prompts`: {prompts[0]} has no prompt for {missing[:3]}.")
@@ -55,6 +55,19 @@ def match_prompts(files: list[Path], prompts: list[str]) -> list[str]:
             "order of the names, or a .json file `{file name: prompt}`."
         )
     return prompts
+
+
+def read_prompts_by_name(path: Path) -> dict[str, str]:
+    """The prompts of a .json file, by the names of the files that they belong to."""
+    if not path.is_file():
+        raise FileNotFoundError(f"`prompts`: there is no file {path}.")
+    try:
+        by_name = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"`prompts`: {path} is no JSON ({error}).") from error
+    if not isinstance(by_name, dict) or not all(isinstance(prompt, str) for prompt in by_name.values()):
+        raise ValueError(f"`prompts`: {path} must be an object `{{file name: prompt}}`, with a text for each file.")
+    return by_name
 
 
 def score_folder(args, model_args) -> tuple[list[Path], list[str], dict]:
@@ -70,9 +83,8 @@ def score_folder(args, model_args) -> tuple[list[Path], list[str], dict]:
     """
     from accelerate import PartialState
 
-    from ..evaluation.scores import SampleFiles, find_samples, load_scorers, score_samples
+    from ..evaluation.scores import SampleFiles, check_scorers, find_samples, load_scorers, score_samples
     from ..policies import load_policy
-    from ..rewards import PretrainedReward
     from ..scripts.utils import load_functions
 
     device = PartialState().device
@@ -86,9 +98,7 @@ def score_folder(args, model_args) -> tuple[list[Path], list[str], dict]:
     files = find_samples(args.folder)
     prompts = match_prompts(files, args.prompts)
     scorers = load_scorers(load_functions(args.reward_model), args.reward_model_init_kwargs, load_base)
-    for scorer in scorers.values():
-        if isinstance(scorer, PretrainedReward):
-            scorer.check_prompts(prompts)
+    check_scorers(scorers, prompts)
     return files, prompts, score_samples(scorers, SampleFiles(files), prompts, device)
 
 

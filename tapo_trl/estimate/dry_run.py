@@ -24,7 +24,7 @@ from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
 from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 from ..trainer.model_config import DiffusionModelConfig, get_lora_config
 from ..trainer.policy_setup import fill_in_sizes
-from ..trainer.reward_setup import check_has_transformer, check_reads
+from ..trainer.reward_setup import check_has_transformer
 from ..trainer.rollout_config import RolloutConfig
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.slrm_trainer import SLRMTrainer, is_reward_model
@@ -166,6 +166,7 @@ def dry_run_rollouts(
     model_args: DiffusionModelConfig,
     rewards: Sequence[str] | None,
     guard: str | None = None,
+    guard_init_kwargs: dict[str, Any] | None = None,
 ) -> DryRun:
     """
     What `tapo-trl tapo`, `online_dpo` or `grpo` would do.
@@ -178,6 +179,7 @@ def dry_run_rollouts(
         rewards (`Sequence[str]`, *optional*): Names of pretrained rewards, folders or Hub ids of reward models, and
             `package.module:function`.
         guard (`str`, *optional*): Reward of the guard.
+        guard_init_kwargs (`dict[str, Any]`, *optional*): Its keyword arguments.
     """
     policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
     args = copy.copy(args)
@@ -195,11 +197,12 @@ def dry_run_rollouts(
     counts, rollout, scored = count_rollout(trainer_class, args, policy, models, bool(functions or scorers))
     parameters, memory = _policy_memory(policy, args, model_args, args.layerwise_casting)
     for spec in scorers:
-        check_reads(reward_class(spec), policy)
+        reward_class(spec).check_reads(policy)
         parameters[f"reward `{spec}`"] = reward_class(spec).num_parameters
         memory.append(scorer_memory(spec, init_kwargs_of(spec, args.reward_model_init_kwargs)))
     if guard is not None and is_reward_name(guard):
-        memory.append(scorer_memory(guard, {}, "; only while the guard checks"))
+        reward_class(guard).check_reads(policy)
+        memory.append(scorer_memory(guard, guard_init_kwargs or {}, "; only while the guard checks"))
     for model, spec in zip(models, names, strict=True):
         parameters["reward model"] = parameters.get("reward model", 0) + count_parameters(model)
         if args.share_backbone:

@@ -35,8 +35,11 @@ def _read_vbench(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
         rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    bad = [number for number, row in enumerate(rows, 1) if None in row or None in row.values()]
+    if bad:
+        raise ValueError(f"{path}, row {bad[0]}: there are not as many values as columns.")
     names = {name.lower(): name for name in rows[0]}
     prompt = names.get("prompt") or names.get("prompts")
     if prompt is None or "category" not in names:

@@ -4,6 +4,8 @@
 """Scores of public benchmarks, from the files that their own tools write."""
 
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,6 +36,35 @@ VBENCH_DIMENSIONS = (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC)
 _QUALITY_WEIGHT = 4  # to 1 of the semantic score
 
 
+def _read(path: str | Path, tool: str, what: str) -> str:
+    """The text of a result file, or one error for whatever cannot be one."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, but the results of {tool} are {what}: name the file.")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no result file of {tool}: it is no text ({error}).") from error
+
+
+def _parse(texts: Iterable[str], path: str | Path, tool: str) -> list[Any]:
+    try:
+        return [json.loads(text) for text in texts]
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is no result file of {tool}: it is no JSON ({error}). Did the tool stop while it wrote it?"
+        ) from error
+
+
+def _score(value: Any, where: str) -> float:
+    try:
+        score = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {value!r} is no number.") from error
+    if not math.isfinite(score):
+        raise ValueError(f"{where}: {value!r} is not finite.")
+    return score
+
+
 def read_geneval(path: str | Path) -> dict[str, float]:
     """
     GenEval's scores from the `results.jsonl` of its `evaluation/evaluate_images.py`.
@@ -43,10 +74,17 @@ def read_geneval(path: str | Path) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: Share of correct images of each task, and `overall`, the mean over the tasks (not over the images).
+
+    Raises:
+        ValueError: if it is another or a broken file.
     """
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not rows or any({"tag", "correct"} - set(row) for row in rows):
+    lines = _read(path, "GenEval", "one .jsonl file").splitlines()
+    rows = _parse([line for line in lines if line.strip()], path, "GenEval")
+    if not rows or not all(isinstance(row, dict) and {"tag", "correct"} <= set(row) for row in rows):
         raise ValueError(f"{path} is no result file of GenEval: every line needs `tag` and `correct`.")
+    wrong = [row["correct"] for row in rows if row["correct"] not in (True, False)]
+    if wrong:
+        raise ValueError(f"{path} is no result file of GenEval: `correct` must be true or false, but is {wrong[0]!r}.")
     tasks = list(dict.fromkeys(row["tag"] for row in rows))
     scores = {task: mean(bool(row["correct"]) for row in rows if row["tag"] == task) for task in tasks}
     return {**scores, "overall": mean(scores.values())}
@@ -58,13 +96,16 @@ def read_compbench(path: str | Path) -> float:
 
     Args:
         path (`str` or `Path`): The file.
+
+    Raises:
+        ValueError: if it is another or a broken file.
     """
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(rows, list) or not rows or any("answer" not in row for row in rows):
+    (rows,) = _parse([_read(path, "T2I-CompBench", "one .json file")], path, "T2I-CompBench")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "answer" in row for row in rows):
         raise ValueError(
             f"{path} is no result file of T2I-CompBench: it must be a list of `question_id` and `answer`."
         )
-    return mean(float(row["answer"]) for row in rows)
+    return mean(_score(row["answer"], f"{path}, entry {number}, `answer`") for number, row in enumerate(rows, 1))
 
 
 def read_vbench(folder: str | Path) -> dict[str, float]:
@@ -76,13 +117,23 @@ def read_vbench(folder: str | Path) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: Each dimension as the tool reports it and, if all 16 are there, `quality`, `semantic` and `total`.
+
+    Raises:
+        ValueError: if there is no result, or a broken one, or two of one dimension.
     """
     scores: dict[str, float] = {}
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is a file: name the folder of the `*_eval_results.json` files of VBench.")
     for file in sorted(Path(folder).glob("*_eval_results.json")):
-        for dimension, result in json.loads(file.read_text(encoding="utf-8")).items():
+        (results,) = _parse([_read(file, "VBench", "one .json file")], file, "VBench")
+        if not isinstance(results, dict) or not all(isinstance(part, list) and part for part in results.values()):
+            raise ValueError(
+                f"{file} is no result file of VBench: it must be an object `{{dimension: [score, ...]}}`."
+            )
+        for dimension, result in results.items():
             if dimension in scores:
                 raise ValueError(f"{folder} has two results of `{dimension}`: keep one of them.")
-            scores[dimension] = float(result[0])
+            scores[dimension] = _score(result[0], f"{file}, `{dimension}`")
     if not scores:
         raise ValueError(f"{folder} has no `*_eval_results.json` of VBench.")
     return {**scores, **(vbench_total(scores) if set(VBENCH_DIMENSIONS) <= set(scores) else {})}

@@ -95,10 +95,16 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     file, text = folder / "sampling.json", json.dumps(settings, indent=2, sort_keys=True) + "\n"
     if file.exists() and file.read_text(encoding="utf-8") != text:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(text)  # lists in place of tuples, as in the file
+        try:
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file}, which says how the samples in {folder} were drawn, cannot be read ({error}): give another `samples_dir`."
+            ) from error
         changed = sorted(name for name in {**before, **settings} if before.get(name) != settings.get(name))
         raise ValueError(
-            f"{folder} has samples with other settings ({', '.join(changed)}): give another `output_dir`."
+            f"{folder} has samples with other settings ({', '.join(changed)}): give another `samples_dir`."
         )
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as aside:

@@ -78,6 +78,25 @@ def load_scorers(
     return scorers
 
 
+def check_scorers(scorers: Mapping[str, Callable], prompts: Sequence[str], policy: FlowPolicy | None = None) -> None:
+    """
+    Check that pretrained rewards can rate samples, before they are drawn.
+
+    Args:
+        scorers (`dict[str, Callable]`): from [`load_scorers`].
+        prompts (`Sequence[str]`): prompts of the samples.
+        policy ([`FlowPolicy`], *optional*): what draws the samples.
+
+    Raises:
+        ValueError: if one cannot.
+    """
+    for scorer in scorers.values():
+        if isinstance(scorer, PretrainedReward):
+            scorer.check_prompts(prompts)
+            if policy is not None:
+                scorer.check_reads(policy)
+
+
 def score_samples(
     scorers: Mapping[str, Callable],
     samples: Sequence[torch.Tensor],
@@ -189,7 +208,8 @@ def find_samples(folder: str | Path) -> list[Path]:
 
 
 def _by_number(name: str) -> list[tuple[bool, int, str]]:
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name) if part]
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 class SampleFiles(Sequence):

@@ -56,6 +56,8 @@ class RemoteReward:
         ValueError: if an argument is unusable.
     """
 
+    differentiable = False
+
     def __init__(
         self,
         url: str,
@@ -65,8 +67,12 @@ class RemoteReward:
         batch_size: int = 16,
         dtype: Literal["uint8", "float32"] = "uint8",
     ):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is none
+            is_address = False
+        if not is_address:
             raise ValueError(f"`url` must be an address such as `http://127.0.0.1:8100`, but it is `{url}`.")
         if batch_size < 1 or retries < 0 or timeout <= 0 or dtype not in ("uint8", "float32"):
             raise ValueError(

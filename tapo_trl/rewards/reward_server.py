@@ -43,7 +43,7 @@ def read_request(body):
             raise ValueError("the images are not inside of the file")
         # a copy, which the scorer may change
         images = np.frombuffer(body[start:end], dtype=DTYPES[facts["dtype"]]).reshape(facts["shape"]).copy()
-        prompts, columns = request["prompts"], request["columns"]
+        prompts, columns = list(request["prompts"]), dict(request["columns"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise BadRequest(f"the request cannot be read: {type(error).__name__}: {error}") from error
     if images.ndim not in (4, 5) or images.shape[-1] != 3 or len(images) != len(prompts):

@@ -366,8 +366,11 @@ class WeightedReward:
         return self._sum(candidates, [reward(candidates) for reward in self.rewards])
 
     def score(self, candidates: Candidates) -> torch.Tensor:
-        """The same with gradients to the latents, see [`CandidateReward`]."""
-        return self._sum(candidates, [reward.score(candidates) for reward in self.rewards])
+        """The same with gradients to the latents, see [`CandidateReward`]. A reward whose weight is 0 needs none."""
+        pairs = zip(self.rewards, self.weights, strict=True)
+        return self._sum(
+            candidates, [reward.score(candidates) if weight else reward(candidates) for reward, weight in pairs]
+        )
 
     def _sum(self, candidates: Candidates, scores: list[torch.Tensor]) -> torch.Tensor:
         self.last_scores = {name: values.detach() for name, values in zip(self.names, scores, strict=True)}

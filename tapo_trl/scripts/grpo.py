@@ -57,7 +57,13 @@ def main(script_args, training_args, model_args):
         from tapo_trl.estimate.dry_run import dry_run_rollouts, print_dry_run
 
         report = dry_run_rollouts(
-            "grpo", FlowGRPOTrainer, training_args, model_args, script_args.reward_model, script_args.guard_reward
+            "grpo",
+            FlowGRPOTrainer,
+            training_args,
+            model_args,
+            script_args.reward_model,
+            script_args.guard_reward,
+            script_args.guard_reward_init_kwargs,
         )
         return print_dry_run(report)
 

@@ -66,6 +66,7 @@ def main(script_args, training_args, model_args):
             model_args,
             script_args.reward_model,
             script_args.guard_reward,
+            script_args.guard_reward_init_kwargs,
         )
         return print_dry_run(report)
 

@@ -56,7 +56,15 @@ def main(script_args, training_args, model_args):
         from tapo_trl import ReFLTrainer
         from tapo_trl.estimate.dry_run import dry_run_rollouts, print_dry_run
 
-        report = dry_run_rollouts("refl", ReFLTrainer, training_args, model_args, script_args.reward_model)
+        report = dry_run_rollouts(
+            "refl",
+            ReFLTrainer,
+            training_args,
+            model_args,
+            script_args.reward_model,
+            script_args.guard_reward,
+            script_args.guard_reward_init_kwargs,
+        )
         return print_dry_run(report)
 
     from tapo_trl.scripts.utils import save_or_push

@@ -81,7 +81,13 @@ def main(script_args, training_args, model_args):
         from tapo_trl.estimate.dry_run import dry_run_rollouts, print_dry_run
 
         report = dry_run_rollouts(
-            "tapo", TAPOTrainer, training_args, model_args, script_args.reward_model, script_args.guard_reward
+            "tapo",
+            TAPOTrainer,
+            training_args,
+            model_args,
+            script_args.reward_model,
+            script_args.guard_reward,
+            script_args.guard_reward_init_kwargs,
         )
         return print_dry_run(report)
 

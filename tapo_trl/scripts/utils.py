@@ -20,7 +20,7 @@ from ..callbacks.reward_guard import RewardHackingGuardCallback
 from ..callbacks.samples import SampleGridCallback
 from ..data import default_prompts
 from ..data.loading import PreferenceDatasetArguments, load_preference_pairs, load_prompts, read_prompts
-from ..field_types import option
+from ..field_types import option, read_mapping
 from ..policies.loading import pop_dtype
 from ..rewards import RemoteReward, get_reward, list_rewards
 from ..rewards.pretrained import check_reward_name, is_reward_name
@@ -87,6 +87,9 @@ class TAPOScriptArguments(SampleCallbackArguments):
         "A held-out reward that must not fall while the training reward rises: name of a pretrained reward, or "
         "`package.module:function`."
     )
+    guard_reward_init_kwargs: dict[str, Any] | str | None = option(
+        "Keyword arguments of the `guard_reward`, if it is a pretrained reward."
+    )
     guard_every_steps: int = option("Optimizer steps between two checks of the guard.", 50)
     guard_num_prompts: int = option("Number of held-out prompts that the guard scores.", 32)
     guard_patience: int = option("Number of bad checks in a row before the guard acts.", 2)
@@ -96,6 +99,13 @@ class TAPOScriptArguments(SampleCallbackArguments):
         "Measure the share of each stochastic step in the gradient every so many optimizer steps."
     )
     dry_run: bool = option(DRY_RUN, False)
+
+    def __post_init__(self):
+        read_mapping(self, "guard_reward_init_kwargs")
+        if self.guard_reward_init_kwargs and (self.guard_reward is None or is_function(self.guard_reward)):
+            raise ValueError(
+                "`guard_reward_init_kwargs` is for a `guard_reward` that is a pretrained reward: leave it unset."
+            )
 
 
 def load_prompt_dataset(
@@ -219,12 +229,12 @@ def is_function(spec: str) -> bool:
     return ":" in spec and not Path(spec).exists()
 
 
-def load_guard_reward(spec: str) -> Callable:
+def load_guard_reward(spec: str, init_kwargs: dict[str, Any] | None = None) -> Callable:
     """A reward of images or videos for [`RewardHackingGuardCallback`], on the accelerator while it is called."""
     if is_function(spec):
         return load_function(spec, "guard_reward")
     if is_reward_name(spec):
-        return get_reward(spec, offload=True)
+        return get_reward(spec, **{"offload": True} | (init_kwargs or {}))
     raise ValueError(
         f"`guard_reward` must be a function, `package.module:function`, or one of {', '.join(list_rewards())}, but it is "
         f"`{spec}`."
@@ -283,7 +293,7 @@ def build_callbacks(
             raise ValueError("`guard_reward` needs held-out prompts: set `dataset_test_split` or `eval_dataset_name`.")
         callbacks.append(
             RewardHackingGuardCallback(
-                load_guard_reward(script_args.guard_reward),
+                load_guard_reward(script_args.guard_reward, script_args.guard_reward_init_kwargs),
                 eval_dataset[: script_args.guard_num_prompts]["prompt"],
                 every_n_steps=script_args.guard_every_steps,
                 patience=script_args.guard_patience,

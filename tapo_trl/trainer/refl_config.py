@@ -59,6 +59,10 @@ class ReFLConfig(RolloutConfig):
                 )
             check_without_effect(self, ["num_grad_steps"], "with `estimate_range`: an estimate is one step")
         self.check_not_negative("beta")
+        if self.reward_weights is not None and not any(self.reward_weights):
+            raise ValueError(
+                "`reward_weights` are all 0, so that there is no gradient: give one of them another weight."
+            )
         if self.beta == 0:
             check_without_effect(self, ["sync_ref_model"], "without a reference (`beta=0`)")
         unusable = {

@@ -8,6 +8,7 @@ from peft import PeftConfig
 
 from ..method_card import MethodCard
 from ..rewards.pretrained.base import PretrainedReward
+from ..rewards.remote import RemoteReward
 from ..rewards.scoring import CleanSamples, PixelReward
 from ..rollouts import LateStates, LateStateSampler, StateTransitions
 from ..seeding import seeded_generator
@@ -64,9 +65,9 @@ class ReFLTrainer(RolloutTrainer):
 
     def _build_network(self, args: ReFLConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
         network = super()._build_network(args, peft_config)
-        for reward in self.reward.rewards:
-            function = reward.function if isinstance(reward, PixelReward) else None
-            if isinstance(function, PretrainedReward) and not function.differentiable:
+        for reward, weight in zip(self.reward.rewards, self.reward.weights, strict=True):
+            function = reward.function if isinstance(reward, PixelReward) and weight else None
+            if isinstance(function, (PretrainedReward, RemoteReward)) and not function.differentiable:
                 raise ValueError(
                     f"`ReFLTrainer` needs the gradient of the reward, and `{function.name}` has none: choose another reward, or "
                     "`TAPOTrainer`, which needs scores only."

@@ -171,11 +171,11 @@ def load_reward(
     """
     kwargs = init_kwargs_of(reward, args.reward_model_init_kwargs) if isinstance(reward, str) else {}
     if isinstance(reward, str) and is_reward_name(reward):
-        check_reads(reward_class(reward), policy)
+        reward_class(reward).check_reads(policy)
         reward = get_reward(reward, **kwargs)
     if not isinstance(reward, (str, StepRewardModel)):
         if isinstance(reward, PretrainedReward):
-            check_reads(reward, policy)
+            reward.check_reads(policy)
         return PixelReward(reward, policy, args.score_batch_size)
     model = reward
     if isinstance(reward, str):
@@ -201,17 +201,6 @@ def load_reward(
         return LatentReward(model, target, args.score_batch_size)
     check_has_transformer(model, args)
     return EstimateReward(model, policy, args.score_batch_size)
-
-
-def check_reads(scorer: PretrainedReward | type[PretrainedReward], policy: FlowPolicy) -> None:
-    """
-    Raises:
-        ValueError: if a scorer reads videos, but the policy makes images.
-    """
-    if scorer.reads == "video" and policy.modality == "image":
-        raise ValueError(
-            f"The reward `{scorer.name}` reads videos, but a `{type(policy).__name__}` makes images: choose a reward of images."
-        )
 
 
 def check_has_transformer(model: StepRewardModel, args: RolloutConfig) -> None:

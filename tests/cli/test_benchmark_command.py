@@ -64,6 +64,20 @@ class TestSampling:
         assert found["Things"]["mean"] == pytest.approx(sum(scores[2:4]) / 2, abs=1e-5)
         assert "In a clone of" not in output.err
 
+    def test_a_prompt_in_two_categories_counts_in_both(self, folder, tmp_path, capsys):
+        (tmp_path / "parti.tsv").write_text("Prompt\tCategory\na cat\tAnimals\na cat\tThings\n")
+        flags = ["--benchmark", "partiprompts", "--benchmark_prompts", tmp_path / "parti.tsv"]
+        run(folder, *flags, "--samples_dir", tmp_path / "out", "--reward_model", f"{__name__}:brightness")
+        (found,) = json.loads(capsys.readouterr().out)["benchmark"]["rewards"].values()
+        assert [found[name]["n"] for name in ("all", "Animals", "Things")] == [2, 1, 1]
+
+    def test_rewards_are_checked_before_anything_is_drawn(self, folder, tmp_path):
+        pytest.importorskip("rapidocr")
+        flags = ["--benchmark", "partiprompts", "--benchmark_prompts", folder / "parti.tsv", "--samples_dir", tmp_path]
+        with pytest.raises(ValueError, match="prompt 'a cat' has none"):
+            run(folder, *flags, "--reward_model", "ocr")
+        assert not list(tmp_path.iterdir())
+
     def test_videos_come_from_a_model_of_videos(self, folder, tmp_path):
         flags = ["--benchmark", "vbench", "--benchmark_prompts", folder / "vbench.json", "--samples_dir", tmp_path]
         with pytest.raises(ValueError, match="benchmark of videos"):

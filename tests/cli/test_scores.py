@@ -87,6 +87,14 @@ class TestScore:
         with pytest.raises(ValueError, match=r"no prompt for \['1.png', '2.png'\]"):
             self.run(folder, "--reward_model", "clip", prompts=str(tmp_path / "prompts.json"))
 
+    @pytest.mark.parametrize("content", ['["a cat"]', '{"0.png": 5, "1.png": "a", "2.png": "b"}', '{"0.png"'])
+    def test_a_broken_file_of_prompts(self, folder, tmp_path, content):
+        (tmp_path / "prompts.json").write_text(content)
+        with pytest.raises(ValueError, match="`prompts`: .*prompts.json (is no JSON|must be an object)"):
+            self.run(folder, "--reward_model", "clip", prompts=str(tmp_path / "prompts.json"))
+        with pytest.raises(FileNotFoundError, match="`prompts`: there is no file"):
+            self.run(folder, "--reward_model", "clip", prompts=str(tmp_path / "others.json"))
+
     def test_a_latent_reward_model(self, folder, capsys):
         self.run(folder, "--reward_model", str(folder / "slrm"))
         assert str(folder / "slrm") in capsys.readouterr().out

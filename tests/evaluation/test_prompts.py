@@ -82,6 +82,8 @@ def test_first_row(tmp_path, name, row):
         ("geneval", "two cups\n"),
         ("vbench", '{"prompt_en": "a cup"}'),
         ("drawbench", "Text,Kind\na cup,Colors\n"),
+        ("partiprompts", "Prompt\tCategory\na cup\tAbstract\tmore\n"),
+        ("partiprompts", "Prompt\tCategory\na cup\n"),
     ],
 )
 def test_another_layout_is_an_error_that_names_the_file(tmp_path, name, text):
@@ -103,3 +105,8 @@ def test_the_tool_of_complex_prompts_makes_the_results_that_it_combines():
     scripts = ["BLIP_vqa.py", "2D_spatial_eval.py", "CLIP_similarity.py", "3_in_1.py"]
     assert sorted(scripts, key=command.index) == scripts
     assert command.count("--complex=True") == 2 and command.count("{folder}") == 4
+
+
+def test_a_table_that_a_spreadsheet_wrote(tmp_path):
+    file = write(tmp_path, "drawbench", "\ufeffPrompts,Category\na cup,Colors\n")
+    assert load_prompts("drawbench", file)[0] == {"prompt": "a cup", "category": "Colors"}

@@ -113,6 +113,17 @@ class TestVBench:
         with pytest.raises(ValueError, match="scene"):
             read_vbench(tmp_path)
 
+    @pytest.mark.parametrize("content", ["[1]", '{"scene": null}', '{"scene": []}', '{"scene": ["x"]}', '{"scene"'])
+    def test_a_broken_file_is_named(self, tmp_path, content):
+        (tmp_path / "a_eval_results.json").write_text(content)
+        with pytest.raises(ValueError, match="a_eval_results.json"):
+            read_vbench(tmp_path)
+
+    def test_a_file_in_place_of_the_folder(self, tmp_path):
+        (tmp_path / "a_eval_results.json").write_text("{}")
+        with pytest.raises(ValueError, match="is a file: name the folder"):
+            read_vbench(tmp_path / "a_eval_results.json")
+
     def test_no_result_is_an_error(self, tmp_path):
         with pytest.raises(ValueError, match="eval_results"):
             read_vbench(tmp_path)
@@ -125,7 +136,25 @@ class TestGenEval:
         (tmp_path / "results.jsonl").write_text(text)
         assert read_geneval(tmp_path / "results.jsonl") == {"counting": 0.25, "colors": 1.0, "overall": 0.625}
 
-    @pytest.mark.parametrize("text", ["", '{"tag": "counting"}'])
+    def test_a_folder_or_binary_file_is_an_error(self, tmp_path):
+        (tmp_path / "results.jsonl").write_bytes(b"\xff\xfe")
+        with pytest.raises(ValueError, match="it is no text"):
+            read_geneval(tmp_path / "results.jsonl")
+        with pytest.raises(ValueError, match="is a folder"):
+            read_geneval(tmp_path)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            '{"tag": "counting"}',
+            "5",
+            '["tag", "correct"]',
+            '{"tag": 1',
+            "<html>",
+            '{"tag": "a", "correct": "False"}',
+        ],
+    )
     def test_another_file_is_an_error(self, tmp_path, text):
         (tmp_path / "results.jsonl").write_text(text)
         with pytest.raises(ValueError, match="GenEval"):
@@ -138,8 +167,21 @@ class TestCompBench:
         (tmp_path / "vqa_result.json").write_text(json.dumps(rows))
         assert read_compbench(tmp_path / "vqa_result.json") == 0.5
 
-    @pytest.mark.parametrize("content", [[], {"answer": 1}, [{"question_id": 0}]])
+    @pytest.mark.parametrize("content", [[], {"answer": 1}, [{"question_id": 0}], [5]])
     def test_another_file_is_an_error(self, tmp_path, content):
         (tmp_path / "vqa_result.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="CompBench"):
+            read_compbench(tmp_path / "vqa_result.json")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('[{"answer":', "no JSON .* Did the tool stop"),
+            ('[{"answer": "yes"}]', "entry 1, `answer`: 'yes' is no number"),
+            ('[{"answer": NaN}]', "entry 1, `answer`: nan is not finite"),
+        ],
+    )
+    def test_a_broken_file_is_named(self, tmp_path, text, message):
+        (tmp_path / "vqa_result.json").write_text(text)
+        with pytest.raises(ValueError, match=f"vqa_result.json.*{message}"):
             read_compbench(tmp_path / "vqa_result.json")

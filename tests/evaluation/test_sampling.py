@@ -68,6 +68,11 @@ class TestLayouts:
         with pytest.raises(ValueError, match="no file can be named"):
             list_items("compbench/color", Dataset.from_list([{"prompt": prompt}]))
 
+    def test_a_long_prompt_is_a_file_name(self, tmp_path):
+        rows = Dataset.from_list([{"prompt": "x" * 240}])
+        (item,) = sample_benchmark("compbench/color", rows, Draw(), tmp_path, settings={}, samples_per_prompt=1)
+        assert (tmp_path / item.file).exists()
+
     def test_geneval_has_the_row_beside_the_samples(self, tmp_path):
         sample("geneval", Draw(), tmp_path)
         assert json.loads((tmp_path / "00001" / "metadata.jsonl").read_text()) == {"prompt": "b"}
@@ -106,3 +111,14 @@ class TestResume:
         with pytest.raises(ValueError, match="other settings"):
             sample("drawbench", Draw(), tmp_path, **change)
         assert sorted(file.name for file in tmp_path.iterdir()) == before
+
+    def test_only_what_changed_is_named(self, tmp_path):
+        sample("drawbench", Draw(), tmp_path, settings={"size": (8, 8, None), "model": "tiny"})
+        sample("drawbench", Draw(), tmp_path, settings={"size": (8, 8, None), "model": "tiny"})
+        with pytest.raises(ValueError, match=r"other settings \(model\): give another `samples_dir`"):
+            sample("drawbench", Draw(), tmp_path, settings={"size": (8, 8, None), "model": "other"})
+
+    def test_settings_that_cannot_be_read(self, tmp_path):
+        (tmp_path / "sampling.json").write_text('{"model"')
+        with pytest.raises(ValueError, match="sampling.json.* cannot be read"):
+            sample("drawbench", Draw(), tmp_path)

@@ -47,8 +47,8 @@ class TestScoreSamples:
     def test_weights_come_one_after_the_other(self, tmp_path):
         folder, samples, prompts = save_tiny_clip(tmp_path), torch.rand(20, 3, 30, 30), ["cat", "dog"] * 10
         scorers = load_scorers({"clip": "clip", "mine": brightness}, {"clip": {"weights": folder}})
-        sizes, forward = [], scorers["clip"].score
-        scorers["clip"].score = lambda images, prompts: sizes.append(len(images)) or forward(images, prompts)
+        sizes, forward = [], scorers["clip"].raw_scores
+        scorers["clip"].raw_scores = lambda images, prompts: sizes.append(len(images)) or forward(images, prompts)
         found = score_samples(scorers, samples, prompts)
         assert list(found) == ["clip", "mine"] and sizes == [16, 4]
         torch.testing.assert_close(found["clip"], forward(samples, prompts), atol=1e-4, rtol=1e-5)
@@ -100,6 +100,23 @@ class TestFiles:
         samples = SampleFiles(files)
         assert [sample.shape for sample in samples] == [(3, 3, 4), (3, 3, 5), (3, 3, 6)]
         torch.testing.assert_close(samples[2][:, 0, 0], torch.tensor([2.0, 20.0, 100.0]) / 255)
+
+    def test_names_beyond_ascii(self, tmp_path):
+        for name in (
+            "\u00b2" + "1.png",
+            "\u65e5\u672c 2.png",
+            "\u65e5\u672c 10.png",
+            "\u0661.png",
+        ):  # a power, an Arabic digit
+            Image.new("RGB", (4, 4)).save(tmp_path / name)
+        names = [file.name for file in find_samples(tmp_path)]
+        assert names.index("\u65e5\u672c 2.png") < names.index("\u65e5\u672c 10.png") and len(names) == 4
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "CMYK", "1"])
+    def test_pictures_of_every_kind_are_rgb(self, tmp_path, mode):
+        Image.new(mode, (4, 3)).save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
+        (sample,) = SampleFiles(find_samples(tmp_path))
+        assert sample.shape == (3, 3, 4) and sample.dtype is torch.float32
 
     def test_videos(self, tmp_path):
         pytest.importorskip("av")

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from tapo_trl.data.videos import write_video
 from tapo_trl.rewards.pretrained.clip import PickScoreReward
+from tapo_trl.rewards.pretrained.videoreward import VideoReward
 from tests.testing_utils import save_tiny_clip
 
 
@@ -47,3 +50,24 @@ def test_a_picture_of_ones_own(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, "pickscore", "--device", "cpu", *image) == 0
     output = capsys.readouterr().out
     assert "usual range 16 to 26" in output and "'red'. No published score" in output
+
+
+def test_a_reward_of_videos(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("av")
+    write_video(tmp_path / "clip.mp4", torch.rand(3, 5, 32, 32), 8)
+
+    class Scorer:
+        def __call__(self, videos, prompts):
+            assert videos.shape == (1, 3, 5, 32, 32) and prompts == ["noise"]
+            return torch.tensor([1.5])
+
+    def from_pretrained(fps):
+        assert fps == 8
+        return Scorer()
+
+    monkeypatch.setattr(VideoReward, "from_pretrained", from_pretrained)
+    video = ["--image", str(tmp_path / "clip.mp4"), "--prompt", "noise"]
+    assert run(monkeypatch, "videoreward", "--device", "cpu", *video) == 0
+    assert "1.5000" in capsys.readouterr().out
+    assert run(monkeypatch, "videoreward") == 2
+    assert "videoreward reads videos: give one" in capsys.readouterr().err

@@ -263,6 +263,8 @@ def test_proxies_are_not_asked_for_this_machine(fake, monkeypatch):
     [
         (("127.0.0.1:8100",), "must be an address such as"),
         (("file:///etc/passwd",), "must be an address such as"),
+        (("http://127.0.0.1:abc",), "must be an address such as"),
+        (("http://127.0.0.1:99999",), "must be an address such as"),
         (("http://127.0.0.1:1", 0), "`timeout` more than 0"),
         (("http://127.0.0.1:1", 1, -1), "`retries` at least 0"),
         (("http://127.0.0.1:1", 1, 1, 1, 0), "`batch_size` must be at least 1"),

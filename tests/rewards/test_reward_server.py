@@ -63,6 +63,8 @@ def test_requests_that_cannot_be_read():
             body(torch.zeros(1, 2, 2), prompts=["a"], columns={}),
         ],
     }
+    bad["cannot be read"].append(body(torch.zeros(1, 2, 2, 3), prompts=5, columns={}))
+    bad["cannot be read"].append(body(torch.zeros(1, 2, 2, 3), prompts=["a"], columns=5))
     bad["cannot be read"].append(body(torch.zeros(1, 2, 2, 3, dtype=torch.int64), prompts=["a"], columns={}))
     bad["cannot be read"].append(save({"images": torch.zeros(1, 2, 2, 3)}))
     for message, requests in bad.items():

@@ -4,19 +4,20 @@
 """Pretrained scorers by their names, in trainers and commands."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 
-from tapo_trl import TAPOTrainer
+from tapo_trl import RewardHackingGuardCallback, TAPOTrainer
 from tapo_trl.cli.main import main
 from tapo_trl.policies import SD3Policy
 from tapo_trl.rewards.loading import init_kwargs_of
 from tapo_trl.rewards.pretrained import PretrainedReward, check_reward_name, is_reward_name
 from tapo_trl.rewards.pretrained.clip import CLIPReward, PickScoreReward
 from tapo_trl.rewards.scoring import PixelReward, standardize_groups
-from tapo_trl.scripts.utils import load_guard_reward, load_reward_models
+from tapo_trl.scripts.utils import TAPOScriptArguments, load_guard_reward, load_reward_models
 from tapo_trl.trainer.reward_setup import check_reward_functions, check_rewards, load_reward
 from tests.testing_utils import save_tiny_clip, tiny_sd3_pipeline
 from tests.trainer.test_tapo_trainer import make_args, make_trainer, redness
@@ -61,6 +62,28 @@ class TestNames:
         assert isinstance(reward, CLIPReward) and reward.offload
         with pytest.raises(ValueError, match="`guard_reward` must be a function, .* or one of aesthetic, clip"):
             load_guard_reward("me/slrm")
+
+    def test_arguments_of_the_guard(self, clip_folder):
+        args = TAPOScriptArguments(
+            guard_reward="clip", guard_reward_init_kwargs=json.dumps({"weights": str(clip_folder), "scale": 2.0})
+        )
+        reward = load_guard_reward(args.guard_reward, args.guard_reward_init_kwargs)
+        assert isinstance(reward, CLIPReward) and reward.offload and reward.factor == 2.0
+        for guard in (None, "a.module:function"):
+            with pytest.raises(ValueError, match="`guard_reward_init_kwargs` is for a `guard_reward` that is"):
+                TAPOScriptArguments(guard_reward=guard, guard_reward_init_kwargs={"scale": 2.0})
+
+    def test_the_guard_checks_prompts_and_policy_before_the_training(self):
+        class Quoted(VideoScorer):
+            @classmethod
+            def check_prompts(cls, prompts):
+                raise ValueError(f"no quotes in {prompts}")
+
+        with pytest.raises(ValueError, match="no quotes"):
+            RewardHackingGuardCallback(Quoted(), ["cat"], 1)
+        guard = RewardHackingGuardCallback(VideoScorer(), ["cat"], 1)
+        with pytest.raises(ValueError, match="`videos` reads videos, but a `SD3Policy` makes images"):
+            guard.attach(SimpleNamespace(policy=SD3Policy(tiny_sd3_pipeline())))
 
 
 class TestSetup:
@@ -188,6 +211,14 @@ def test_dry_run_counts_their_memory(tmp_path, capsys):
     assert "0.00 reward `ocr`" in output and "it computes on the CPU" in output
     assert "reward `aesthetic`" in output and "only while the guard checks" in output
     assert "427,616,513 reward `clip`" in output
+
+
+def test_dry_run_of_refl_counts_the_guard(tmp_path, capsys):
+    tiny_sd3_pipeline().save_pretrained(tmp_path)
+    flags = ["--model_name_or_path", str(tmp_path), "--max_sequence_length", "8", "--resolution", "32", "--dry_run"]
+    guard = ["--guard_reward", "pickscore", "--guard_reward_init_kwargs", '{"torch_dtype": "bf16"}']
+    main(["refl", *flags, "--num_inference_steps", "2", "--reward_model", "clip", *guard])
+    assert f"{986_109_441 * 2 / 2**30:8.2f} reward `pickscore`" in capsys.readouterr().out
 
 
 def test_list(capsys):

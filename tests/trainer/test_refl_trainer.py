@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tapo_trl import ReFLConfig, ReFLTrainer
+from tapo_trl import ReFLConfig, ReFLTrainer, RemoteReward
 from tapo_trl.rewards.pretrained.base import PretrainedReward
 from tests.testing_utils import tiny_sd3_pipeline as make_pipeline
 from tests.testing_utils import tiny_wan_pipeline
@@ -72,6 +72,17 @@ class Brightness(PretrainedReward):
 class Counted(Brightness):
     name = "counted"
     differentiable = False
+
+    def raw_scores(self, images, prompts):
+        return super().raw_scores(images, prompts).detach()
+
+
+class Frames(Brightness):
+    """Reads pictures, and no videos."""
+
+    def raw_scores(self, images, prompts):
+        assert images.ndim == 4 and len(images) == len(prompts)
+        return images.mean((1, 2, 3))
 
 
 class TestGradient:
@@ -210,6 +221,24 @@ class TestTraining:
         trainer.train()
         assert any(not torch.equal(value, before[name]) for name, value in trainable(trainer).items())
 
+    def test_a_reward_of_images_averages_over_the_frames_of_videos(self, tmp_path):
+        args = make_args(tmp_path, max_steps=1, num_frames=5, max_sequence_length=4)
+        dataset = Dataset.from_dict({"prompt": PROMPTS})
+        trainer = ReFLTrainer(tiny_wan_pipeline(), Frames(), args, train_dataset=dataset, peft_config=make_lora())
+        before = trainable(trainer)
+        trainer.train()
+        assert any(not torch.equal(value, before[name]) for name, value in trainable(trainer).items())
+
+    def test_a_reward_with_the_weight_0_is_logged_and_needs_no_gradient(self, tmp_path):
+        trainer = make_trainer(tmp_path, [redness, Counted()], reward_weights=[1.0, 0.0], max_steps=1)
+        trainer.train()
+        alone = make_trainer(tmp_path / "alone", max_steps=1)
+        alone.train()
+        logs, of_alone = trainer.state.log_history[0], alone.state.log_history[0]
+        assert logs["rewards/counted/mean"] > 0 and logs["loss"] == of_alone["loss"]
+        for name, value in trainable(trainer).items():
+            assert torch.equal(value, trainable(alone)[name])
+
 
 class TestSaving:
     def test_lora_loads_into_diffusers_exactly(self, tmp_path):
@@ -242,6 +271,7 @@ class TestBadInput:
             ({"num_iterations": 2}, "num_iterations"),
             ({"sync_ref_model": True}, "sync_ref_model"),
             ({"reward_group_offload": True}, "reward_group_offload"),
+            ({"reward_weights": [0.0, 0.0]}, "`reward_weights` are all 0"),
         ],
     )
     def test_options(self, tmp_path, options, message):
@@ -251,6 +281,10 @@ class TestBadInput:
     def test_a_reward_without_gradient_is_refused_at_the_start(self, tmp_path):
         with pytest.raises(ValueError, match="`counted` has none"):
             make_trainer(tmp_path, Counted())
+        remote = object.__new__(RemoteReward)
+        remote.name = "geneval"
+        with pytest.raises(ValueError, match="`geneval` has none"):
+            make_trainer(tmp_path, remote)
 
     def test_a_function_that_loses_the_gradient_is_named(self, tmp_path):
         def reward(images, prompts):

@@ -2,17 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interface of pretrained scorers of images and videos."""
 
+import inspect
 import os
+import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from ...policies.loading import AUTO, parse_dtype
 from .checkpoints import read_state_dict, weights_file
 
 
+if TYPE_CHECKING:
+    from ...policies import FlowPolicy
+
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SCALES = "`scale` multiplies the score and `standardize=(mean, std)` subtracts and divides"
 
 
@@ -71,26 +78,47 @@ class PretrainedReward(nn.Module):
         offload: bool = False,
     ):
         super().__init__()
+        self._check_options(batch_size, scale, standardize, frames)
         self.batch_size = self.default_batch_size if batch_size is None else batch_size
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` of the reward `{self.name}` must be at least 1, but it is {batch_size}.")
-        if frames not in ("all", "first") and not (isinstance(frames, int) and frames >= 1):
-            raise ValueError(
-                f'`frames` of the reward `{self.name}` must be "all", "first" or a number of frames, got {frames!r}.'
-            )
-        if scale is not None and standardize is not None:
-            raise ValueError(f"The reward `{self.name}` takes one of `scale` and `standardize`: {SCALES}.")
-        if standardize is not None and (len(standardize) != 2 or standardize[1] <= 0):
-            raise ValueError(
-                f"`standardize` of the reward `{self.name}` must be a mean and a positive standard deviation, got "
-                f"{standardize!r}."
-            )
-        if frames != "all" and self.reads == "video":
-            raise ValueError(f"`frames` is for rewards of images, but the reward `{self.name}` reads whole videos.")
         mean, std = (0.0, 1.0) if standardize is None else standardize
         self.mean, self.factor = float(mean), 1 / std if scale is None else float(scale)
         self.frames = frames
         self.offload = offload
+
+    @classmethod
+    def _check_options(cls, batch_size, scale, standardize, frames) -> None:
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ValueError(f"`batch_size` of the reward `{cls.name}` must be at least 1, but it is {batch_size!r}.")
+        if frames not in ("all", "first") and not (isinstance(frames, int) and frames >= 1):
+            raise ValueError(
+                f'`frames` of the reward `{cls.name}` must be "all", "first" or a number of frames, got {frames!r}.'
+            )
+        if scale is not None and standardize is not None:
+            raise ValueError(f"The reward `{cls.name}` takes one of `scale` and `standardize`: {SCALES}.")
+        if scale is not None and not isinstance(scale, (int, float)):
+            raise ValueError(f"`scale` of the reward `{cls.name}` must be a number, got {scale!r}.")
+        is_pair = isinstance(standardize, (tuple, list)) and len(standardize) == 2
+        if standardize is not None and not (
+            is_pair and all(isinstance(value, (int, float)) for value in standardize) and standardize[1] > 0
+        ):
+            raise ValueError(
+                f"`standardize` of the reward `{cls.name}` must be a mean and a positive standard deviation, got "
+                f"{standardize!r}."
+            )
+        if frames != "all" and cls.reads == "video":
+            raise ValueError(f"`frames` is for rewards of images, but the reward `{cls.name}` reads whole videos.")
+
+    @classmethod
+    def _check_arguments(cls, names: Sequence[str]) -> None:
+        """Before weights are read, rather than after it."""
+        makers = [cls.load, *(base.__init__ for base in cls.__mro__ if issubclass(base, PretrainedReward))]
+        known = {name for maker in makers for name in inspect.signature(maker).parameters}
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"The reward `{cls.name}` has no argument `{name}`: see `help(tapo_trl.rewards.pretrained.reward_class("
+                    f"{cls.name!r}))` and `PretrainedReward.from_pretrained`."
+                )
 
     # For subclasses
 
@@ -125,6 +153,17 @@ class PretrainedReward(nn.Module):
         Raises:
             ValueError: if one cannot.
         """
+
+    @classmethod
+    def check_reads(cls, policy: "FlowPolicy") -> None:
+        """
+        Raises:
+            ValueError: if it reads videos, but the policy makes images.
+        """
+        if cls.reads == "video" and policy.modality == "image":
+            raise ValueError(
+                f"The reward `{cls.name}` reads videos, but a `{type(policy).__name__}` makes images: choose a reward of images."
+            )
 
     def raw_scores(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """
@@ -174,10 +213,12 @@ class PretrainedReward(nn.Module):
         if dtype == AUTO:
             raise ValueError(f"`torch_dtype='auto'` is for pipelines: name the precision of the reward `{cls.name}`.")
         options = {"batch_size": batch_size, "scale": scale, "standardize": standardize, "frames": frames}
+        cls._check_options(**options)
+        cls._check_arguments(list(kwargs))
         weights = cls.weights if weights is None else os.path.expanduser(weights)
         try:
             scorer = cls.load(weights, dtype, revision, **options, offload=offload, **kwargs)
-        except OSError as error:
+        except (OSError, HFValidationError) as error:
             raise OSError(cls._missing(weights, revision, error)) from error
         return scorer.requires_grad_(False).eval()
 
@@ -185,6 +226,8 @@ class PretrainedReward(nn.Module):
     def _missing(cls, weights: str | None, revision: str | None, error: OSError) -> str:
         if weights is None or os.path.exists(weights):
             return f"The reward `{cls.name}` could not be loaded from `{weights}`: {error}"
+        if not HUB_ID.fullmatch(weights):
+            return f"The reward `{cls.name}`: there is no file or folder `{weights}`, and it is no Hub id."
         options = f" {cls.weights_file}" if cls.weights_file is not None and weights == cls.weights else ""
         options += f" --revision {revision}" if revision is not None else ""
         commands = [f"hf download {weights}{options}", *(f"hf download {name}" for name in cls.needs)]
@@ -200,10 +243,11 @@ class PretrainedReward(nn.Module):
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """
-        Score images in one forward pass, with gradients with respect to the pixels if the class is `differentiable`.
+        Score images or videos in one forward pass, with gradients with respect to the pixels if the class is `differentiable`.
 
         Args:
-            images (`torch.Tensor` of shape `(N, 3, H, W)`): float in [0, 1]; `(N, 3, F, H, W)` if it reads videos.
+            images (`torch.Tensor` of shape `(N, 3, H, W)` or `(N, 3, F, H, W)`):
+                float in [0, 1]. A scorer of images rates the `frames` of videos, and averages.
             prompts (`list[str]`): one per image.
 
         Returns:
@@ -214,12 +258,11 @@ class PretrainedReward(nn.Module):
             ValueError: if the input is not as described, or if there is another number of scores than of images.
         """
         self._check_input(images, prompts)
-        if self.reads == "image" and images.ndim == 5:
-            raise ValueError(
-                f"`score` of the reward `{self.name}` reads images of shape (N, 3, H, W), but got videos of shape "
-                f"{tuple(images.shape)}: call the reward itself, which averages over frames."
-            )
-        scores = self.raw_scores(images.float(), list(prompts)).float()
+        images, prompts, num_frames = self._read_frames(images, prompts)
+        return self._rate(images, prompts).view(-1, num_frames).mean(1)
+
+    def _rate(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        scores = self.raw_scores(images.float(), prompts).float()
         if scores.shape != (len(images),):
             raise ValueError(
                 f"The reward `{self.name}` must give one score for each of {len(images)} {self.reads}s, but gave shape "
@@ -248,17 +291,14 @@ class PretrainedReward(nn.Module):
             ValueError: if the input is not as described, or if a score is not finite.
         """
         self._check_input(images, prompts)
-        prompts, num_frames = list(prompts), 1
         readable = torch.stack([image.isfinite().all() for image in images])
         images = images.float().nan_to_num(0.0, 0.0, 0.0)
-        if images.ndim == 5 and self.reads == "image":
-            images, num_frames = self._read_frames(images)
-            prompts = [prompt for prompt in prompts for _ in range(num_frames)]
+        images, prompts, num_frames = self._read_frames(images, prompts)
         self._move(images.device)
         with torch.autocast(images.device.type, enabled=False):
             chunks = range(0, len(images), self.batch_size)
             scores = [
-                self.score(images[start : start + self.batch_size], prompts[start : start + self.batch_size])
+                self._rate(images[start : start + self.batch_size], prompts[start : start + self.batch_size])
                 for start in chunks
             ]
         if self.offload:
@@ -290,13 +330,15 @@ class PretrainedReward(nn.Module):
             number = "a `str`" if isinstance(prompts, str) else len(prompts)
             raise ValueError(f"The reward `{self.name}` needs a list of {len(images)} prompts, but got {number}.")
 
-    def _read_frames(self, videos: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The frames to rate as images, those of one video after the other, and their number in each."""
+    def _read_frames(self, videos: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, list[str], int]:
+        """What is rated one by one: frames of videos, one video after the other, with prompts, and their number in each."""
+        if videos.ndim == 4 or self.reads == "video":
+            return videos, list(prompts), 1
         total = videos.shape[2]
         number = {"all": total, "first": 1}.get(self.frames, self.frames)
         index = torch.linspace(0, total - 1, min(number, total)).round().long()
         frames = videos[:, :, index.to(videos.device)].transpose(1, 2)
-        return frames.flatten(0, 1), len(index)
+        return frames.flatten(0, 1), [prompt for prompt in prompts for _ in index], len(index)
 
     def _move(self, device: torch.device) -> None:
         if any(tensor.device != device for tensor in (*self.parameters(), *self.buffers())):

@@ -3,12 +3,14 @@
 """Loading of published checkpoints that no `from_pretrained` reads: files, state dicts and converted models."""
 
 import os
+import pickle
 from pathlib import Path
 from typing import TypeVar
 
 import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 
@@ -43,10 +45,21 @@ def read_state_dict(file: str | os.PathLike, mmap: bool = False) -> dict[str, to
     Args:
         file (`str` or `os.PathLike`): path of the file.
         mmap (`bool`, *optional*, defaults to `False`): whether the tensors of `torch.save` stay on the disk until they are used.
+
+    Raises:
+        ValueError: if it is no such file, or a broken one.
     """
-    if str(file).endswith(".safetensors"):
-        return safetensors.torch.load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    try:
+        if str(file).endswith(".safetensors"):
+            return safetensors.torch.load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"`{file}` cannot be read as tensors: {str(error).splitlines()[0]} If its download was cut off, delete it."
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"`{file}` holds a `{type(state).__name__}`, but a dictionary of tensors is needed.")
+    return state
 
 
 def read_sharded(weights: str, revision: str | None = None) -> dict[str, torch.Tensor]:

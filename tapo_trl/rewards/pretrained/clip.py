@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 from transformers.image_processing_base import ImageProcessingMixin
 
 from .base import PretrainedReward
+from .checkpoints import load_converted
 from .preprocessing import CLIP_MEAN, CLIP_STD, clip_pixel_values
 
 
@@ -123,8 +124,8 @@ class AestheticReward(PretrainedReward):
         tower = CLIPVisionModelWithProjection.from_pretrained(clip, dtype=torch_dtype)
         head = aesthetic_head(tower.config.projection_dim)
         state = cls.read_weights(weights, revision)
-        head.load_state_dict({name.removeprefix("layers."): tensor for name, tensor in state.items()})
-        return cls(tower, head.float(), **kwargs)
+        state = {name.removeprefix("layers."): tensor for name, tensor in state.items()}
+        return cls(tower, load_converted(head, state, weights, torch.float32), **kwargs)
 
     def raw_scores(self, images, prompts):
         pixel_values = clip_pixel_values(images, self.clip.config.image_size)

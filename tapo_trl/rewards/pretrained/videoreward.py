@@ -65,13 +65,7 @@ class VideoReward(Qwen2VLReward):
         **kwargs,
     ):
         super().__init__(model, head, tokenizer, instruction, **kwargs)
-        if fps is None or fps <= 0:
-            raise ValueError(
-                "The reward `videoreward` reads two frames per second, and must know how many the videos have: pass `fps=16`, on the "
-                "command line `--reward_model_init_kwargs '{\"fps\": 16}'`."
-            )
-        if dimension not in ("overall", *DIMENSIONS):
-            raise ValueError(f"`dimension` must be one of overall, {', '.join(DIMENSIONS)}, but it is `{dimension}`.")
+        check_reading(fps, dimension)
         data = settings["data_config"]
         if data.get("sample_type", "uniform") != "uniform" or data.get("num_frames") is not None:
             raise ValueError(
@@ -86,6 +80,7 @@ class VideoReward(Qwen2VLReward):
 
     @classmethod
     def load(cls, weights, torch_dtype, revision, base_model: str = BASE, instruction_file=None, **kwargs):
+        check_reading(kwargs.get("fps"), kwargs.get("dimension", "overall"))
         instruction = read_instruction(cls.name, instruction_file)
         folder = Path(weights)
         if not folder.is_dir():
@@ -122,6 +117,20 @@ class VideoReward(Qwen2VLReward):
     def raw_scores(self, images, prompts):
         scores = self.dimensions(images, prompts)
         return scores.sum(1) if self.dimension == "overall" else scores[:, DIMENSIONS.index(self.dimension)]
+
+
+def check_reading(fps: float | None, dimension: str) -> None:
+    """
+    Raises:
+        ValueError: if the frame rate of the videos or the dimension is unusable.
+    """
+    if not isinstance(fps, (int, float)) or fps <= 0:
+        raise ValueError(
+            "The reward `videoreward` reads two frames per second, and must know how many the videos have: pass `fps=16`, on the "
+            "command line `--reward_model_init_kwargs '{\"fps\": 16}'`."
+        )
+    if dimension not in ("overall", *DIMENSIONS):
+        raise ValueError(f"`dimension` must be one of overall, {', '.join(DIMENSIONS)}, but it is `{dimension}`.")
 
 
 def frames_to_read(total: int, fps: float, read_fps: float) -> list[int]:

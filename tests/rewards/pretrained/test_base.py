@@ -136,9 +136,13 @@ def test_bad_input(images, prompts, message):
         load().score(images, prompts)
 
 
-def test_score_refuses_videos():
-    with pytest.raises(ValueError, match="call the reward itself"):
-        load().score(torch.rand(2, 3, 5, 4, 4), ["", ""])
+def test_gradients_reach_the_frames_of_videos():
+    videos = torch.rand(2, 3, 5, 4, 4, requires_grad=True)
+    scores = load(frames="first").score(videos, ["a", "bb"])
+    torch.testing.assert_close(scores, videos[:, :, 0].mean((1, 2, 3)) + torch.tensor([1.0, 2.0]))
+    scores.sum().backward()
+    assert torch.equal(videos.grad[:, :, 0], torch.full((2, 3, 4, 4), 1 / 48)) and not videos.grad[:, :, 1:].any()
+    torch.testing.assert_close(load().score(videos, ["", ""]), load()(videos, ["", ""]))
 
 
 @pytest.mark.parametrize(
@@ -150,11 +154,27 @@ def test_score_refuses_videos():
         ({"scale": 2.0, "standardize": (0.0, 1.0)}, "one of `scale` and `standardize`"),
         ({"standardize": (0.0, 0.0)}, "positive standard deviation"),
         ({"torch_dtype": "auto"}, "name the precision"),
+        ({"batch_size": "3"}, "`batch_size` of the reward `brightness` must be at least 1, but it is '3'"),
+        ({"standardize": 2.0}, "`standardize` of the reward `brightness` must be a mean and"),
+        ({"scale": "2"}, "`scale` of the reward `brightness` must be a number"),
+        ({"frame": 3}, "The reward `brightness` has no argument `frame`"),
     ],
 )
 def test_bad_options(kwargs, message):
     with pytest.raises(ValueError, match=message):
         load(**kwargs)
+
+
+def test_options_are_checked_before_the_weights_are_read():
+    for options in ({"batch_size": 0}, {"frame": 3}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            Brightness.from_pretrained(**options)  # these weights are not there
+
+
+@pytest.mark.parametrize("weights", ["./nothing/here", "/nothing/here/weights.pt", "~/nothing here"])
+def test_a_path_that_is_not_there(weights):
+    with pytest.raises(OSError, match="there is no file or folder `[^~].*nothing.here"):
+        get_reward("hpsv2.1", weights=weights)
 
 
 def test_missing_weights():

@@ -34,8 +34,9 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "good.pt")
     assert read_state_dict(tmp_path / "good.pt")["a"].tolist() == [1, 1]
     torch.save({"a": print}, tmp_path / "bad.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="cannot be read as tensors") as error:
         read_state_dict(tmp_path / "bad.pt")
+    assert isinstance(error.value.__cause__, pickle.UnpicklingError)
 
 
 def test_shards(tmp_path):
@@ -81,3 +82,16 @@ def test_modules():
     assert linear.weight.dtype is torch.bfloat16 and linear.bias == 1
     with pytest.raises(ValueError, match="`here` is no checkpoint of this scorer: (?s:.)*mismatch for weight"):
         load_converted(torch.nn.Linear(3, 1), weights, "here", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_a_broken_file_is_named(tmp_path, name):
+    (tmp_path / name).write_text("<html>")
+    with pytest.raises(ValueError, match=f"{name}` cannot be read as tensors"):
+        read_state_dict(tmp_path / name)
+
+
+def test_a_file_of_something_else(tmp_path):
+    torch.save([1, 2], tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="holds a `list`"):
+        read_state_dict(tmp_path / "weights.pt")
