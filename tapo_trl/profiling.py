@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 
 def on_forward(network: nn.Module, add: Callable[[int], None]) -> RemovableHandle:
-    """Call `add` with the number of latents of every forward of a diffusers transformer."""
+    """Call `add` with the number of latents of every forward of a diffusers transformer, whose first argument they are."""
     return network.register_forward_pre_hook(
-        lambda module, args, kwargs: add(len(kwargs["hidden_states"])), with_kwargs=True
+        lambda module, args, kwargs: add(len(next(iter(kwargs.values())))), with_kwargs=True
     )
 
 

@@ -13,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from ..files import atomic_write, cache_root, update_with_weights
 from ..policies import FlowPolicy, PromptEmbeddings
 from .columns import check_prompts, refuse_transform, stored_table
 
 
+logger = logging.get_logger(__name__)
+
 ROW_COLUMN = "tapo_row"
+LARGE_CACHE = 1e9  # bytes of embeddings, of which a warning tells
 
 _VERSION = 1  # raise it when other embeddings come out of the same encoders
 _PROBE = "A red fox, two cats & 3 dogs: naïve CAFÉ, 猫!"  # how a tokenizer splits, beside its vocabulary
@@ -62,7 +66,7 @@ def encoder_fingerprint(policy: FlowPolicy, max_sequence_length: int | None, dty
 
     Args:
         policy ([`FlowPolicy`]): policy that encodes.
-        max_sequence_length (`int`, *optional*): number of tokens of the T5 or UMT5 encoder.
+        max_sequence_length (`int`, *optional*): number of tokens of a prompt.
         dtype (`torch.dtype`, *optional*): see [`PromptCache`].
     """
     sizes = [policy.transformer.config.get(name) for name in _SIZES_OF_EMBEDDINGS]
@@ -94,7 +98,7 @@ class PromptCache:
         cache_dir (`str` or `Path`, *optional*):
             Root of the cache. Defaults to `tapo_trl/prompts` in the Hugging Face home.
         max_sequence_length (`int`, *optional*, defaults to `256`):
-            Number of tokens of the T5 or UMT5 encoder.
+            Number of tokens of a prompt.
         dtype (`torch.dtype`, *optional*):
             Precision in which float32 embeddings are stored. Nothing is lost if it is the one in which the transformer
             reads them: that of its weights, or that of autocast. Defaults to that of the text encoders.
@@ -121,7 +125,10 @@ class PromptCache:
         return [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()]
 
     def encode(self, prompts: list[str], batch_size: int = 32) -> None:
-        """Encode the prompts that are not on disk yet. Safe to interrupt, and to run in several processes at once."""
+        """
+        Encode the prompts that are not on disk yet. Safe to interrupt, and to run in several processes at once. After the first
+        batch, a warning says what all of them will take on disk, if that is much.
+        """
         missing = self.missing(prompts)
         self.folder.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(missing), batch_size):
@@ -129,18 +136,25 @@ class PromptCache:
             embeds = self.policy.encode_prompts(batch, self.max_sequence_length).to("cpu")
             if embeds.prompt_embeds.dtype == torch.float32:
                 embeds = embeds.to(dtype=self.dtype)
-            for row, prompt in zip(embeds.rows(), batch, strict=True):
-                tokens = row["prompt_embeds"]
-                last = tokens.any(dim=-1).nonzero().max() if tokens.any() else -1
-                tensors = row | {"prompt_embeds": tokens[: last + 1]}
-                # Copies, which take the disk space of what is left alone
-                tensors = {
-                    name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-                }
-                tensors["sequence_length"] = torch.tensor(len(tokens))
-                file = self._file(prompt)
-                with atomic_write(file) as aside:
-                    save_file(tensors, aside)
+            size = sum(self._write(prompt, row) for row, prompt in zip(embeds.rows(), batch, strict=True)) / len(batch)
+            if start == 0 and len(missing) * size > LARGE_CACHE:
+                logger.warning(
+                    f"The embeddings of {len(missing):,} prompts will take about {len(missing) * size / 1e9:,.1f} GB in "
+                    f"{self.folder}: {size / 1e6:.1f} MB each. `cache_dir` puts them elsewhere, and half precision (`bf16` or "
+                    "`torch_dtype`) halves those that are in float32."
+                )
+
+    def _write(self, prompt: str, row: dict[str, torch.Tensor]) -> int:
+        """Write the embeddings of a prompt, and return their bytes."""
+        tokens = row["prompt_embeds"]
+        last = tokens.any(dim=-1).nonzero().max() if tokens.any() else -1
+        tensors = row | {"prompt_embeds": tokens[: last + 1]}
+        # Copies, which take the disk space of what is left alone
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        tensors["sequence_length"] = torch.tensor(len(tokens))
+        with atomic_write(self._file(prompt)) as aside:
+            save_file(tensors, aside)
+        return sum(tensor.nbytes for tensor in tensors.values())
 
     def load(self, prompts: list[str]) -> PromptEmbeddings:
         """

@@ -163,7 +163,7 @@ def score_pairs_of_pixels(
         sigmas (`Sequence[float]`, *optional*): noise levels; one that is named twice counts once.
         readings (`Sequence[str]`, *optional*): what is decoded: `"estimate"`, the one-step estimate of the clean latent, and
             `"noisy"`, the noisy latent itself.
-        max_sequence_length (`int`, *optional*): number of T5 (or UMT5) tokens. Defaults to the model family's.
+        max_sequence_length (`int`, *optional*): number of tokens of a prompt. Defaults to the model family's.
         sizes: `height`, `width`, `num_frames`, `fps` and the other arguments of [`prepare_preference_dataset`]. The policy's
             size by default.
 

@@ -169,7 +169,7 @@ class FlowPolicy(ABC):
         return math.prod(side // size for side, size in zip(sides, patches, strict=True)), max_sequence_length
 
     def prompt_shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor of one prompt's [`PromptEmbeddings`], without the batch dimension."""
+        """Shape of each tensor of a prompt of full length, without the batch dimension. Masks are left out: all tokens count."""
         raise NotImplementedError(f"`{type(self).__name__}` does not say which shapes its prompts have.")
 
     def sigmas(self, num_inference_steps: int) -> Sequence[float] | None:

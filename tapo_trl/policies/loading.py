@@ -90,6 +90,24 @@ FAMILIES = [
         features="tapo_trl.rewards.backbones.sd3:SD3FeatureTransformer2DModel",
     ),
     Family(
+        pipeline="FluxPipeline",
+        transformer="FluxTransformer2DModel",
+        policy="tapo_trl.policies.flux:FluxPolicy",
+        score="tapo_trl.rewards.backbones.flux:FluxScoreTransformer2DModel",
+    ),
+    Family(
+        pipeline="QwenImagePipeline",
+        transformer="QwenImageTransformer2DModel",
+        policy="tapo_trl.policies.qwen_image:QwenImagePolicy",
+        score="tapo_trl.rewards.backbones.qwen_image:QwenImageScoreTransformer2DModel",
+    ),
+    Family(
+        pipeline="ZImagePipeline",
+        transformer="ZImageTransformer2DModel",
+        policy="tapo_trl.policies.z_image:ZImagePolicy",
+        score="tapo_trl.rewards.backbones.z_image:ZImageScoreTransformer2DModel",
+    ),
+    Family(
         pipeline="WanPipeline",
         transformer="WanTransformer3DModel",
         policy="tapo_trl.policies.wan:WanPolicy",
@@ -100,9 +118,9 @@ FAMILIES = [
 
 
 def family_of(pipeline: DiffusionPipeline | str) -> Family | None:
-    """The family of a pipeline, given as an object or by the name of its class."""
+    """The family of a pipeline, given as an object or by the name of its class. That of a subclass comes before its parent's."""
     names = [pipeline] if isinstance(pipeline, str) else [base.__name__ for base in type(pipeline).__mro__]
-    return next((family for family in FAMILIES if family.pipeline in names), None)
+    return next((family for name in names for family in FAMILIES if family.pipeline == name), None)
 
 
 def family_of_transformer(transformer_class: str) -> Family | None:
@@ -261,7 +279,7 @@ def load_policy(
         pipeline = DiffusionPipeline.from_pretrained(model, **absent | options | model_init_kwargs)
     family = family_of(pipeline)
     if family is None:
-        supported = " and ".join(f"`{family.pipeline}`" for family in FAMILIES)
+        supported = ", ".join(f"`{family.pipeline}`" for family in FAMILIES)
         raise ValueError(
             f"`model` is a `{type(pipeline).__name__}`, which no policy supports. Supported: {supported}. To add a family, "
             "subclass `FlowPolicy` and pass an instance of it as `model`."

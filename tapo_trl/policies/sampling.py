@@ -35,7 +35,7 @@ def generate_samples(
         negative_prompt (`str`): prompt of the unconditional half of the guidance.
         latent_shape (`tuple[int, ...]`): shape of one latent.
         num_inference_steps (`int`): number of sampling steps.
-        guidance_scale (`float`): scale of classifier-free guidance, none if at most 1.
+        guidance_scale (`float`): see [`~FlowPolicy.velocity`].
         seed (`int` or `Sequence[int]`): sample i starts from the noise of `seed + i`, or of `seed[i]`, whatever the batches.
         batch_size (`int`): prompts at once.
 

@@ -6,10 +6,17 @@
 import string
 
 import torch
+from diffusers import AutoencoderKL
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
@@ -55,6 +62,55 @@ def tiny_umt5(tokenizer: T5Tokenizer, hidden_size: int) -> UMT5EncoderModel:
         feed_forward_proj="gated-gelu",
     )
     return UMT5EncoderModel(config).eval()
+
+
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_LANGUAGE_MODEL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def tiny_byte_tokenizer(prefix: str = "", prefix_length: int = 0) -> Qwen2Tokenizer:
+    """A token per byte; but `prefix`, the start of a template that a pipeline cuts off again, has `prefix_length` of them."""
+    special = ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    vocab = ["<|endoftext|>", *special, *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(vocab)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = _CHAT
+    if prefix:  # as many letters as are too many become one token
+        start, surplus = prefix.index("\n") + 1, len(tokenizer(prefix).input_ids) - prefix_length
+        tokenizer.add_tokens([prefix[start : start + surplus + 1]])
+    return tokenizer
+
+
+def tiny_qwen25_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    text = {**_LANGUAGE_MODEL, "num_hidden_layers": 2, "vocab_size": len(tokenizer), "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def tiny_qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
+    return Qwen3Model(
+        Qwen3Config(**_LANGUAGE_MODEL, num_hidden_layers=3, head_dim=8, vocab_size=len(tokenizer))
+    ).eval()
+
+
+def tiny_flux_vae() -> AutoencoderKL:
+    """FLUX.1's autoencoder with 4 channels: 8 x 8 pixels per position."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4,) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    ).eval()
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ class LatentRewardModel(StepRewardModel):
         if backbone_class is None:
             supported = [f"`{family.transformer}`" for family in FAMILIES if getattr(family, cls.backbone_kind)]
             raise ValueError(
-                f"{cls.unsupported.format(transformer_class)}. Supported backbones: {' and '.join(supported)}."
+                f"{cls.unsupported.format(transformer_class)}. Supported backbones: {', '.join(supported)}."
             )
         return backbone_class
 

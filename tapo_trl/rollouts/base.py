@@ -202,7 +202,7 @@ class RolloutSampler(ABC):
         latent_shape (`tuple[int, ...]`):
             Shape of one latent.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Scale of classifier-free guidance, none if at most 1.
+            Guidance scale, see [`~FlowPolicy.velocity`].
         store_on (`torch.device` or `str`, *optional*):
             Where the transitions are kept, such as `"cpu"` for videos. Defaults to the device of the rollout.
         show_progress (`bool`, *optional*, defaults to `False`):

@@ -111,6 +111,7 @@ class CardFacts:
         transformer_class (`str`): Class of its transformer.
         modality (`"image"` or `"video"`): What the pipeline makes.
         fps (`int`, *optional*): Frames per second, for video.
+        negative_prompt (`str`): Negative prompt without which the pipeline has no guidance, if there is one.
         is_lora (`bool`): Whether LoRA weights were trained, or the transformer itself.
         tags (`list[str]`): Tags beside those of the method and those that every such model has.
         license (`str`, *optional*): Licence; by default that of the base model, if it is known.
@@ -131,6 +132,7 @@ class CardFacts:
     transformer_class: str
     modality: Literal["image", "video"]
     fps: int | None
+    negative_prompt: str = ""
     is_lora: bool
     tags: list[str]
     license: str | None = None
@@ -188,6 +190,7 @@ class CardFacts:
             "model_argument": _in_code(self.hub_model_id or f"path/to/{self.model_name}"),
             "dataset_link": data_link,
             "is_video": self.modality == "video",
+            "negative_prompt": _in_code(self.negative_prompt),
             "has_gallery": len(self.images) > 0,
             "method_table": {name: _in_table(str(value)) for name, value in self.method_table.items()},
             "metrics": {_in_table(name): _in_table(value) for name, value in self.metrics.items()},
@@ -238,6 +241,7 @@ def write_card_of(
         transformer_class=policy.pipeline.config["transformer"][1],  # FSDP changes that of the object
         modality=policy.modality,
         fps=args.fps if policy.modality == "video" else None,
+        negative_prompt=policy.defaults.negative_prompt,
         is_lora=is_peft_model(trainer.accelerator.unwrap_model(trainer.model)),
         tags=[tags] if isinstance(tags, str) else tags or [],
         method_table=trainer._method_table(),

@@ -41,8 +41,8 @@ class DiffusionConfig:
         fps (`int`, *optional*, defaults to `16`):
             Frames per second of videos that are read or written. The policy itself knows no speed.
         max_sequence_length (`int`, *optional*):
-            Number of tokens of the T5 (or UMT5) text encoder. Defaults to the model family's: 256 for SD3.5 and 512 for
-            Wan2.1.
+            Number of tokens of a prompt (SD3.5, FLUX.1: of its T5 embeddings). Defaults to the model family's: 256 for SD3.5
+            and 512 for the others.
         vae_tiling (`bool`, *optional*, defaults to `False`):
             Whether to encode and decode large images or videos in overlapping tiles, which needs less memory and changes them
             a little.
@@ -87,8 +87,7 @@ class DiffusionConfig:
     )
     fps: int = option("Frames per second of videos that are read or written.", 16)
     max_sequence_length: int | None = option(
-        "Number of tokens of the T5 (or UMT5) text encoder. By default the model family's: 256 for SD3.5, 512 for "
-        "Wan2.1."
+        "Number of tokens of a prompt. By default the model family's: 256 for SD3.5, 512 for the others."
     )
     vae_tiling: bool = option("Whether the VAE works on large images or videos in overlapping tiles.", False)
     vae_slicing: bool = option("Whether the VAE works on the images or videos of a batch one at a time.", False)
@@ -147,7 +146,8 @@ class PolicyConfig(DiffusionConfig):
         num_inference_steps (`int`, *optional*, defaults to `20`):
             Number of sampling steps T.
         guidance_scale (`float`, *optional*, defaults to `4.5`):
-            Scale of classifier-free guidance in samples, none if at most 1.
+            Guidance scale of samples, in the terms of the family's pipeline: classifier-free guidance, none if at most 1 (Z-Image:
+            0), or an input of the network (FLUX.1).
         negative_prompt (`str`, *optional*, defaults to `""`):
             Prompt of the unconditional half of the guidance.
         self_check (`bool`, *optional*, defaults to `True`):
@@ -156,7 +156,7 @@ class PolicyConfig(DiffusionConfig):
     """
 
     num_inference_steps: int = option("Number of sampling steps T.", 20)
-    guidance_scale: float = option("Scale of classifier-free guidance in samples.", 4.5)
+    guidance_scale: float = option("Guidance scale of samples, in the terms of the family's pipeline.", 4.5)
     negative_prompt: str = option("Prompt of the unconditional half of the guidance.", "")
     self_check: bool = option("Whether to check before the first update that policy and reference are the same.", True)
 

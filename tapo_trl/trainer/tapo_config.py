@@ -147,8 +147,6 @@ class TAPOConfig(StochasticRolloutConfig):
         self.check_label_smoothing()
         if self.loss_type != "sigmoid":
             check_without_effect(self, ["label_smoothing"], f"with `loss_type={self.loss_type!r}`")
-        if self.guidance_scale <= 1:
-            check_without_effect(self, ["train_cfg"], f"without guidance (`guidance_scale={self.guidance_scale:g}`)")
         if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:
             raise ValueError(f"`ratio_clip` must be in (0, 1), got {self.ratio_clip}.")
         self.check_choices(

@@ -7,6 +7,7 @@ from peft import PeftConfig
 from ..losses import tapo_loss
 from ..rollouts import PAIRINGS, TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
 from ..rollouts.pairs import pair_metrics
+from ..runs.checks import check_without_effect
 from ..schedulers import gaussian_kl, sde_step_indices
 from .rollout_trainer import RolloutTrainer
 from .tapo_config import TAPOConfig
@@ -84,6 +85,11 @@ class TAPOTrainer(RolloutTrainer):
     def _check_options(self, args: TAPOConfig, peft_config: PeftConfig | None) -> None:
         super()._check_options(args, peft_config)
         self.method_card = PAIRINGS[args.pairing].card
+
+    def _build_network(self, args: TAPOConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
+        if self.policy.guidance == "classifier_free" and not self.policy.is_guided(args.guidance_scale):
+            check_without_effect(args, ["train_cfg"], f"without guidance (`guidance_scale={args.guidance_scale:g}`)")
+        return super()._build_network(args, peft_config)
 
     # Rollout: Algorithm 1, lines 2-13
 

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 
 from tapo_trl.data import PromptCache, default_prompts
+from tapo_trl.data import prompts as prompts_module
 from tapo_trl.data.prompts import ROW_COLUMN, prepare_prompts
 from tapo_trl.policies import SD3Policy, load_policy
 from tests.testing_utils import tiny_sd3_pipeline as make_pipeline
@@ -39,6 +40,17 @@ class TestPromptCache:
         PromptCache(tiny_sd3_policy, tmp_path, 3).encode([*PROMPTS, "owl"])
         assert seen[3:] == ["owl"]
         assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors"}
+
+    def test_says_what_many_prompts_take(self, tiny_sd3_policy, tmp_path, monkeypatch, caplog):
+        cache = PromptCache(tiny_sd3_policy, tmp_path, 3)
+        cache.encode(PROMPTS)
+        assert "GB" not in caplog.text
+        (size,) = {path.stat().st_size // 1000 for path in cache.folder.iterdir()}  # in kB
+        monkeypatch.setattr(prompts_module, "LARGE_CACHE", 40 * 1000 * size)
+        cache.encode([f"prompt {index}" for index in range(39)])
+        assert "GB" not in caplog.text
+        cache.encode([f"another {index}" for index in range(60)])
+        assert f"of 60 prompts will take about 0.0 GB in {cache.folder}: 0.0 MB each" in caplog.text
 
     def test_half_precision_halves_the_files_and_leaves_half_precision_alone(self, tmp_path):
         policy = SD3Policy(make_pipeline())

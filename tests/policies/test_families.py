@@ -1,110 +1,292 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
+"""What every family in the table can do, on its tiny random pipeline."""
+
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 import tapo_trl
+from tapo_trl.cli.main import main
 from tapo_trl.data import PromptCache
-from tapo_trl.policies import FAMILIES, FlowPolicy, PromptEmbeddings, load_policy
-from tapo_trl.policies.loading import base_license, family_of, family_of_transformer, known_pipelines
-from tapo_trl.rewards.backbones.features import FeatureTransformerMixin
-from tapo_trl.rewards.backbones.score_stream import ScoreTransformerMixin
+from tapo_trl.policies import FAMILIES, load_policy
+from tapo_trl.policies.image import unpack
+from tests.data.preference_pairs import latent_pairs
 
 
-FAMILY_CLASS = re.compile(r"\b(SD3|Wan|StableDiffusion3|Flux|AutoencoderKL|JointTransformer)[A-Z]\w+")
-OWNERS = ("policies/", "rewards/backbones/")
+PROMPTS, NEGATIVE, LENGTH = ["red cat", "a blue dog that runs"], "gray", 24
+FRAMES = 5
+RECIPES = [
+    path
+    for folder in ("flux1", "qwen_image", "z_image")
+    for path in Path(__file__).parents[2].joinpath("recipes", folder).glob("*.yaml")
+]
+GUIDED = 3.0
+GUIDANCE = {"QwenImagePipeline": "true_cfg_scale"}  # what pipelines call `guidance_scale`
+VELOCITY_ATOL, MASKED_ATOL, SAMPLES_ATOL = 2e-6, 1e-6, 5e-6
+ROUNDS_TIMES = {"ZImagePipeline": 2e-5}  # computes 1 - sigma from a timestep of 1000 sigma
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.pipeline)
-class TestTable:
-    def test_names_are_classes(self, family):
-        policy_class = family.policy_class
-        assert issubclass(policy_class, FlowPolicy)
-        assert issubclass(family.backbone_class("score"), ScoreTransformerMixin)
-        assert issubclass(family.backbone_class("features"), FeatureTransformerMixin)
-        transformer_class = getattr(diffusers, family.transformer)
-        for kind in ("score", "features"):
-            assert family.backbone_class(kind).base_class is transformer_class
-        assert family_of_transformer(family.transformer) is family
+def redness(samples, prompts):
+    return (samples[:, 0] - samples[:, 1]).flatten(1).mean(1)
 
-    def test_tiny_pipelines(self, family):
-        policy = load_policy(family.policy_class.tiny())
-        assert type(policy) is family.policy_class and family_of(policy.pipeline) is family
-        assert type(policy.transformer).__name__ == family.transformer
-        other, same = family.policy_class.tiny(seed=1), family.policy_class.tiny()
-        weights = [next(p.transformer.parameters()) for p in (policy.pipeline, same, other)]
-        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
-    def test_defaults_are_a_size_that_the_model_makes(self, family):
-        policy = load_policy(family.policy_class.tiny())
-        defaults = policy.defaults
-        shape = policy.latent_shape(defaults.height, defaults.width, defaults.num_frames)
-        assert (policy.modality == "video") == (defaults.num_frames is not None) == (len(shape) == 4)
-        assert policy.is_guided(defaults.guidance_scale) or policy.guidance != "classifier_free"
+def generators(count=2):
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
-    def test_tokens_are_those_of_the_network(self, family):
-        policy = load_policy(family.policy_class.tiny())
-        shape = policy.latent_shape(32, 32, 5 if policy.modality == "video" else None)
-        seen = []
-        block = next(m for m in policy.transformer.children() if isinstance(m, torch.nn.ModuleList))[0]
-        block.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.extend(
-                x.shape[1] for x in (*args, *kwargs.values()) if torch.is_tensor(x)
-            ),
-            with_kwargs=True,
+
+def size_of(policy, height=32, width=64):
+    size = {"height": height, "width": width}
+    return size | ({"num_frames": FRAMES} if policy.modality == "video" else {})
+
+
+def lora_model(policy):
+    """A LoRA with alpha != r that is no longer zero."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        policy.transformer, LoraConfig(r=2, lora_alpha=6, target_modules=policy.lora_target_modules)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.pipeline)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def world(family):
+    """A policy of the family, and inputs of its network."""
+    policy = load_policy(family.policy_class.tiny())
+    policy.pipeline.set_progress_bar_config(disable=True)
+    shape = policy.latent_shape(**size_of(policy))
+    torch.manual_seed(0)
+    return SimpleNamespace(
+        policy=policy,
+        shape=shape,
+        prompts=policy.encode_prompts(PROMPTS, LENGTH),
+        negative=policy.encode_prompts([NEGATIVE], LENGTH),
+        latents=torch.randn(2, *shape),
+        sigma=torch.tensor([0.3, 0.8]),
+    )
+
+
+def velocity(policy, model, world, rows=slice(None), guidance_scale=GUIDED):
+    inputs = world.latents[rows], world.sigma[rows], world.prompts[rows], world.negative, guidance_scale
+    with torch.no_grad():
+        return policy.velocity(model, *inputs)
+
+
+@pytest.fixture(scope="module", params=["unguided", "guided"])
+def samples(world, request):
+    """Latents of our loop, latents of the pipeline, and its pictures."""
+    policy = world.policy
+    scale = GUIDED if request.param == "guided" else policy.guidance_off
+    options = {"num_inference_steps": 4, "guidance_scale": scale}
+    ours = policy.sample(
+        policy.transformer,
+        world.prompts,
+        world.negative,
+        latent_shape=world.shape,
+        generators=generators(),
+        **options,
+    )
+    pipeline = type(policy.pipeline)(**policy.pipeline.components)
+    pipeline.set_progress_bar_config(disable=True)
+    if policy.modality == "video":  # which comes with a multistep solver
+        pipeline.scheduler = policy.build_scheduler(4, world.shape)
+    options[GUIDANCE.get(type(pipeline).__name__, "guidance_scale")] = options.pop("guidance_scale")
+    options |= size_of(policy) | {"max_sequence_length": LENGTH}
+    results = []
+    for kind in ("latent", "pt"):
+        negative = {"negative_prompt": [NEGATIVE] * 2} if policy.guidance == "classifier_free" else {}
+        results.append(pipeline([*PROMPTS], generator=generators(), output_type=kind, **options, **negative)[0])
+    latents, pictures = results
+    latents = latents if latents.ndim == ours.ndim else unpack(latents, ours)
+    return ours, latents, pictures.transpose(1, 2) if policy.modality == "video" else pictures
+
+
+class TestPipeline:
+    def test_loop_equals_the_pipeline(self, family, samples):
+        ours, latents, _ = samples
+        assert ours.std() > 0.1
+        torch.testing.assert_close(ours, latents, rtol=0, atol=ROUNDS_TIMES.get(family.pipeline, SAMPLES_ATOL))
+
+    def test_decode_equals_the_pipeline(self, family, world, samples):
+        ours, _, pictures = samples
+        torch.testing.assert_close(
+            world.policy.decode(ours), pictures, rtol=0, atol=ROUNDS_TIMES.get(family.pipeline, SAMPLES_ATOL)
         )
-        policy.velocity(policy.transformer, torch.zeros(1, *shape), 0.5, policy.encode_prompts(["cat"], 3))
-        assert tuple(seen[:2]) == policy.num_tokens(shape, 3)
 
-    def test_shapes_of_prompts(self, family):
-        policy = load_policy(family.policy_class.tiny())
-        (row,) = policy.encode_prompts(["cat"], 3).rows()
-        assert {name: tuple(tensor.shape) for name, tensor in row.items()} == policy.prompt_shapes(3)
-
-    def test_known_configurations_are_those_of_the_classes(self, family):
-        for repository, components in family.policy_class.known_configs.items():
-            assert known_pipelines()[repository] == (family.pipeline, components)
-            assert base_license(repository) is not None
-            for class_name, config in components.values():
-                names = getattr(diffusers, class_name).load_config.__self__._get_init_keys(
-                    getattr(diffusers, class_name)
-                )
-                assert set(config) <= names
+    def test_guidance_has_an_effect(self, world):
+        """Also one of 0.5, where the pipeline has guidance at all scales above 0."""
+        scale = (world.policy.guidance_off + 1) / 2 if world.policy.guidance_off < 1 else 2.0
+        off, on = (
+            velocity(world.policy, world.policy.transformer, world, guidance_scale=s)
+            for s in (world.policy.guidance_off, scale)
+        )
+        assert not torch.allclose(off, on, atol=1e-3)
 
 
-def test_licenses():
-    assert base_license("stabilityai/stable-diffusion-3.5-large") == ("other", "stabilityai-ai-community")
-    assert base_license("Wan-AI/Wan2.1-T2V-14B-Diffusers") == ("apache-2.0", None)
-    assert base_license("someone/else") is None
+class TestVelocity:
+    def test_batch_mates_do_not_matter(self, world):
+        """The first prompt is shorter, and is padded beside the second."""
+        policy, model = world.policy, world.policy.transformer
+        both = velocity(policy, model, world)
+        alone = torch.cat([velocity(policy, model, world, [row]) for row in range(2)])
+        torch.testing.assert_close(both, alone, rtol=0, atol=VELOCITY_ATOL)
+
+    def test_embeddings_survive_the_cache(self, world, tmp_path):
+        cache = PromptCache(world.policy, tmp_path, LENGTH)
+        cache.encode(PROMPTS)
+        loaded = cache.load(PROMPTS)
+        assert loaded.tensors.keys() == world.prompts.tensors.keys()
+        for name, tensor in world.prompts.tensors.items():
+            assert torch.equal(loaded.tensors[name], tensor)
+
+    def test_encode_inverts_from_latents(self, world):
+        policy = world.policy
+        encoded = policy.from_latents(world.latents)
+        torch.testing.assert_close(policy.to_latents(encoded), world.latents, rtol=0, atol=1e-6)
+        assert policy.encode(policy.decode(world.latents)).shape == world.latents.shape
+
+    def test_save_and_load(self, world, family, tmp_path):
+        world.policy.pipeline.save_pretrained(tmp_path)
+        loaded = load_policy(str(tmp_path))
+        assert type(loaded) is family.policy_class
+        assert torch.equal(
+            velocity(loaded, loaded.transformer, world), velocity(world.policy, world.policy.transformer, world)
+        )
+        again = loaded.encode_prompts(PROMPTS, LENGTH)
+        assert all(torch.equal(again.tensors[name], tensor) for name, tensor in world.prompts.tensors.items())
 
 
-def test_nobody_else_names_a_family():
-    root = Path(tapo_trl.__file__).parent
-    files = {str(path.relative_to(root)) for path in root.rglob("*.py") if FAMILY_CLASS.search(path.read_text())}
-    assert [file for file in files if not file.startswith(OWNERS)] == []
+def test_lora_round_trip(family, world, tmp_path):
+    policy = load_policy(family.policy_class.tiny())
+    model = lora_model(policy)
+    policy.save_lora_weights(tmp_path, model)
+    trained = velocity(policy, model, world)
+    other = load_policy(family.policy_class.tiny())
+    other.pipeline.load_lora_weights(str(tmp_path))
+    assert torch.equal(velocity(other, other.transformer, world), trained)
+    assert not torch.allclose(trained, velocity(world.policy, world.policy.transformer, world), atol=1e-3)
 
 
-class Masked:
-    """Encodes each word as a token of its length, and a mask."""
+class TestScoreTokens:
+    @pytest.mark.parametrize("rank", [None, 2])
+    def test_masked_they_leave_the_velocity_of_the_base(self, world, rank):
+        policy = world.policy
+        slrm = tapo_trl.SLRMModel.from_policy(policy, num_task_tokens=3, task_projection_rank=rank)
+        expected = velocity(policy, policy.transformer, world, guidance_scale=None)
+        with torch.no_grad():
+            masked = slrm(world.latents, world.sigma, **world.prompts.tensors, mask_task_tokens=True)
+            seen = slrm(world.latents, world.sigma, **world.prompts.tensors)
+            alone = slrm(world.latents[:1], world.sigma[:1], **world.prompts[[0]].tensors)
+        torch.testing.assert_close(masked.velocity, expected, rtol=0, atol=MASKED_ATOL)
+        torch.testing.assert_close(alone.logits, seen.logits[:1], rtol=0, atol=1e-5)
+        assert not torch.allclose(seen.velocity, expected, atol=1e-4)
 
-    def encode_prompts(self, prompts, max_sequence_length=None):
-        words = [torch.tensor([[float(len(word))] for word in prompt.split(" ")]) for prompt in prompts]
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(w)) for w in words], batch_first=True)
-        return PromptEmbeddings(torch.nn.utils.rnn.pad_sequence(words, batch_first=True), prompt_embeds_mask=mask)
+    @pytest.mark.parametrize("rank", [None, 2])
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_every_new_parameter_gets_a_gradient(self, world, rank, checkpointing):
+        slrm = tapo_trl.SLRMModel.from_policy(world.policy, num_task_tokens=3, task_projection_rank=rank)
+        if checkpointing:
+            slrm.transformer.enable_gradient_checkpointing()
+        new = slrm.transformer.score_parameters()
+        with torch.no_grad():  # low-rank updates start at zero, where one factor of the two has no gradient
+            [parameter.normal_(std=0.1) for name, parameter in new.items() if ".up." in name]
+        slrm.train()(world.latents, world.sigma, **world.prompts.tensors).logits.sum().backward()
+        assert not [name for name, parameter in new.items() if parameter.grad is None or not parameter.grad.any()]
+
+    def test_save_and_load(self, world, tmp_path):
+        slrm = tapo_trl.SLRMModel.from_policy(world.policy, num_task_tokens=3)
+        slrm.save_pretrained(tmp_path)
+        loaded = tapo_trl.SLRMModel.from_pretrained(tmp_path)
+        scores = [m.score(world.latents, world.sigma, **world.prompts.tensors) for m in (slrm, loaded)]
+        assert torch.equal(*scores)
+        loaded.check_compatible(world.policy)
 
 
-def test_cached_prompts_keep_their_own_length(tiny_sd3_policy, tmp_path, monkeypatch):
-    """A zero row of a masked sequence may be a token, such as the last one of `"red "`."""
-    cache = PromptCache(tiny_sd3_policy, tmp_path)
-    monkeypatch.setattr(cache, "policy", Masked())
-    prompts = ["a red fox", "red ", "owl"]
-    cache.encode(prompts)
-    embeds = cache.load(prompts)
-    assert embeds.prompt_embeds[..., 0].tolist() == [[1, 3, 3], [3, 0, 0], [3, 0, 0]]
-    assert embeds.tensors["prompt_embeds_mask"].sum(1).tolist() == [3, 2, 1]
-    assert cache.load(["owl"]).prompt_embeds.shape == (1, 1, 1)
+def train(method, family, world, tmp_path, data, rewards=(), bf16=False, **options):
+    """One update of a trainer with LoRA. Returns it and the loss."""
+    arguments = {
+        **size_of(world.policy, 32, 32),
+        "max_steps": 1,
+        "max_sequence_length": LENGTH,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "cache_dir": str(tmp_path / "cache"),
+        "use_cpu": True,
+        "bf16": bf16,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    if method != "SLRM":
+        arguments |= {"num_inference_steps": 4, "guidance_scale": GUIDED, "negative_prompt": NEGATIVE}
+    pipeline = family.policy_class.tiny()
+    torch.manual_seed(0)
+    trainer = getattr(tapo_trl, f"{method}Trainer")(
+        pipeline.to(torch.bfloat16) if bf16 else pipeline,
+        *rewards,
+        args=getattr(tapo_trl, f"{method}Config")(str(tmp_path), **arguments | options),
+        train_dataset=data,
+        peft_config=LoraConfig(r=2, lora_alpha=6, target_modules=world.policy.lora_target_modules),
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    loss = trainer.train().training_loss
+    after = dict(trainer.model.named_parameters())
+    assert not torch.equal(*[torch.cat([v[n].flatten() for n in before if "lora_B" in n]) for v in (before, after)])
+    return trainer, loss
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_tapo_starts_at_ln_2(family, world, tmp_path, bf16):
+    reward = tapo_trl.SLRMModel.from_policy(world.policy, num_task_tokens=2, max_sequence_length=LENGTH)
+    options = {"num_sde_steps": 2, "num_candidates": 2, "bf16": bf16}
+    data = Dataset.from_dict({"prompt": PROMPTS})
+    trainer, loss = train("TAPO", family, world, tmp_path, data, [[reward, redness]], **options)
+    assert loss == pytest.approx(math.log(2), abs=1e-7)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert f"{family.pipeline}.from_pretrained" in card and "load_lora_weights" in card
+    assert ('negative_prompt=" "' in card) == (family.pipeline == "QwenImagePipeline")
+
+
+@pytest.mark.parametrize("method", ["OnlineDiffusionDPO", "FlowGRPO", "ReFL", "DiffusionDPO", "SLRM"])
+def test_one_update(family, world, tmp_path, method):
+    shape = world.policy.latent_shape(**size_of(world.policy, 32, 32))
+    online = method in ("OnlineDiffusionDPO", "FlowGRPO", "ReFL")
+    data = Dataset.from_dict({"prompt": PROMPTS}) if online else latent_pairs(2, shape)
+    options = {"FlowGRPO": {"num_generations": 2}, "SLRM": {"num_task_tokens": 2}}.get(method, {})
+    _, loss = train(method, family, world, tmp_path, data, [redness] if online else [], **options)
+    expected = {"OnlineDiffusionDPO": math.log(2), "DiffusionDPO": math.log(2), "FlowGRPO": 0.0}
+    assert loss == pytest.approx(expected.get(method, loss), abs=1e-5) and math.isfinite(loss)
+
+
+def test_qwen_images_template_is_cut_off():
+    """The prompt's bytes are left, and those that end the template: two special tokens, two line breaks and "assistant"."""
+    policy = load_policy(FAMILIES[[f.pipeline for f in FAMILIES].index("QwenImagePipeline")].policy_class.tiny())
+    lengths = [len(row["prompt_embeds"]) for row in policy.encode_prompts(["red cat", "é"]).rows()]
+    assert lengths == [7 + 13, 2 + 13]
+    with pytest.raises(ValueError, match="at most 1024"):
+        policy.encode_prompts(["red cat"], 2000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(RECIPES), ids=lambda path: "-".join(path.parts[-2:]))
+def test_recipes_fit_a_gpu_of_80_gb(capsys, recipe):
+    """By the estimate, with a tenth of 80 GB (74.5 GiB) for what is not estimated."""
+    assert main([recipe.stem, "--config", str(recipe), "--dry_run", "true"]) == 0
+    (total,) = re.findall(r"([0-9.]+) sum ", capsys.readouterr().out)
+    assert float(total) < 0.9 * 80e9 / 2**30

@@ -5,6 +5,7 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 from datasets import Dataset
@@ -14,16 +15,18 @@ import tapo_trl
 from tapo_trl.cli.main import main
 from tapo_trl.policies import FAMILIES, Family
 from tests.data.preference_pairs import color_pairs
-from tests.policies.flux_family import FluxPolicy
+from tests.policies.own_family import OwnPipeline, OwnPolicy, OwnTransformer
 
 
 @pytest.fixture(autouse=True)
-def family():
+def family(monkeypatch):
+    for own_class in (OwnPipeline, OwnTransformer):  # as if diffusers had them
+        monkeypatch.setattr(diffusers, own_class.__name__, own_class, raising=False)
     ours = Family(
-        pipeline="FluxPipeline",
-        transformer="FluxTransformer2DModel",
-        policy="tests.policies.flux_family:FluxPolicy",
-        score="tests.policies.flux_family:FluxScoreTransformer",
+        pipeline="OwnPipeline",
+        transformer="OwnTransformer",
+        policy="tests.policies.own_family:OwnPolicy",
+        score="tests.policies.own_family:OwnScoreTransformer",
     )
     FAMILIES.append(ours)
     yield ours
@@ -50,7 +53,7 @@ def redness(images, prompts):
 @torch.no_grad()
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
 def test_samples_are_the_pipelines(guidance_scale):
-    policy = tapo_trl.load_policy(FluxPolicy.tiny())
+    policy = tapo_trl.load_policy(OwnPolicy.tiny())
     options = {"num_inference_steps": 4, "guidance_scale": guidance_scale}
     latents = policy.sample(
         policy.transformer,
@@ -67,7 +70,7 @@ def test_samples_are_the_pipelines(guidance_scale):
 
 @torch.no_grad()
 def test_masked_score_tokens_leave_the_velocity_of_the_base():
-    policy = tapo_trl.load_policy(FluxPolicy.tiny())
+    policy = tapo_trl.load_policy(OwnPolicy.tiny())
     slrm = tapo_trl.SLRMModel.from_policy(policy, max_sequence_length=6)
     latents, sigma, prompts = torch.randn(2, 4, 4, 8), torch.tensor([0.3, 0.8]), policy.encode_prompts(PROMPTS, 6)
     expected = policy.velocity(policy.transformer, latents, sigma, prompts)
@@ -77,13 +80,13 @@ def test_masked_score_tokens_leave_the_velocity_of_the_base():
 
 
 def make_lora():
-    return LoraConfig(r=2, lora_alpha=6, target_modules=FluxPolicy.lora_target_modules)
+    return LoraConfig(r=2, lora_alpha=6, target_modules=OwnPolicy.lora_target_modules)
 
 
 def train_slrm(tmp_path):
     options = {"eval_sigmas": [0.5], "output_dir": str(tmp_path / "slrm"), "cache_dir": str(tmp_path / "cache")}
     args = tapo_trl.SLRMConfig(**COMMON, **options)
-    trainer = tapo_trl.SLRMTrainer(FluxPolicy.tiny(), args, train_dataset=color_pairs(4), peft_config=make_lora())
+    trainer = tapo_trl.SLRMTrainer(OwnPolicy.tiny(), args, train_dataset=color_pairs(4), peft_config=make_lora())
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     trainer.save_model()
@@ -105,23 +108,23 @@ def test_training(tmp_path, method):
     elif method == "TAPO":
         reward, unchanged = train_slrm(tmp_path)
         assert not [name for name in unchanged if "score" in name or "task" in name]
-        rewards = [[tapo_trl.load_reward_model(reward, base_model=FluxPolicy.tiny()), redness]]
+        rewards = [[tapo_trl.load_reward_model(reward, base_model=OwnPolicy.tiny()), redness]]
     trainer = getattr(tapo_trl, f"{method}Trainer")(
-        FluxPolicy.tiny(), *rewards, args=args, train_dataset=dataset, peft_config=make_lora()
+        OwnPolicy.tiny(), *rewards, args=args, train_dataset=dataset, peft_config=make_lora()
     )
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[0] == pytest.approx(0.0 if method == "FlowGRPO" else math.log(2), abs=1e-6)
-    pipeline = FluxPolicy.tiny()
+    pipeline = OwnPolicy.tiny()
     pipeline.load_lora_weights(str(folder / "checkpoint-2"))
     inputs = (torch.randn(1, 4, 4, 4), 0.5, trainer.prompt_cache.load([dataset["prompt"][0]]), None, 3.5)
-    found = FluxPolicy(pipeline).velocity(pipeline.transformer, *inputs)
+    found = OwnPolicy(pipeline).velocity(pipeline.transformer, *inputs)
     torch.testing.assert_close(found, trainer.policy.velocity(trainer.model.eval(), *inputs), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("command", ["tapo", "grpo", "online_dpo", "dpo", "slrm"])
 def test_dry_run(tmp_path, capsys, command):
-    FluxPolicy.tiny().save_pretrained(tmp_path / "flux")
+    OwnPolicy.tiny().save_pretrained(tmp_path / "flux")
     data = ["--dataset_name", "pairs"] if command in ("dpo", "slrm") else ["--reward_model", "judges:redness"]
     model = ["--model_name_or_path", str(tmp_path / "flux"), "--use_peft", "--dry_run"]
     size = ["--height", "64", "--width", "32", "--output_dir", str(tmp_path / "out")]

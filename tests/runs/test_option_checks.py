@@ -21,7 +21,6 @@ from tests.trainer.test_tapo_trainer import make_lora
             "`label_smoothing=0.1` has no effect",
         ),
         (test_tapo_trainer.make_args, {"loss_type": "ipo", "label_smoothing": 0.1}, "with `loss_type='ipo'`"),
-        (test_tapo_trainer.make_args, {"guidance_scale": 1.0, "train_cfg": False}, "`train_cfg=False` has no effect"),
         (test_flow_grpo_trainer.make_args, {"ref_model_sync_steps": 8}, "without `sync_ref_model=True`"),
         (test_tapo_trainer.make_args, {"ref_model_mixup_alpha": 0.5}, "`ref_model_mixup_alpha=0.5` has no effect"),
         (
@@ -72,6 +71,11 @@ def test_jit_checkpoints(tmp_path, method):
 def test_frames_per_second_of_images(tmp_path, method):
     with pytest.raises(ValueError, match="`fps=8` has no effect because `model` makes images"):
         make(method, tmp_path, fps=8)
+
+
+def test_training_without_guidance_that_there_is_none_of(tmp_path):
+    with pytest.raises(ValueError, match="`train_cfg=False` has no effect without guidance .`guidance_scale=1`"):
+        make("tapo", tmp_path, guidance_scale=1.0, train_cfg=False)
 
 
 def test_a_velocity_target_for_a_function(tmp_path):

@@ -3,7 +3,9 @@
 
 """Score tokens: their projections, their head, and making a transformer with score tokens from a plain one."""
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +18,14 @@ from .base import RewardBackboneMixin
 class LowRankUpdate(nn.Module):
     """`x -> up(down(x))`, zero at the start."""
 
-    def __init__(self, dim: int, rank: int):
+    def __init__(self, dim: int, rank: int, out_dim: int | None = None):
         super().__init__()
         self.down = nn.Linear(dim, rank, bias=False)
-        self.up = nn.Linear(rank, dim, bias=False)
+        self.up = nn.Linear(rank, out_dim or dim, bias=False)
+
+    def reset_parameters(self) -> None:
+        self.down.reset_parameters()
+        nn.init.zeros_(self.up.weight)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(hidden_states))
@@ -47,8 +53,7 @@ class ScoreProjections(nn.Module):
             if self.rank is None:
                 projection.load_state_dict(source.state_dict())
             else:
-                projection.down.reset_parameters()
-                nn.init.zeros_(projection.up.weight)
+                projection.reset_parameters()
 
     def forward(
         self, score_tokens: torch.Tensor, sources: Sequence[nn.Module]
@@ -67,19 +72,29 @@ class ScoreLinear(nn.Linear):
     Args:
         base (`nn.Linear`): the projection.
         num_task_tokens (`int`): number of score tokens, which come first.
+        rank (`int`, *optional*): if set, their weights are the projection's plus an update of this rank.
     """
 
-    def __init__(self, base: nn.Linear, num_task_tokens: int):
+    def __init__(self, base: nn.Linear, num_task_tokens: int, rank: int | None = None):
         super().__init__(base.in_features, base.out_features, base.bias is not None)
-        self.score_projections = nn.Linear(base.in_features, base.out_features, base.bias is not None)
-        self.num_task_tokens = num_task_tokens
+        if rank is None:
+            self.score_projections = nn.Linear(base.in_features, base.out_features, base.bias is not None)
+        else:
+            self.score_projections = LowRankUpdate(base.in_features, rank, base.out_features)
+        self.num_task_tokens, self.rank = num_task_tokens, rank
 
     def init_from_base(self) -> None:
-        self.score_projections.load_state_dict(dict(self.named_parameters(recurse=False)))
+        if self.rank is None:
+            self.score_projections.load_state_dict(dict(self.named_parameters(recurse=False)))
+        else:
+            self.score_projections.reset_parameters()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        score = self.score_projections(hidden_states[:, : self.num_task_tokens])
-        return torch.cat([score, super().forward(hidden_states[:, self.num_task_tokens :])], dim=1)
+        score, others = hidden_states.tensor_split([self.num_task_tokens], dim=1)
+        projected = self.score_projections(score)
+        if self.rank is not None:
+            projected = projected + super().forward(score)
+        return torch.cat([projected, super().forward(others)], dim=1)
 
 
 class ScoreHead(nn.Module):
@@ -152,3 +167,57 @@ class ScoreTransformerMixin(RewardBackboneMixin):
             for name, parameter in self.named_parameters()
             if any(part in name for part in ("task_tokens", "score_projections", "score_output", "score_head"))
         }
+
+
+class TextScoreTransformerMixin(ScoreTransformerMixin):
+    """
+    Mixed into a diffusers transformer that attends to text and image in one sequence. Score tokens are the first rows of it,
+    go through the text's layers, and have projections of their own by [`ScoreLinear`].
+
+    Args:
+        num_task_tokens (`int`): number of score tokens n_s, learned in the width `score_width`.
+        task_projection_rank (`int`, *optional*): see [`ScoreLinear`].
+        transformer_config: arguments of the transformer.
+
+    Attributes:
+        score_width (`int`): width in which the score tokens are learned.
+    """
+
+    score_width: int
+
+    def __init__(self, num_task_tokens: int, task_projection_rank: int | None = None, **transformer_config):
+        super().__init__(**transformer_config)
+        self.task_tokens = nn.Parameter(torch.empty(1, num_task_tokens, self.score_width))
+        for name in self.score_projection_names():
+            projection = ScoreLinear(self.get_submodule(name), num_task_tokens, task_projection_rank)
+            self.set_submodule(name, projection)
+        self.score_head = ScoreHead(self.dim)
+
+    @abstractmethod
+    def score_projection_names(self) -> list[str]:
+        """The query, key and value projections that the score tokens go through."""
+
+    def init_score_stream(self) -> None:
+        nn.init.normal_(self.task_tokens)
+        self.score_head.reset_parameters()
+        for name in self.score_projection_names():
+            self.get_submodule(name).init_from_base()
+
+    def score_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The score tokens of each sample, in the precision of `tokens`."""
+        return self.task_tokens.expand(len(tokens), -1, -1).to(tokens.dtype)
+
+    @contextmanager
+    def score_states(self, block: nn.Module) -> Iterator[list[torch.Tensor]]:
+        """A list that holds the score tokens after `block`, once a forward has run through it."""
+        states: list[torch.Tensor] = []
+
+        def read(module: nn.Module, args: tuple, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            tokens = output[0] if isinstance(output, tuple) else output
+            states.append(tokens[:, : self.task_tokens.shape[1]])
+
+        hook = block.register_forward_hook(read)
+        try:
+            yield states
+        finally:
+            hook.remove()

@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A family of one's own, FLUX.1: packed latents, embedded guidance and score tokens."""
+"""A family of one's own, made like FLUX.1: packed latents, embedded guidance and score tokens."""
 
 import math
 
@@ -9,15 +9,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from torch import nn
 from transformers import CLIPTextModel
 
 from tapo_trl.policies import Defaults, FlowPolicy, PromptEmbeddings
 from tapo_trl.policies.tiny import spread, tiny_clip, tiny_clip_tokenizer, tiny_t5_tokenizer, tiny_umt5
-from tapo_trl.rewards.backbones.score_stream import ScoreHead, ScoreLinear, ScoreTransformerMixin
+from tapo_trl.rewards.backbones.score_stream import TextScoreTransformerMixin
 
 
-class FluxPolicy(FlowPolicy):
+class OwnPipeline(FluxPipeline):
+    """A class that the package does not know."""
+
+
+class OwnTransformer(FluxTransformer2DModel):
+    """A class that the package does not know."""
+
+
+class OwnPolicy(FlowPolicy):
     modality, guidance, max_sequence_length = "image", "embedded", 512
     text_encoder_names = ["text_encoder", "text_encoder_2"]
     lora_target_modules = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -70,51 +77,36 @@ class FluxPolicy(FlowPolicy):
         clip_tokenizer, tokenizer = tiny_clip_tokenizer(), tiny_t5_tokenizer()
         sizes = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6), "in_channels": 16}
         sizes |= {"num_layers": 2, "num_single_layers": 2, "joint_attention_dim": 24, "pooled_projection_dim": 8}
-        transformer = FluxTransformer2DModel(**sizes, guidance_embeds=True)
+        transformer = OwnTransformer(**sizes, guidance_embeds=True)
         blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
         blocks |= {"block_out_channels": [4] * 4, "norm_num_groups": 2, "layers_per_block": 1}
         vae = AutoencoderKL(**blocks, latent_channels=4, scaling_factor=0.36, shift_factor=0.12)
         spread(transformer)
-        return FluxPipeline(
+        return OwnPipeline(
             FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
             *(vae.eval(), CLIPTextModel(tiny_clip(clip_tokenizer, 8).config).eval(), clip_tokenizer),
             *(tiny_umt5(tokenizer, 24), tokenizer, transformer.eval()),
         )
 
 
-class FluxScoreTransformer(ScoreTransformerMixin, FluxTransformer2DModel):
-    base_class = FluxTransformer2DModel
+class OwnScoreTransformer(TextScoreTransformerMixin, OwnTransformer):
+    base_class = OwnTransformer
     interface_fields = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
     backbone_dtype = property(lambda self: self.x_embedder.weight.dtype)
+    score_width = property(lambda self: self.config.joint_attention_dim)
 
-    def __init__(self, num_task_tokens, task_projection_rank=None, **config):
-        super().__init__(**config)
-        self.task_tokens = nn.Parameter(torch.empty(1, num_task_tokens, self.config.joint_attention_dim))
-        for blocks, prefix in ((self.transformer_blocks, "add_{}_proj"), (self.single_transformer_blocks, "to_{}")):
-            for block in blocks:
-                for name in map(prefix.format, "qkv"):
-                    setattr(block.attn, name, ScoreLinear(getattr(block.attn, name), num_task_tokens))
-        self.score_head = ScoreHead(self.dim)
-
-    def init_score_stream(self):
-        nn.init.normal_(self.task_tokens)
-        self.score_head.reset_parameters()
-        for module in self.modules():
-            if isinstance(module, ScoreLinear):
-                module.init_from_base()
+    def score_projection_names(self):
+        double = [f"transformer_blocks.{i}.attn.add_{p}_proj" for i in range(self.config.num_layers) for p in "qkv"]
+        single = range(self.config.num_single_layers)
+        return double + [f"single_transformer_blocks.{i}.attn.to_{p}" for i in single for p in "qkv"]
 
     def forward(self, hidden_states, encoder_hidden_states, txt_ids, mask_task_tokens=False, **inputs):
-        score = self.task_tokens.expand(len(hidden_states), -1, -1).to(encoder_hidden_states.dtype)
-        count, kwargs, states = score.shape[1], {}, []
+        score, kwargs = self.score_rows(encoder_hidden_states), {}
         if mask_task_tokens:  # nobody looks at them
-            tokens = torch.arange(count + len(txt_ids) + hidden_states.shape[1], device=score.device)
-            kwargs["attention_mask"] = (tokens >= count).view(1, 1, 1, -1)
-        last = self.single_transformer_blocks[-1]
-        hook = last.register_forward_hook(lambda module, args, output: states.append(output[0][:, :count]))
+            tokens = torch.arange(score.shape[1] + len(txt_ids) + hidden_states.shape[1], device=score.device)
+            kwargs["attention_mask"] = (tokens >= score.shape[1]).view(1, 1, 1, -1)
         inputs |= {"encoder_hidden_states": torch.cat([score, encoder_hidden_states], 1), "return_dict": False}
-        inputs |= {"txt_ids": F.pad(txt_ids, (0, 0, count, 0)), "joint_attention_kwargs": kwargs}
-        try:
+        inputs |= {"txt_ids": F.pad(txt_ids, (0, 0, score.shape[1], 0)), "joint_attention_kwargs": kwargs}
+        with self.score_states(self.single_transformer_blocks[-1]) as states:
             velocity = super().forward(hidden_states, **inputs)[0]
-        finally:
-            hook.remove()
         return velocity, self.score_head(states[0])

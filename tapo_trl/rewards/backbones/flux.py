@@ -1,0 +1,67 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""FLUX.1 as backbone of SLRM."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+
+from .score_stream import TextScoreTransformerMixin
+
+
+class FluxScoreTransformer2DModel(TextScoreTransformerMixin, FluxTransformer2DModel):
+    """
+    FLUX.1's transformer with learnable score tokens before the prompt's. It returns the velocity, which the score tokens
+    influence, and one logit per sample. They are at position 0, as the prompt's tokens are.
+    """
+
+    base_class = FluxTransformer2DModel
+    interface_fields = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
+
+    @property
+    def backbone_dtype(self) -> torch.dtype:
+        return self.x_embedder.weight.dtype
+
+    def score_projection_names(self) -> list[str]:
+        double = [f"transformer_blocks.{i}.attn.add_{p}_proj" for i in range(self.config.num_layers) for p in "qkv"]
+        count = self.config.num_single_layers
+        return double + [f"single_transformer_blocks.{i}.attn.to_{p}" for i in range(count) for p in "qkv"]
+
+    @property
+    def score_width(self) -> int:
+        return self.config.joint_attention_dim
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        txt_ids: torch.Tensor,
+        mask_task_tokens: bool = False,
+        **inputs: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            mask_task_tokens (`bool`, *optional*, defaults to `False`):
+                hide the score tokens from all tokens, so that the velocity is the base transformer's.
+
+        The others are those of [`~diffusers.FluxTransformer2DModel`].
+
+        Returns:
+            `tuple`: velocity, shaped as `hidden_states`, and logits of shape `(batch_size,)`, float32.
+        """
+        score, kwargs = self.score_rows(encoder_hidden_states), {}
+        count = score.shape[1]
+        if mask_task_tokens:
+            tokens = torch.arange(count + len(txt_ids) + hidden_states.shape[1], device=score.device)
+            kwargs["attention_mask"] = (tokens >= count).view(1, 1, 1, -1)
+        with self.score_states(self.single_transformer_blocks[-1]) as states:
+            (velocity,) = super().forward(
+                hidden_states,
+                encoder_hidden_states=torch.cat([score, encoder_hidden_states], dim=1),
+                txt_ids=F.pad(txt_ids, (0, 0, count, 0)),
+                joint_attention_kwargs=kwargs,
+                return_dict=False,
+                **inputs,
+            )
+        return velocity, self.score_head(states[0])
