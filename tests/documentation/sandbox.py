@@ -24,6 +24,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import tapo_trl
 from tapo_trl import GradientShareCallback, SLRMModel, TAPOConfig, TAPOTrainer, load_policy
 from tapo_trl.cli.main import COMMANDS, command_module
+from tapo_trl.policies.flux import FluxPolicy
 from tapo_trl.rewards.pretrained.clip import CLIPReward, PickScoreReward
 from tests.data.preference_pairs import color_pairs
 from tests.data.video_files import grey_clip, write_video
@@ -121,6 +122,7 @@ def build(folder: Path) -> None:
         ("aligned", "sd35-tapo", "outputs/sd35-tapo"),
         {"resolution": 32},
     )
+    FluxPolicy.tiny().save_pretrained("tiny/flux1")
     size = {"height": 32, "width": 32, "num_frames": 5}
     train(tiny_wan_pipeline(), folder, "tiny/wan", ("outputs/wan21-slrm",), ("wan21-tapo",), size)
     reward_model("examples/emoji/pipeline", {"resolution": 64, "max_sequence_length": 1}).save_pretrained(
