@@ -204,7 +204,7 @@ def main(args, model_args) -> None:
     Measures, prints and (with `output_file`) writes the result as JSON: `slrm_accuracy` = `{rule: {sigma: accuracy}}`,
     `reward_accuracy` = `{reward: {reading: {sigma: accuracy}}}`, `benchmark` (see [`~cli.benchmark.run_benchmark`]),
     and `rewards` = `{reward: mean}` of the model's samples with `reward_statistics`, whichever were asked for. The table of rewards is
-    printed on the standard error.
+    printed on the standard error. Of several processes only the first prints and writes; they share the samples of a benchmark.
 
     Args:
         args ([`EvaluateArguments`]): What to measure.
@@ -212,7 +212,9 @@ def main(args, model_args) -> None:
     """
     from accelerate import PartialState
 
-    result = {}
+    is_first, result = PartialState().is_main_process, {}
+    if not is_first and args.benchmark is None:
+        return
     if args.slrm is not None:
         result["slrm_accuracy"] = measure_accuracy(args, model_args)
     if args.benchmark is not None:
@@ -226,7 +228,7 @@ def main(args, model_args) -> None:
         print(format_rewards(statistics), file=sys.stderr)
         means = {spec: values.get("aligned", values)["mean"] for spec, values in statistics.items()}
         result |= {"rewards": means, "reward_statistics": statistics}
-    if not PartialState().is_main_process:
+    if not is_first:
         return
     text = json.dumps(result, indent=2)
     print(text)

@@ -6,6 +6,7 @@
 import json
 
 import pytest
+from accelerate import PartialState
 
 from tapo_trl.cli.arguments import EvaluateArguments
 from tapo_trl.cli.main import main
@@ -91,6 +92,26 @@ class TestSampling:
         # And nothing else beside them, whose suffix the tool could take for theirs
         files = sorted(file.name for file in (tmp_path / "vbench" / "videos").iterdir())
         assert files == [f"a cat-{index}.mp4" for index in range(5)]
+
+
+@pytest.mark.parametrize("mode", ["benchmark", "prompts"])
+def test_only_the_first_process_prints_and_writes(folder, tmp_path, capsys, monkeypatch, mode):
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    flags = ["--reward_model", f"{__name__}:brightness", "--output_file", tmp_path / "result.json"]
+    if mode == "benchmark":
+        flags += [
+            "--benchmark",
+            "partiprompts",
+            "--benchmark_prompts",
+            folder / "parti.tsv",
+            "--samples_dir",
+            tmp_path,
+        ]
+    else:
+        flags += ["--prompts", "a cat"]
+    run(folder, *flags)
+    assert capsys.readouterr().out == "" and not (tmp_path / "result.json").exists()
+    assert len(list(tmp_path.glob("*.png"))) == (3 if mode == "benchmark" else 0)
 
 
 def test_results_of_a_tool(folder, tmp_path, capsys):
