@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Wan2.1 text-to-video."""
+"""Wan2.1 and Wan2.2-TI2V-5B, text-to-video."""
 
 import torch
 from diffusers import (
@@ -32,6 +32,20 @@ _TRANSFORMER = {
 _SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
+# Recalled from the released repository, and not compared with it. Means and deviations of latents, which no dry run reads, are
+# left out.
+_WAN22_TI2V_VAE = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+
+
 def _wan21(**transformer: int) -> dict:
     return {
         "transformer": ("WanTransformer3DModel", _TRANSFORMER | transformer),
@@ -42,11 +56,13 @@ def _wan21(**transformer: int) -> dict:
 
 class WanPolicy(FlowPolicy):
     """
-    [`~diffusers.WanPipeline`] of Wan2.1 (1.3B and 14B) as a policy.
+    [`~diffusers.WanPipeline`] of Wan2.1 (1.3B and 14B) and Wan2.2-TI2V-5B, for text to video, as a policy.
 
     It samples with flow-matching Euler steps, whatever the pipeline's own scheduler: the UniPC solver that Wan ships
     with is multistep and has no transition density. For the same videos from a pipeline, give it
     `pipeline.scheduler = policy.build_scheduler(num_inference_steps, latent_shape)`.
+
+    Wan2.2-TI2V-5B gives each token a timestep, which for text to video are all the same: the network gets one per video here.
     """
 
     modality = "video"
@@ -59,6 +75,21 @@ class WanPolicy(FlowPolicy):
     known_configs = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan21(num_attention_heads=12, num_layers=30, ffn_dim=8960),
         "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan21(num_attention_heads=40, num_layers=40, ffn_dim=13824),
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {
+            "transformer": (
+                "WanTransformer3DModel",
+                _TRANSFORMER
+                | {
+                    "in_channels": 48,
+                    "out_channels": 48,
+                    "num_attention_heads": 24,
+                    "num_layers": 30,
+                    "ffn_dim": 14336,
+                },
+            ),
+            "vae": ("AutoencoderKLWan", _WAN22_TI2V_VAE),
+            "scheduler": ("UniPCMultistepScheduler", _SCHEDULER | {"flow_shift": 5.0}),
+        },
     }
 
     def __init__(self, pipeline: WanPipeline):
@@ -67,12 +98,11 @@ class WanPolicy(FlowPolicy):
         found = {
             "a second transformer": pipeline.transformer_2 is not None or transformer is None,
             "`boundary_ratio`": pipeline.config.boundary_ratio is not None,
-            "`expand_timesteps`": pipeline.config.expand_timesteps,
             "an image condition": transformer is not None and transformer.config.in_channels != vae.config.z_dim,
         }
         if any(found.values()):
             raise ValueError(
-                "Only Wan2.1 text-to-video is supported, but this pipeline, of Wan2.2 or image-to-video, has "
+                "Only Wan2.1 and Wan2.2-TI2V-5B, text to video, are supported, but this pipeline has "
                 f"{', '.join(name for name, value in found.items() if value)}. Use for example "
                 "`Wan-AI/Wan2.1-T2V-1.3B-Diffusers`."
             )
@@ -85,6 +115,8 @@ class WanPolicy(FlowPolicy):
 
     @property
     def defaults(self) -> Defaults:
+        if self.vae.config.z_dim == _WAN22_TI2V_VAE["z_dim"]:
+            return Defaults(height=704, width=1280, num_frames=121, num_inference_steps=50, guidance_scale=5.0)
         return Defaults(height=480, width=832, num_frames=81, num_inference_steps=50, guidance_scale=5.0)
 
     @torch.no_grad()

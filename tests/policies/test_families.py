@@ -25,7 +25,7 @@ PROMPTS, NEGATIVE, LENGTH = ["red cat", "a blue dog that runs"], "gray", 24
 FRAMES = 5
 RECIPES = [
     path
-    for folder in ("flux1", "qwen_image", "z_image")
+    for folder in ("flux1", "qwen_image", "z_image", "wan22_ti2v")
     for path in Path(__file__).parents[2].joinpath("recipes", folder).glob("*.yaml")
 ]
 GUIDED = 3.0

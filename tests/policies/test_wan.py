@@ -4,6 +4,7 @@
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLWan,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -12,6 +13,7 @@ from diffusers import (
 )
 from peft import LoraConfig, get_peft_model
 
+from tapo_trl import SLRMModel
 from tapo_trl.policies import WanPolicy, load_policy
 from tests.testing_utils import tiny_wan_pipeline as make_pipeline
 
@@ -39,6 +41,75 @@ def run_pipeline(pipeline, num_inference_steps=5, guidance_scale=1.0, output_typ
 
 def unipc(flow_shift=3.0):
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
+
+
+def ti2v_pipeline():
+    """Wan2.2-TI2V-5B's architecture: a timestep per token, and an autoencoder of 16 x 16 pixels that patches them."""
+    pipeline = WanPolicy.tiny(in_channels=8, out_channels=8)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=8,
+        num_res_blocks=1,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[0.1] * 8,
+        latents_std=[1.5] * 8,
+    )
+    return WanPipeline(**pipeline.components | {"vae": vae.eval()}, expand_timesteps=True)
+
+
+class TestWan22TI2V:
+    @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+    def test_one_timestep_per_video_equals_one_per_token(self, guidance_scale):
+        size = {"height": 32, "width": 64, "num_frames": 5}
+        policy = load_policy(ti2v_pipeline())
+        shape = policy.latent_shape(**size)
+        assert shape == (8, 2, 2, 4)
+        policy.pipeline.scheduler = policy.build_scheduler(4, shape)
+        seen = []
+        hook = policy.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["timestep"].ndim), with_kwargs=True
+        )
+        options = {"num_inference_steps": 4, "guidance_scale": guidance_scale}
+        expected, pictures = (
+            policy.pipeline(
+                PROMPTS,
+                generator=generators(),
+                max_sequence_length=LENGTH,
+                output_type=kind,
+                **size,
+                **options,
+            ).frames
+            for kind in ("latent", "pt")
+        )
+        assert set(seen) == {2}
+        hook.remove()
+        prompts, negative = policy.encode_prompts(PROMPTS, LENGTH), policy.encode_prompts([""], LENGTH)
+        latents = policy.sample(
+            policy.transformer, prompts, negative, latent_shape=shape, generators=generators(), **options
+        )
+        torch.testing.assert_close(latents, expected, rtol=0, atol=5e-6)
+        torch.testing.assert_close(policy.decode(latents), pictures.transpose(1, 2), rtol=0, atol=5e-6)
+        assert policy.encode(policy.decode(latents)).shape == latents.shape
+
+    def test_score_tokens(self):
+        policy = load_policy(ti2v_pipeline())
+        slrm = SLRMModel.from_policy(policy, num_task_tokens=3)
+        latents, sigma, prompts = (
+            torch.randn(2, 8, 2, 2, 4),
+            torch.tensor([0.3, 0.8]),
+            policy.encode_prompts(PROMPTS, LENGTH),
+        )
+        with torch.no_grad():
+            masked = slrm(latents, sigma, **prompts.tensors, mask_task_tokens=True).velocity
+            expected = policy.velocity(policy.transformer, latents, sigma, prompts)
+        torch.testing.assert_close(masked, expected, rtol=0, atol=1e-6)
+        with pytest.raises(ValueError, match="in_channels"):
+            slrm.check_compatible(WanPolicy(make_pipeline()))
 
 
 class TestPromptEncoding:
@@ -222,7 +293,7 @@ class TestShapesAndLoading:
         embeds = policy.encode_prompts(PROMPTS, LENGTH).prompt_embeds
         assert torch.equal(embeds, WanPolicy(tiny_wan_pipeline).encode_prompts(PROMPTS, LENGTH).prompt_embeds)
 
-    @pytest.mark.parametrize("kind", ["transformer_2", "boundary_ratio", "expand_timesteps", "image condition"])
+    @pytest.mark.parametrize("kind", ["transformer_2", "boundary_ratio", "image condition"])
     def test_wan22_and_image_to_video_are_refused(self, tiny_wan_pipeline, kind):
         pipeline = tiny_wan_pipeline
         if kind == "transformer_2":
@@ -232,7 +303,7 @@ class TestShapesAndLoading:
             pipeline = make_pipeline(in_channels=8)
         else:
             pipeline.register_to_config(**{kind: 0.9 if kind == "boundary_ratio" else True})
-        with pytest.raises(ValueError, match=f"Only Wan2.1 text-to-video.*{kind}"):
+        with pytest.raises(ValueError, match=f"Only Wan2.1 and Wan2.2-TI2V-5B.*{kind}"):
             load_policy(pipeline)
 
     def test_other_wan_pipelines_are_refused(self, tiny_wan_pipeline):
