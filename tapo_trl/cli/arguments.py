@@ -127,6 +127,14 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
 
     reward_model: list[str] | None = option(REWARDS_OF_SAMPLES)
     reward_model_init_kwargs: dict[str, Any] | str | None = option(INIT_KWARGS)
+    zero_margin: Literal["half", "wrong"] = option(
+        "What a pair with equal scores counts in the accuracy without ties: one half, or nothing (as in VideoAlign's code).",
+        "half",
+    )
+    tie_threshold: str | None = option(
+        "Report the accuracy with ties, too, at each noise level. A pair is a predicted tie if its scores differ by at most this "
+        "number. `best` is the number with the highest accuracy, and `videoalign` counts as VideoAlign's code."
+    )
     compare_base: bool = option("Whether to draw and score the base model's samples, too, if there is a `lora`.", True)
     samples_dir: str | None = option("Folder for the samples and the score of each.")
     benchmark: str | None = option(
@@ -145,6 +153,7 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
         ScoredPairsArguments.__post_init__(self)
         GenerationArguments.__post_init__(self)
         read_mapping(self, "reward_model_init_kwargs")
+        self._check_ties()
         if self.samples_dir is not None:
             check_folder_name(self.samples_dir, "samples_dir")
         _check_file(self.output_file)
@@ -161,6 +170,18 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
             raise ValueError(
                 "`reward_model` needs `prompts` (what the model should draw) or `dataset_name` (pairs to be ranked)."
             )
+
+    def _check_ties(self) -> None:
+        if (self.tie_threshold is not None or self.zero_margin != "half") and self.dataset_name is None:
+            raise ValueError("`tie_threshold` and `zero_margin` are for pairs: give `dataset_name`.")
+        if self.tie_threshold in (None, "best", "videoalign"):
+            return
+        try:
+            self.tie_threshold = float(self.tie_threshold)
+        except ValueError:
+            self.tie_threshold = -1.0
+        if not 0 <= self.tie_threshold < float("inf"):
+            raise ValueError("`tie_threshold` must be best, videoalign, or a number that is not negative.")
 
     def _check_benchmark(self) -> None:
         from ..evaluation.prompts import find_benchmark

@@ -51,7 +51,7 @@ def load_reward_model_and_pairs(args, model_args) -> tuple:
     return slrm, policy, pairs
 
 
-def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
+def measure_accuracy(args, model_args) -> dict[str, dict]:
     """
     Accuracy of a latent reward model on held-out pairs: share of the pairs whose preferred side has the higher score.
 
@@ -60,11 +60,11 @@ def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
         model_args ([`PipelineConfig`]): The pipeline; by default the one that the reward model was trained from.
 
     Returns:
-        `dict[str, dict[float, float]]`: `{rule: {sigma: accuracy}}`.
+        `dict[str, dict]`: `slrm_accuracy` and, with `tie_threshold`, `slrm_accuracy_with_ties`, both `{rule: {sigma: accuracy}}`.
     """
-    from ..metrics import evaluate_preference_accuracy
+    from ..metrics import score_pairs
 
-    return evaluate_preference_accuracy(
+    scores = score_pairs(
         *load_reward_model_and_pairs(args, model_args),
         sigmas=args.sigmas,
         rules=args.rules,
@@ -80,9 +80,26 @@ def measure_accuracy(args, model_args) -> dict[str, dict[float, float]]:
         seed=args.seed,
         cache_dir=args.cache_dir,
     )
+    return {f"slrm_{name}": values for name, values in accuracies_of(scores, args).items()}
 
 
-def measure_reward_accuracy(args, model_args) -> dict[str, dict[str, dict[float, float]]]:
+def accuracies_of(scores, args) -> dict[str, dict]:
+    """
+    What is reported of the scores of pairs.
+
+    Args:
+        scores ([`PairScores`]): The scores.
+        args ([`EvaluateArguments`]): How ties are counted.
+    """
+    from ..metrics import accuracy_by_level, accuracy_with_ties_by_level
+
+    found = {"accuracy": accuracy_by_level(scores, args.zero_margin)}
+    if args.tie_threshold is not None:
+        found["accuracy_with_ties"] = accuracy_with_ties_by_level(scores, args.tie_threshold)
+    return found
+
+
+def measure_reward_accuracy(args, model_args) -> dict[str, dict]:
     """
     Accuracy on held-out pairs of rewards that read pixels: those of one-step estimates, and of noisy latents (Table 2).
 
@@ -91,11 +108,12 @@ def measure_reward_accuracy(args, model_args) -> dict[str, dict[str, dict[float,
         model_args ([`PipelineConfig`]): The pipeline, which adds noise, predicts and decodes.
 
     Returns:
-        `dict[str, dict[str, dict[float, float]]]`: `{reward: {"estimate" or "noisy": {sigma: accuracy}}}`.
+        `dict[str, dict]`: `reward_accuracy` and, with `tie_threshold`, `reward_accuracy_with_ties`, both
+            `{reward: {"estimate" or "noisy": {sigma: accuracy}}}`.
     """
     from ..data.loading import load_preference_pairs
     from ..evaluation.scores import LatentScorer, check_scorers, load_scorers
-    from ..metrics import accuracy_by_level, score_pairs_of_pixels
+    from ..metrics import score_pairs_of_pixels
     from ..rewards import PretrainedReward
     from ..scripts.utils import load_functions
     from .sample import load_sampling_policy, sample_size
@@ -117,9 +135,11 @@ def measure_reward_accuracy(args, model_args) -> dict[str, dict[str, dict[float,
         "num_frames": num_frames,
         "max_sequence_length": args.max_sequence_length,
     }
-    accuracies = {}
+    accuracies: dict[str, dict] = {}
     for name, scorer in scorers.items():
-        accuracies[name] = accuracy_by_level(score_pairs_of_pixels(scorer, policy, pairs, args.sigmas, **options))
+        scores = score_pairs_of_pixels(scorer, policy, pairs, args.sigmas, **options)
+        for key, values in accuracies_of(scores, args).items():
+            accuracies.setdefault(f"reward_{key}", {})[name] = values
         if isinstance(scorer, (PretrainedReward, LatentScorer)):  # the next one takes its place on the accelerator
             scorer.to("cpu")
     return accuracies
@@ -202,7 +222,8 @@ def format_rewards(statistics: dict[str, dict]) -> str:
 def main(args, model_args) -> None:
     """
     Measures, prints and (with `output_file`) writes the result as JSON: `slrm_accuracy` = `{rule: {sigma: accuracy}}`,
-    `reward_accuracy` = `{reward: {reading: {sigma: accuracy}}}`, `benchmark` (see [`~cli.benchmark.run_benchmark`]),
+    `reward_accuracy` = `{reward: {reading: {sigma: accuracy}}}`, both with ties as
+    `..._accuracy_with_ties` if there is a `tie_threshold`, `benchmark` (see [`~cli.benchmark.run_benchmark`]),
     and `rewards` = `{reward: mean}` of the model's samples with `reward_statistics`, whichever were asked for. The table of rewards is
     printed on the standard error. Of several processes only the first prints and writes; they share the samples of a benchmark.
 
@@ -216,13 +237,13 @@ def main(args, model_args) -> None:
     if not is_first and args.benchmark is None:
         return
     if args.slrm is not None:
-        result["slrm_accuracy"] = measure_accuracy(args, model_args)
+        result |= measure_accuracy(args, model_args)
     if args.benchmark is not None:
         from .benchmark import run_benchmark
 
         result["benchmark"] = run_benchmark(args, model_args)
     elif args.reward_model is not None and args.dataset_name is not None and None in (args.prompts, args.slrm):
-        result["reward_accuracy"] = measure_reward_accuracy(args, model_args)
+        result |= measure_reward_accuracy(args, model_args)
     if args.benchmark is None and args.reward_model is not None and args.prompts is not None:
         statistics = measure_rewards(args, model_args)
         print(format_rewards(statistics), file=sys.stderr)

@@ -9,6 +9,7 @@ from .plots import plot_diagnosis
 from .preference_accuracy import (
     PreferenceAccuracy,
     accuracy_by_level,
+    accuracy_with_ties_by_level,
     calibrated_tie_threshold,
     evaluate_preference_accuracy,
     videoalign_accuracy_with_ties,
@@ -21,6 +22,7 @@ __all__ = [
     "PairScores",
     "PreferenceAccuracy",
     "accuracy_by_level",
+    "accuracy_with_ties_by_level",
     "area_under_curve",
     "calibrated_tie_threshold",
     "diagnose_scores",

@@ -197,17 +197,48 @@ def evaluate_preference_accuracy(
     return accuracy_by_level(score_pairs(slrm, policy, dataset, sigmas, rules, **options))
 
 
-def accuracy_by_level(scores: PairScores) -> dict[str, dict[float, float]]:
+def accuracy_with_ties_by_level(
+    scores: PairScores, tie_threshold: float | Literal["best", "videoalign"] = "best"
+) -> dict[str, dict[float, float]]:
+    """
+    Accuracy of scores of all pairs, ties among them, at each noise level on its own.
+
+    Args:
+        scores ([`PairScores`]): from [`score_pairs`] or [`score_pairs_of_pixels`].
+        tie_threshold (`float` or `str`, *optional*, defaults to `"best"`):
+            largest difference of the scores of a predicted tie; `"best"` is the one with the highest accuracy at this noise level
+            ([`calibrated_tie_threshold`]), and `"videoalign"` counts as [`videoalign_accuracy_with_ties`].
+
+    Returns:
+        `dict[str, dict[float, float]]`: `{rule or reading: {sigma: accuracy}}`.
+    """
+
+    def accuracy(margins: torch.Tensor) -> float:
+        best = tie_threshold == "best"
+        threshold = calibrated_tie_threshold(margins, scores.labels) if best else tie_threshold
+        return _accuracies(margins.double(), scores.labels, threshold, "half")["accuracy_with_ties"]
+
+    return {
+        rule: {sigma: accuracy(row) for sigma, row in zip(scores.sigmas, margins, strict=True)}
+        for rule, margins in scores.margins.items()
+    }
+
+
+def accuracy_by_level(scores: PairScores, zero_margin: ZeroMargin = "half") -> dict[str, dict[float, float]]:
     """
     Accuracy of scores of pairs. Ties are left out.
 
     Args:
         scores ([`PairScores`]): from [`score_pairs`] or [`score_pairs_of_pixels`].
+        zero_margin (`str`, *optional*, defaults to `"half"`): what equal scores are worth, see [`PreferenceAccuracy`].
 
     Returns:
         `dict[str, dict[float, float]]`: `{rule or reading: {sigma: accuracy}}`.
     """
     return {
-        rule: {sigma: _accuracy(row, scores.labels) for sigma, row in zip(scores.sigmas, margins, strict=True)}
+        rule: {
+            sigma: _accuracy(row, scores.labels, zero_margin)
+            for sigma, row in zip(scores.sigmas, margins, strict=True)
+        }
         for rule, margins in scores.margins.items()
     }

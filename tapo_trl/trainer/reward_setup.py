@@ -20,7 +20,7 @@ from ..policies import FlowPolicy
 from ..policies.loading import only, pop_dtype
 from ..rewards import LatentRewardModel, PretrainedReward, StepRewardModel, get_reward, load_reward_model
 from ..rewards.loading import check_init_kwargs, init_kwargs_of, saved_class
-from ..rewards.pretrained import is_reward_name, reward_class
+from ..rewards.pretrained import check_reward_name, is_reward_name, reward_class
 from ..rewards.scoring import EstimateReward, LatentReward, PixelReward, RewardFunction, check_reward_function
 from ..rewards.step_reward import BASE_ARGUMENTS, HUB_ARGUMENTS
 from ..runs.checks import autocast_dtype, uses_fsdp
@@ -56,6 +56,8 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
                 "`reward_model` must be a folder or Hub id, a reward model such as `SLRMModel`, or a callable, got "
                 f"`{type(reward).__name__}`."
             )
+        if isinstance(reward, str):
+            check_reward_name(reward)
     has_latent = any(map(_is_latent, rewards))
     for option in ("reward_layerwise_casting", "reward_group_offload"):
         if getattr(args, option) and not has_latent:
@@ -101,13 +103,14 @@ def check_reward_functions(rewards: Sequence[RewardModel], datasets: Sequence[Da
         if dataset is None or isinstance(reward, StepRewardModel):
             continue
         if isinstance(reward, str):
-            scorer = reward_class(reward) if is_reward_name(reward) else None
-        else:
-            columns = [name for name in dataset.column_names if name not in ("prompt", ROW_COLUMN)]
-            check_reward_function(reward, columns)
-            scorer = reward if isinstance(reward, PretrainedReward) else None
-        if scorer is not None:
-            scorer.check_prompts(dataset["prompt"])
+            if not is_reward_name(reward):
+                continue
+            scorer = reward_class(reward)
+            reward = scorer.__new__(scorer)  # without weights, for its signature
+        columns = [name for name in dataset.column_names if name not in ("prompt", ROW_COLUMN)]
+        check_reward_function(reward, columns)
+        if isinstance(reward, PretrainedReward):
+            reward.check_prompts(dataset["prompt"])
 
 
 def check_sharing(rewards: Sequence[RewardModel], args: RolloutConfig, peft_config: PeftConfig | None) -> None:

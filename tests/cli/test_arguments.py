@@ -15,6 +15,13 @@ class TestEvaluateArguments:
             ({"slrm": "x"}, "`slrm` needs `dataset_name`"),
             ({"reward_model": ["a:b"]}, "`reward_model` needs `prompts`"),
             ({"slrm": "x", "dataset_name": "y", "sigmas": [0.5, 1.0]}, "`sigmas` must lie"),
+            (
+                {"reward_model": ["a:b"], "prompts": ["a"], "tie_threshold": "best"},
+                "are for pairs: give `dataset_name`",
+            ),
+            ({"reward_model": ["a:b"], "dataset_name": "y", "tie_threshold": "much"}, "`tie_threshold` must be best"),
+            ({"reward_model": ["a:b"], "dataset_name": "y", "tie_threshold": "-1"}, "`tie_threshold` must be best"),
+            ({"reward_model": ["a:b"], "dataset_name": "y", "zero_margin": "full"}, "`zero_margin` must be one of"),
             ({"reward_model": ["a:b"], "prompts": ["a"], "output_file": "."}, "`output_file=.` must name a file"),
             ({"reward_model": ["a:b"], "prompts": ["a"], "output_file": f"{__file__}/x"}, "`output_file=.*is a file"),
         ],
@@ -27,7 +34,7 @@ class TestEvaluateArguments:
 @pytest.mark.parametrize(
     ("command", "measure", "function"),
     [
-        (evaluate, "measure_accuracy", "evaluate_preference_accuracy"),
+        (evaluate, "measure_accuracy", "score_pairs"),
         (diagnose, "diagnose_reward_model", "score_pairs"),
     ],
 )
@@ -39,6 +46,7 @@ class TestScoredPairs:
         monkeypatch.setattr(evaluate, "load_reward_model_and_pairs", lambda *args: ())
         monkeypatch.setattr(f"tapo_trl.metrics.{function}", lambda **kwargs: seen.update(kwargs))
         monkeypatch.setattr("tapo_trl.metrics.diagnose_scores", lambda *args: {})
+        monkeypatch.setattr("tapo_trl.metrics.accuracy_by_level", lambda *args: {})
         parsed = command.make_parser().parse_args_and_config([*self.flags, '{"quality": 1, "text": 0.5}'])
         getattr(command, measure)(*parsed)
         assert (seen["dimension_weights"], seen["cache_dir"]) == ({"quality": 1, "text": 0.5}, "c")

@@ -142,6 +142,11 @@ def test_accuracy_of_pixel_rewards_on_noisy_pairs(folder, tmp_path, capsys):
     run(folder, *pairs, "--reward_model", f"{__name__}:brightness", "--sigmas", 0.0, 0.5, "--max_pairs", 4)
     (accuracy,) = json.loads(capsys.readouterr().out)["reward_accuracy"].values()
     assert set(accuracy) == {"estimate", "noisy"}
+    run(folder, *pairs, "--reward_model", f"{__name__}:brightness", "--sigmas", 0.0, 0.5, "--tie_threshold", "best")
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"reward_accuracy", "reward_accuracy_with_ties"}
+    (with_ties,) = found["reward_accuracy_with_ties"].values()
+    assert all(0 <= with_ties[reading][level] <= 1 for reading in accuracy for level in ("0.0", "0.5"))
     assert accuracy["estimate"]["0.0"] == accuracy["noisy"]["0.0"]
     assert all(4 * value == round(4 * value) for levels in accuracy.values() for value in levels.values())
 

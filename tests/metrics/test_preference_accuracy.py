@@ -9,7 +9,10 @@ import torch
 from tapo_trl.data.prompts import PromptCache
 from tapo_trl.data.videos import VideoReader
 from tapo_trl.metrics import (
+    PairScores,
     PreferenceAccuracy,
+    accuracy_by_level,
+    accuracy_with_ties_by_level,
     calibrated_tie_threshold,
     evaluate_preference_accuracy,
     videoalign_accuracy_with_ties,
@@ -237,3 +240,23 @@ class TestEvaluatePreferenceAccuracy:
             evaluate_preference_accuracy(
                 self.slrm(tiny_sd3_policy), tiny_sd3_policy, latent_pairs(2), rules=["magic"], cache_dir=tmp_path
             )
+
+
+class TestTies:
+    labels = torch.tensor([1.0, 1.0, 0.5, 0.0])
+    margins = torch.tensor([[0.5, 0.0, 0.1, -0.2], [-0.5, 0.3, 0.0, 0.2]])
+
+    def scores(self):
+        return PairScores((0.1, 0.9), self.labels, {"none": self.margins}, {"none": torch.zeros(2, 4)})
+
+    def test_equal_scores(self):
+        assert accuracy_by_level(self.scores()) == {"none": {0.1: pytest.approx(2.5 / 3), 0.9: pytest.approx(1 / 3)}}
+        assert accuracy_by_level(self.scores(), "wrong")["none"][0.1] == pytest.approx(2 / 3)
+
+    @pytest.mark.parametrize(
+        ("threshold", "expected"),
+        [(0.0, (0.5, 0.5)), (0.15, (0.75, 0.5)), ("best", (0.75, 0.5)), ("videoalign", (0.75, 0.5))],
+    )
+    def test_accuracy_with_ties(self, threshold, expected):
+        found = accuracy_with_ties_by_level(self.scores(), threshold)
+        assert found == {"none": dict(zip((0.1, 0.9), expected, strict=True))}

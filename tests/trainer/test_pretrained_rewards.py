@@ -119,6 +119,16 @@ class TestSetup:
         with pytest.raises(ValueError, match="prompt 'cat' has none: write it as in"):
             TAPOTrainer("no/such-pipeline", "ocr", make_args(tmp_path), Dataset.from_dict({"prompt": ["cat"]}))
 
+    def test_unknown_names_and_columns_are_refused_before_anything_is_loaded(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        args, prompts = make_args(tmp_path), Dataset.from_dict({"prompt": ["cat"], "images": [1]})
+        with pytest.raises(
+            ValueError, match="`pikscore` is neither a folder here nor a reward. Did you mean `pickscore`"
+        ):
+            TAPOTrainer("no/such-pipeline", "pikscore", args, prompts)
+        with pytest.raises(ValueError, match=r"arguments of the reward function `clip`: \['images'\]"):
+            TAPOTrainer("no/such-pipeline", "clip", args, prompts)
+
     def test_videos_are_not_images(self, tmp_path, policy):
         with pytest.raises(ValueError, match="`videos` reads videos, but a `SD3Policy` makes images"):
             load_reward(VideoScorer(), policy, make_args(tmp_path))
