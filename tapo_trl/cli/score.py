@@ -96,10 +96,11 @@ def score_folder(args, model_args) -> tuple[list[Path], list[str], dict]:
         return policy
 
     files = find_samples(args.folder)
-    prompts = match_prompts(files, args.prompts)
+    samples, prompts = SampleFiles(files), match_prompts(files, args.prompts)
+    samples.check()
     scorers = load_scorers(load_functions(args.reward_model), args.reward_model_init_kwargs, load_base)
     check_scorers(scorers, prompts)
-    return files, prompts, score_samples(scorers, SampleFiles(files), prompts, device)
+    return files, prompts, score_samples(scorers, samples, prompts, device)
 
 
 def main(args, model_args) -> None:

@@ -44,8 +44,17 @@ class LatentScorer:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         self.model.to(images.device)
+        is_video = images.ndim == 5
+        if is_video != (self.policy.modality == "video"):
+            raise ValueError(
+                f"A reward model on a `{type(self.policy).__name__}` rates {self.policy.modality}s, but got samples of shape "
+                f"{tuple(images.shape[1:])}."
+            )
         if isinstance(self.model, SPMModel):
             return self.model.score(images, 0.0, prompts)
+        self.policy.latent_shape(
+            *images.shape[-2:], images.shape[2] if is_video else None
+        )  # a size that it can encode
         embeds = self.policy.encode_prompts(prompts, self.model.config.max_sequence_length)
         latents = self.policy.encode(images)
         return self.model.score(latents, 0.0, **embeds.tensors)
@@ -217,6 +226,17 @@ class SampleFiles(Sequence):
 
     def __init__(self, files: Sequence[Path]):
         self.files = files
+
+    def check(self) -> None:
+        """
+        Read the headers of images.
+
+        Raises:
+            BadFileError: if one cannot be read.
+        """
+        for file in self.files:
+            if file.suffix.lower() in IMAGES:
+                ImageReader(1, 1).check(file, str(file))
 
     def __len__(self) -> int:
         return len(self.files)

@@ -95,6 +95,13 @@ class TestScore:
         with pytest.raises(FileNotFoundError, match="`prompts`: there is no file"):
             self.run(folder, "--reward_model", "clip", prompts=str(tmp_path / "others.json"))
 
+    def test_a_broken_picture_is_found_before_weights_are_read(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(CLIPReward, "weights", str(tmp_path / "nothing"))
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / "pictures" / "a.png").write_text("no picture")
+        with pytest.raises(ValueError, match="a.png: the image cannot be read"):
+            self.run(tmp_path, "--reward_model", "clip", prompts="a cat")
+
     def test_a_latent_reward_model(self, folder, capsys):
         self.run(folder, "--reward_model", str(folder / "slrm"))
         assert str(folder / "slrm") in capsys.readouterr().out

@@ -88,6 +88,15 @@ class TestLatentScorer:
         torch.testing.assert_close(found, model.score(samples, 0.0, ["cat", "dog"]).detach())
 
 
+def test_a_latent_reward_model_names_samples_that_it_cannot_read():
+    policy = SD3Policy(tiny_sd3_pipeline())
+    scorer = LatentScorer(SLRMModel.from_policy(policy, max_sequence_length=8, resolution=32), policy)
+    with pytest.raises(ValueError, match="rates images, but got samples of shape"):
+        scorer(torch.rand(1, 3, 5, 32, 32), ["cat"])
+    with pytest.raises(ValueError, match="30"):
+        scorer(torch.rand(1, 3, 30, 30), ["cat"])
+
+
 class TestFiles:
     def test_order_and_pixels(self, tmp_path):
         for value, name in enumerate(["1.png", "2.png", "10.png", "grid.png", "notes.txt"]):

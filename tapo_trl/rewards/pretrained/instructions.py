@@ -70,7 +70,12 @@ def read_instruction(name: str, instruction_file: str | Path | None = None) -> s
         )
     if path.suffix in (".whl", ".py"):
         return _extract(name, path)
-    text = path.read_bytes().decode("utf-8")  # not `read_text`, which would change line ends
+    try:
+        text = path.read_bytes().decode("utf-8")  # not `read_text`, which would change line ends
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"`{path}` with the instruction of the reward `{name}` is no text: {error}. Name a wheel `.whl` and Python `.py`."
+        ) from error
     return _checked(name, text, path)
 
 
@@ -149,7 +154,7 @@ def _extract(name: str, path: Path) -> str:
 def _checked(name: str, text: str, path: Path) -> str:
     try:
         filled = text.format(text_prompt="a cat")
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(
             f"The instruction of `{name}` in `{path}` must have no braces but `{{text_prompt}}`."
         ) from error

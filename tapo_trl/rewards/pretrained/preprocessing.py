@@ -46,7 +46,7 @@ def resize_longest_edge(images: torch.Tensor, edge: int, clamp: bool = True) -> 
     """[`resize`] the longer side to `edge` pixels; the shorter one is rounded to the nearest."""
     height, width = images.shape[-2:]
     scale = edge / max(height, width)
-    return resize(images, (round(height * scale), round(width * scale)), clamp)
+    return resize(images, (max(1, round(height * scale)), max(1, round(width * scale))), clamp)
 
 
 def pad_to_square(images: torch.Tensor, fill: Sequence[float] = (0.0, 0.0, 0.0)) -> torch.Tensor:

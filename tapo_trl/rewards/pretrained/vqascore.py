@@ -57,6 +57,7 @@ class VQAScoreReward(PretrainedReward):
         self, language, vision, projector, tokenizer, question: str = QUESTION, answer: str = ANSWER, **kwargs
     ):
         super().__init__(**kwargs)
+        check_question(question)
         self.language, self.vision, self.projector, self.tokenizer = language, vision, projector, tokenizer
         self.question = question
         self.answer_ids = tokenizer(answer).input_ids
@@ -116,6 +117,21 @@ class VQAScoreReward(PretrainedReward):
         """The conversations before and after the image. Each part is tokenised with an end token of its own."""
         after = [f"\n{self.question.format(prompt)} ASSISTANT: " for prompt in prompts]
         return [f"{SYSTEM} USER: "] * len(prompts), after
+
+
+def check_question(question: str) -> None:
+    """
+    Raises:
+        ValueError: if there is not one place where the prompt goes.
+    """
+    try:
+        has_prompt = question.format("a cat") != question.format("a dog")
+    except (KeyError, IndexError, ValueError, AttributeError):
+        has_prompt = False
+    if not has_prompt:
+        raise ValueError(
+            f"`question` of the reward `vqascore` must have `{{}}` where the prompt goes, but is {question!r}."
+        )
 
 
 def load_language(

@@ -107,11 +107,13 @@ def test_file_of_an_address(monkeypatch, tmp_path):
         ("a.txt", "no place for it", "lacks `{text_prompt}`"),
         ("a.txt", "{text_prompt} {other}", "no braces but `{text_prompt}`"),
         ("a.txt", "{text_prompt} {", "no braces but"),
+        ("a.txt", "{text_prompt.prompt}", "no braces but"),
+        ("a.txt", "\udcff{text_prompt}", "is no text"),
     ],
 )
 def test_other_files(tmp_path, name, content, message):
     path = tmp_path / name
-    path.write_text(content)
+    path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message):
         read_instruction("hpsv3", path)
 

@@ -61,7 +61,8 @@ class TestResize:
         assert resize_shortest_edge(torch.rand(1, 3, *size), 224).shape[-2:] == new
 
     @pytest.mark.parametrize(
-        ("size", "new"), [((480, 832), (129, 224)), ((832, 480), (224, 129)), ((7, 7), (224, 224))]
+        ("size", "new"),
+        [((480, 832), (129, 224)), ((832, 480), (224, 129)), ((7, 7), (224, 224)), ((1, 600), (1, 224))],
     )
     def test_longest_edge(self, size, new):
         assert resize_longest_edge(torch.rand(1, 3, *size), 224).shape[-2:] == new

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tapo_trl import get_reward
 from tapo_trl.rewards.pretrained.preprocessing import CLIP_MEAN, CLIP_STD
-from tapo_trl.rewards.pretrained.vqascore import BACKGROUND
+from tapo_trl.rewards.pretrained.vqascore import BACKGROUND, check_question
 
 from .checks import check_scorer, pictures
 from .fixtures import recipes
@@ -166,3 +166,9 @@ def test_no_checkpoint(published, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pass its `tokenizer=`"):
         get_reward("vqascore", weights=tmp_path)
+
+
+@pytest.mark.parametrize("question", ["Is this a cat?", "{prompt}?", "{}{"])
+def test_a_question_needs_a_place_for_the_prompt(question):
+    with pytest.raises(ValueError, match="`question` of the reward `vqascore` must have `{}`"):
+        check_question(question)
