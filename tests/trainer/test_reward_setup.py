@@ -95,7 +95,7 @@ class TestLoading:
             ([3], {}, "`reward_model` must be"),
             ([brightness], {"reward_layerwise_casting": True}, "`reward_layerwise_casting=True` is for SLRMs"),
             ([brightness], {"reward_group_offload": True}, "`reward_group_offload=True` is for SLRMs"),
-            (["slrm"], {"reward_group_offload": True}, "this run is on the CPU"),
+            (["outputs/slrm"], {"reward_group_offload": True}, "this run is on the CPU"),
             ([brightness], {"reward_model_init_kwargs": {"revision": "a"}}, "loaded by name, but none is"),
         ],
     )
