@@ -116,6 +116,8 @@ EXEMPT = {
     r"tapo-trl tapo .*http://": "needs a server; tests/trainer/test_remote_reward.py trains with one",
     r"git clone ": "downloads",
     r"tapo-trl evaluate .*--reward_model videoreward": "needs weights; tests/rewards/pretrained/test_videoreward.py scores tiny ones",
+    r"python examples/words/pretrain\.py": "needs fonts of Debian",
+    r"python examples/words/report\.py": "needs Tesseract and two trainings; tests/examples/test_words.py measures with it",
     r"pip install ": "installs; `.ci/run` does it in a new environment",
     r"hf ": "needs an account",
     r"tapo-trl bench .*--device cuda": "needs an NVIDIA GPU",
