@@ -15,6 +15,44 @@ from diffusers import (
 from .base import Defaults, FlowPolicy, PromptEmbeddings
 
 
+# `scripts/convert_sd3_to_diffusers.py` of diffusers: 64 channels per head, as many heads as layers; medium has positions of 384, a second
+# attention in the first 13 blocks and the normalisation of "sd3.5 2b"; the autoencoder on SDXL's. Positions of large: recalled.
+_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+    "qk_norm": "rms_norm",
+}
+_LARGE = _MEDIUM | {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "dual_attention_layers": [],
+}
+_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "sample_size": 1024,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+}
+
+
 class SD3Policy(FlowPolicy):
     """
     [`~diffusers.StableDiffusion3Pipeline`] as a policy. Any of its three text encoders may be absent (`None`): zeros
@@ -36,44 +74,12 @@ class SD3Policy(FlowPolicy):
     text_encoder_names = ["text_encoder", "text_encoder_2", "text_encoder_3"]
     licenses = {"stabilityai/stable-diffusion-3": ("other", "stabilityai-ai-community")}
     known_configs = {
-        # `scripts/convert_sd3_to_diffusers.py` of diffusers: 64 channels per head, as many heads as layers, positions of 384,
-        # a second attention in the first 13 blocks and the normalisation of "sd3.5 2b"; the autoencoder on SDXL's.
-        "stabilityai/stable-diffusion-3.5-medium": {
-            "transformer": (
-                "SD3Transformer2DModel",
-                {
-                    "sample_size": 128,
-                    "patch_size": 2,
-                    "in_channels": 16,
-                    "out_channels": 16,
-                    "num_layers": 24,
-                    "attention_head_dim": 64,
-                    "num_attention_heads": 24,
-                    "joint_attention_dim": 4096,
-                    "caption_projection_dim": 1536,
-                    "pooled_projection_dim": 2048,
-                    "pos_embed_max_size": 384,
-                    "dual_attention_layers": list(range(13)),
-                    "qk_norm": "rms_norm",
-                },
-            ),
-            "vae": (
-                "AutoencoderKL",
-                {
-                    "down_block_types": ["DownEncoderBlock2D"] * 4,
-                    "up_block_types": ["UpDecoderBlock2D"] * 4,
-                    "block_out_channels": [128, 256, 512, 512],
-                    "layers_per_block": 2,
-                    "latent_channels": 16,
-                    "sample_size": 1024,
-                    "use_quant_conv": False,
-                    "use_post_quant_conv": False,
-                    "scaling_factor": 1.5305,
-                    "shift_factor": 0.0609,
-                },
-            ),
+        f"stabilityai/stable-diffusion-3.5-{size}": {
+            "transformer": ("SD3Transformer2DModel", transformer),
+            "vae": ("AutoencoderKL", _VAE),
             "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-        },
+        }
+        for size, transformer in (("medium", _MEDIUM), ("large", _LARGE))
     }
 
     def __init__(self, pipeline: StableDiffusion3Pipeline):
