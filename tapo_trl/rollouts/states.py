@@ -42,9 +42,6 @@ class LateStates(Rollout):
             columns={name: [values[index] for index in row] for name, values in self.columns.items()},
         )
 
-    def describe_reward(self, prompts: list[str], index: tuple[int, ...]) -> str:
-        raise NotImplementedError("The rewards of these rollouts are a part of the loss.")
-
 
 @dataclass(kw_only=True)
 class StateTransitions(Transitions):

@@ -37,6 +37,9 @@ def tiny_weights(monkeypatch, clip_folder):
 class VideoScorer(PretrainedReward):
     name, reads = "videos", "video"
 
+    def raw_scores(self, images, prompts):
+        return images.flatten(1).mean(1)
+
 
 class TestNames:
     def test_name_or_folder(self, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@
 import inspect
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,7 +24,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SCALES = "`scale` multiplies the score and `standardize=(mean, std)` subtracts and divides"
 
 
-class PretrainedReward(nn.Module):
+class PretrainedReward(nn.Module, ABC):
     """
     A frozen scorer with published weights, which can be used as a [`RewardFunction`]. Load one with [`get_reward`] or
     [`~PretrainedReward.from_pretrained`].
@@ -125,15 +126,20 @@ class PretrainedReward(nn.Module):
     @classmethod
     def load(cls, weights: str | None, torch_dtype: torch.dtype, revision: str | None, **kwargs) -> "PretrainedReward":
         """
-        Make the scorer from a Hub id or a folder.
+        Make the scorer from a Hub id or a folder. Here one without weights.
 
         Args:
             weights (`str`, *optional*): Hub id, folder or file.
             torch_dtype (`torch.dtype`): precision of the weights.
             revision (`str`, *optional*): revision on the Hub.
             kwargs: arguments of the class.
+
+        Raises:
+            ValueError: if there are no weights to load.
         """
-        raise NotImplementedError
+        if weights is not None or revision is not None:
+            raise ValueError(f"The reward `{cls.name}` has no weights on the Hub: leave `weights` and `revision` out.")
+        return cls(**kwargs)
 
     @classmethod
     def read_weights(cls, weights: str, revision: str | None = None) -> dict[str, torch.Tensor]:
@@ -165,6 +171,7 @@ class PretrainedReward(nn.Module):
                 f"The reward `{cls.name}` reads videos, but a `{type(policy).__name__}` makes images: choose a reward of images."
             )
 
+    @abstractmethod
     def raw_scores(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """
         The published number.
@@ -176,7 +183,6 @@ class PretrainedReward(nn.Module):
         Returns:
             `torch.Tensor` of shape `(N,)`. The score of an image must not depend on the others.
         """
-        raise NotImplementedError
 
     # For users
 

@@ -38,12 +38,6 @@ class OCRReward(PretrainedReward):
         self.engine = _engine(detector_side)
 
     @classmethod
-    def load(cls, weights, torch_dtype, revision, **kwargs):
-        if weights is not None or revision is not None:
-            raise ValueError("The reward `ocr` has no weights on the Hub: leave `weights` and `revision` out.")
-        return cls(**kwargs)
-
-    @classmethod
     def memory(cls, torch_dtype=None):
         """None on the accelerator: its models run on the CPU."""
         return 0
