@@ -76,7 +76,9 @@ def encoder_fingerprint(policy: FlowPolicy, max_sequence_length: int | None, dty
         encoder = policy.pipeline.components[name]
         digest.update(name.encode())
         if encoder is not None:
-            tokenizer = policy.pipeline.components[name.replace("text_encoder", "tokenizer")]
+            components = policy.pipeline.components
+            tokenizer = components.get(name.replace("text_encoder", "tokenizer")) or components["processor"]
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
             vocabulary = sorted(tokenizer.get_vocab().items())
             sides = [tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.truncation_side]
             key = [tokenizer.model_max_length, tokenizer(_PROBE).input_ids, vocabulary, sides, str(encoder.dtype)]

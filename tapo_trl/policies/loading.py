@@ -96,6 +96,18 @@ FAMILIES = [
         score="tapo_trl.rewards.backbones.flux:FluxScoreTransformer2DModel",
     ),
     Family(
+        pipeline="Flux2KleinPipeline",
+        transformer="Flux2Transformer2DModel",
+        policy="tapo_trl.policies.flux2:Flux2KleinPolicy",
+        score="tapo_trl.rewards.backbones.flux2:Flux2ScoreTransformer2DModel",
+    ),
+    Family(
+        pipeline="Flux2Pipeline",
+        transformer="Flux2Transformer2DModel",
+        policy="tapo_trl.policies.flux2:Flux2Policy",
+        score="tapo_trl.rewards.backbones.flux2:Flux2ScoreTransformer2DModel",
+    ),
+    Family(
         pipeline="QwenImagePipeline",
         transformer="QwenImageTransformer2DModel",
         policy="tapo_trl.policies.qwen_image:QwenImagePolicy",
@@ -124,7 +136,7 @@ def family_of(pipeline: DiffusionPipeline | str) -> Family | None:
 
 
 def family_of_transformer(transformer_class: str) -> Family | None:
-    """The family of a transformer, by the name of its class in diffusers."""
+    """The family of a transformer, by the name of its class in diffusers: the first, where several share their backbones."""
     return next((family for family in FAMILIES if family.transformer == transformer_class), None)
 
 

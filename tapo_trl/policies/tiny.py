@@ -12,6 +12,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -65,7 +68,8 @@ def tiny_umt5(tokenizer: T5Tokenizer, hidden_size: int) -> UMT5EncoderModel:
 
 
 _CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content if message.content is string else "
+    "message.content | map(attribute='text') | join }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _LANGUAGE_MODEL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -91,10 +95,19 @@ def tiny_qwen25_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerat
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
 
 
-def tiny_qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
-    return Qwen3Model(
-        Qwen3Config(**_LANGUAGE_MODEL, num_hidden_layers=3, head_dim=8, vocab_size=len(tokenizer))
-    ).eval()
+def tiny_qwen3(
+    tokenizer: Qwen2Tokenizer, num_layers: int = 3, model_class: type[PreTrainedModel] = Qwen3Model
+) -> PreTrainedModel:
+    sizes = {**_LANGUAGE_MODEL, "num_hidden_layers": num_layers, "head_dim": 8, "vocab_size": len(tokenizer)}
+    return model_class(Qwen3Config(**sizes)).eval()
+
+
+def tiny_mistral3(tokenizer: Qwen2Tokenizer, num_layers: int) -> Mistral3ForConditionalGeneration:
+    sizes = {**_LANGUAGE_MODEL, "num_hidden_layers": num_layers, "head_dim": 8, "vocab_size": len(tokenizer)}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    vision |= {"model_type": "pixtral", "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Mistral3Config(text_config={"model_type": "mistral", **sizes}, vision_config=vision)
+    return Mistral3ForConditionalGeneration(config).eval()
 
 
 def tiny_flux_vae() -> AutoencoderKL:

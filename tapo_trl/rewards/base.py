@@ -54,9 +54,9 @@ class LatentRewardModel(StepRewardModel):
         family = family_of_transformer(transformer_class)
         backbone_class = None if family is None else family.backbone_class(cls.backbone_kind)
         if backbone_class is None:
-            supported = [f"`{family.transformer}`" for family in FAMILIES if getattr(family, cls.backbone_kind)]
+            supported = (f"`{family.transformer}`" for family in FAMILIES if getattr(family, cls.backbone_kind))
             raise ValueError(
-                f"{cls.unsupported.format(transformer_class)}. Supported backbones: {', '.join(supported)}."
+                f"{cls.unsupported.format(transformer_class)}. Supported backbones: {', '.join(dict.fromkeys(supported))}."
             )
         return backbone_class
 

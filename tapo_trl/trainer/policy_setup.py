@@ -219,7 +219,25 @@ def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
     if args.max_sequence_length is None:
         args.max_sequence_length = policy.max_sequence_length
-    return policy.latent_shape(args.height, args.width, args.num_frames)
+    latent_shape = policy.latent_shape(args.height, args.width, args.num_frames)
+    if isinstance(args, RolloutConfig):
+        warn_of_another_shift(policy, args.num_inference_steps, latent_shape)
+    return latent_shape
+
+
+def warn_of_another_shift(policy: FlowPolicy, num_inference_steps: int, latent_shape: tuple[int, ...]) -> None:
+    """Warn of noise levels whose shift is not that of the pipeline's default size and steps, where it depends on them."""
+    usual = policy.defaults
+    usual_shape = policy.latent_shape(usual.height, usual.width, usual.num_frames)
+    mu, usual_mu = policy.mu(num_inference_steps, latent_shape), policy.mu(usual.num_inference_steps, usual_shape)
+    if mu is None or math.isclose(mu, usual_mu):
+        return
+    logger.warning(
+        f"The noise levels are shifted by exp(mu) = {math.exp(mu):.2f} with `num_inference_steps={num_inference_steps}` and "
+        f"{policy.num_tokens(latent_shape)[0]:,} tokens per sample, but by {math.exp(usual_mu):.2f} with the pipeline's "
+        f"defaults, {usual.num_inference_steps} steps and {policy.num_tokens(usual_shape)[0]:,} tokens. Sample with the steps "
+        "and the size of the training, or train with those of use."
+    )
 
 
 def apply_memory_options(

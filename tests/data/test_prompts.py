@@ -15,6 +15,13 @@ from tests.testing_utils import tiny_sd3_pipeline as make_pipeline
 PROMPTS = ["a red fox", "cat", "cat", ""]
 
 
+class Processor:
+    """Without the attributes that a tokenizer has."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+
 class TestPromptCache:
     def test_gives_back_what_the_encoders_said_after_they_are_gone(self, tiny_sd3_policy, tmp_path):
         cache = PromptCache(tiny_sd3_policy, tmp_path, max_sequence_length=3)
@@ -132,6 +139,11 @@ class TestPromptCache:
         assert folders[-1] == PromptCache(SD3Policy(make_pipeline()), tmp_path, 3).folder
         wider = make_pipeline(joint_attention_dim=40)
         assert PromptCache(SD3Policy(wider), tmp_path, 3).folder not in folders
+
+    def test_a_tokenizer_may_be_in_a_processor(self, tiny_wan_policy, tmp_path, monkeypatch):
+        folder, tokenizer = PromptCache(tiny_wan_policy, tmp_path).folder, tiny_wan_policy.pipeline.tokenizer
+        monkeypatch.setattr(tiny_wan_policy.pipeline, "tokenizer", Processor(tokenizer))
+        assert PromptCache(tiny_wan_policy, tmp_path).folder == folder
 
     def test_a_pipeline_from_a_folder_finds_what_one_in_memory_left(self, tmp_path):
         make_pipeline().save_pretrained(tmp_path / "pipeline")

@@ -16,7 +16,9 @@ from tapo_trl.rewards.backbones.features import FeatureTransformerMixin
 from tapo_trl.rewards.backbones.score_stream import ScoreTransformerMixin
 
 
-FAMILY_CLASS = re.compile(r"\b(SD3|Wan|StableDiffusion3|Flux|QwenImage|ZImage|AutoencoderKL|JointTransformer)[A-Z]\w+")
+FAMILY_CLASS = re.compile(
+    r"\b(SD3|Wan|StableDiffusion3|Flux2?|QwenImage|ZImage|AutoencoderKL|JointTransformer)[A-Z]\w+"
+)
 OWNERS = ("policies/", "rewards/backbones/")
 
 
@@ -30,7 +32,8 @@ class TestTable:
         transformer_class = getattr(diffusers, family.transformer)
         for kind in ("score", "features")[: 1 if family.features is None else 2]:
             assert family.backbone_class(kind).base_class is transformer_class
-        assert family_of_transformer(family.transformer) is family
+        first = family_of_transformer(family.transformer)
+        assert (first.transformer, first.score, first.features) == (family.transformer, family.score, family.features)
 
     def test_tiny_pipelines(self, family):
         policy = load_policy(family.policy_class.tiny())
@@ -89,6 +92,9 @@ def test_licenses():
     assert base_license("stabilityai/stable-diffusion-3.5-large") == ("other", "stabilityai-ai-community")
     assert base_license("Wan-AI/Wan2.1-T2V-14B-Diffusers") == ("apache-2.0", None)
     assert base_license("black-forest-labs/FLUX.1-dev") == ("other", "flux-1-dev-non-commercial-license")
+    assert base_license("black-forest-labs/FLUX.2-klein-base-4B") == ("apache-2.0", None)
+    assert base_license("black-forest-labs/FLUX.2-klein-base-9B") == ("other", "flux-non-commercial-license")
+    assert base_license("black-forest-labs/FLUX.2-dev") == ("other", "flux-dev-non-commercial-license")
     assert base_license("someone/else") is None
 
 

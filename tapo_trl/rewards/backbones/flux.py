@@ -10,14 +10,16 @@ from diffusers import FluxTransformer2DModel
 from .score_stream import TextScoreTransformerMixin
 
 
-class FluxScoreTransformer2DModel(TextScoreTransformerMixin, FluxTransformer2DModel):
+class DoubleSingleScoreMixin(TextScoreTransformerMixin):
     """
-    FLUX.1's transformer with learnable score tokens before the prompt's. It returns the velocity, which the score tokens
-    influence, and one logit per sample. They are at position 0, as the prompt's tokens are.
+    Mixed into a transformer with double and single blocks, that of FLUX.1 or FLUX.2. Score tokens come before the prompt's, at
+    position 0, which is not rotated.
+
+    Attributes:
+        single_projections (`tuple[str, ...]`): projections to queries, keys and values in the attention of a single block.
     """
 
-    base_class = FluxTransformer2DModel
-    interface_fields = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
+    single_projections: tuple[str, ...]
 
     @property
     def backbone_dtype(self) -> torch.dtype:
@@ -26,7 +28,9 @@ class FluxScoreTransformer2DModel(TextScoreTransformerMixin, FluxTransformer2DMo
     def score_projection_names(self) -> list[str]:
         double = [f"transformer_blocks.{i}.attn.add_{p}_proj" for i in range(self.config.num_layers) for p in "qkv"]
         count = self.config.num_single_layers
-        return double + [f"single_transformer_blocks.{i}.attn.to_{p}" for i in range(count) for p in "qkv"]
+        return double + [
+            f"single_transformer_blocks.{i}.attn.{name}" for i in range(count) for name in self.single_projections
+        ]
 
     @property
     def score_width(self) -> int:
@@ -45,7 +49,7 @@ class FluxScoreTransformer2DModel(TextScoreTransformerMixin, FluxTransformer2DMo
             mask_task_tokens (`bool`, *optional*, defaults to `False`):
                 hide the score tokens from all tokens, so that the velocity is the base transformer's.
 
-        The others are those of [`~diffusers.FluxTransformer2DModel`].
+        The others are those of the transformer in diffusers.
 
         Returns:
             `tuple`: velocity, shaped as `hidden_states`, and logits of shape `(batch_size,)`, float32.
@@ -65,3 +69,14 @@ class FluxScoreTransformer2DModel(TextScoreTransformerMixin, FluxTransformer2DMo
                 **inputs,
             )
         return velocity, self.score_head(states[0])
+
+
+class FluxScoreTransformer2DModel(DoubleSingleScoreMixin, FluxTransformer2DModel):
+    """
+    FLUX.1's transformer with learnable score tokens before the prompt's. It returns the velocity, which the score tokens
+    influence, and one logit per sample.
+    """
+
+    base_class = FluxTransformer2DModel
+    interface_fields = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
+    single_projections = ("to_q", "to_k", "to_v")

@@ -73,27 +73,32 @@ class ScoreLinear(nn.Linear):
         base (`nn.Linear`): the projection.
         num_task_tokens (`int`): number of score tokens, which come first.
         rank (`int`, *optional*): if set, their weights are the projection's plus an update of this rank.
+        width (`int`, *optional*): outputs that have weights of their own, the first ones. Defaults to all.
     """
 
-    def __init__(self, base: nn.Linear, num_task_tokens: int, rank: int | None = None):
+    def __init__(self, base: nn.Linear, num_task_tokens: int, rank: int | None = None, width: int | None = None):
         super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.num_task_tokens, self.rank, self.width = num_task_tokens, rank, width or base.out_features
         if rank is None:
-            self.score_projections = nn.Linear(base.in_features, base.out_features, base.bias is not None)
+            self.score_projections = nn.Linear(base.in_features, self.width, base.bias is not None)
         else:
-            self.score_projections = LowRankUpdate(base.in_features, rank, base.out_features)
-        self.num_task_tokens, self.rank = num_task_tokens, rank
+            self.score_projections = LowRankUpdate(base.in_features, rank, self.width)
 
     def init_from_base(self) -> None:
         if self.rank is None:
-            self.score_projections.load_state_dict(dict(self.named_parameters(recurse=False)))
+            own = self.named_parameters(recurse=False)
+            self.score_projections.load_state_dict({name: parameter[: self.width] for name, parameter in own})
         else:
             self.score_projections.reset_parameters()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         score, others = hidden_states.tensor_split([self.num_task_tokens], dim=1)
         projected = self.score_projections(score)
-        if self.rank is not None:
-            projected = projected + super().forward(score)
+        if self.rank is not None or self.width < self.out_features:
+            shared = super().forward(score)
+            if self.rank is not None:
+                projected = projected + shared[..., : self.width]
+            projected = torch.cat([projected, shared[..., self.width :]], dim=-1)
         return torch.cat([projected, super().forward(others)], dim=1)
 
 
@@ -189,8 +194,11 @@ class TextScoreTransformerMixin(ScoreTransformerMixin):
         super().__init__(**transformer_config)
         self.task_tokens = nn.Parameter(torch.empty(1, num_task_tokens, self.score_width))
         for name in self.score_projection_names():
-            projection = ScoreLinear(self.get_submodule(name), num_task_tokens, task_projection_rank)
-            self.set_submodule(name, projection)
+            base = self.get_submodule(name)
+            width = min(
+                base.out_features, 3 * self.dim
+            )  # q, k and v come first where other layers are fused with them
+            self.set_submodule(name, ScoreLinear(base, num_task_tokens, task_projection_rank, width))
         self.score_head = ScoreHead(self.dim)
 
     @abstractmethod
