@@ -33,7 +33,10 @@ def _check_file(output_file: str | None) -> None:
 class GenerationArguments:
     """How a command draws samples."""
 
-    prompts: list[str] | None = option("Prompts, or the path of one .txt file with a prompt per line.")
+    prompts: list[str] | None = option(
+        "Prompts, or the path of one file: .txt with a prompt per line, or .parquet, .jsonl or .csv with the column `prompt`, whose "
+        "further columns rewards get."
+    )
     lora: str | None = option("Folder or Hub id with `pytorch_lora_weights.safetensors`.")
     num_inference_steps: int = option("Sampling steps.", 28)
     guidance_scale: float = option(
@@ -214,8 +217,8 @@ class ScoreArguments:
 
     folder: str | None = option("Folder of the images or videos. Can also be the first argument, without the flag.")
     prompts: list[str] | None = option(
-        "Prompt of each file, in the order of the file names: a list, a .txt file with a prompt per line, or a .json file "
-        "`{file name: prompt}`."
+        "Prompt of each file, in the order of the file names: a list, a .txt file with a prompt per line, a .parquet, .jsonl or .csv "
+        "file with the column `prompt`, whose further columns rewards get, or a .json file `{file name: prompt}`."
     )
     reward_model: list[str] | None = option(REWARDS_OF_SAMPLES)
     reward_model_init_kwargs: dict[str, Any] | str | None = option(INIT_KWARGS)

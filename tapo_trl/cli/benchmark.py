@@ -6,9 +6,11 @@
 import shlex
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 
+GENEVAL, ALL = "geneval", "all"
 SETTINGS = (  # what samples depend on, beside the model and its LoRA
     *("num_inference_steps", "guidance_scale", "negative_prompt", "max_sequence_length", "fps"),
     *("vae_tiling", "vae_slicing"),
@@ -17,14 +19,15 @@ SETTINGS = (  # what samples depend on, beside the model and its LoRA
 
 def run_benchmark(args, model_args) -> dict[str, Any]:
     """
-    Draws the samples that are missing and scores them; or reads the scores of the benchmark's own tool.
+    Draws the samples that are missing and scores them; or reads the scores of the benchmark's own tool. GenEval is scored here if
+    the weights of its detector are.
 
     Args:
         args ([`EvaluateArguments`]): The benchmark, its prompts and how to sample.
         model_args ([`PipelineConfig`]): The pipeline.
 
     Returns:
-        `dict[str, Any]`: `scores` of the tool, or the number of `samples` and, with `reward_model`, `rewards`: for each
+        `dict[str, Any]`: `scores` of the benchmark, the number of `samples` and, with `reward_model`, `rewards`: for each
             [`~evaluation.scores.summarize`] of all samples, and of those of each category.
     """
     from accelerate import PartialState
@@ -36,13 +39,15 @@ def run_benchmark(args, model_args) -> dict[str, Any]:
     benchmark = find_benchmark(args.benchmark)
     if args.results is not None:
         return {"name": args.benchmark, "scores": read_results(args.benchmark, args.results)}
-    rows = load_prompts(args.benchmark, args.benchmark_prompts)
+    rows, rewards = load_prompts(args.benchmark, args.benchmark_prompts), list(args.reward_model or [])
+    if args.benchmark == GENEVAL and GENEVAL not in rewards and detector_is_here(args):
+        rewards.append(GENEVAL)
     policy = load_sampling_policy(model_args, args)
     if policy.modality != benchmark.modality:
         raise ValueError(
             f"`{args.benchmark}` is a benchmark of {benchmark.modality}s, but the model makes {policy.modality}s."
         )
-    scorers = load_benchmark_scorers(args, policy, rows) if PartialState().is_main_process else {}
+    scorers = load_benchmark_scorers(args, rewards, policy, rows) if PartialState().is_main_process else {}
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"size": sample_size(policy, args), "model": model_args.model_name_or_path, "lora": args.lora}
     settings |= {"revision": model_args.model_revision, "torch_dtype": str(model_args.dtype)}
@@ -60,13 +65,24 @@ def run_benchmark(args, model_args) -> dict[str, Any]:
     result: dict[str, Any] = {"name": args.benchmark, "samples": len(items)}
     if not PartialState().is_main_process:
         return result
-    if args.reward_model is not None:
+    if rewards:
         result["rewards"] = score_items(args, policy, rows, items, scorers)
-    if benchmark.next_step is not None:
+    if args.benchmark == GENEVAL and GENEVAL in scorers:
+        means = {tag: summary["mean"] for tag, summary in result["rewards"].pop(GENEVAL).items() if tag != ALL}
+        result["scores"] = {**means, "overall": mean(means.values())}
+        if not result["rewards"]:
+            del result["rewards"]
+    elif benchmark.next_step is not None:
         command = benchmark.next_step.format(folder=shlex.quote(str(Path(args.samples_dir).absolute())))
+        if args.benchmark == GENEVAL:
+            from ..rewards.pretrained.geneval import GenEvalReward
+
+            native = f" Or fetch the detector, and run this command again:\n\n    {GenEvalReward.how_to_get()}"
+        else:
+            native = ""
         print(
             f"The samples are in {args.samples_dir}. In a clone of {benchmark.source} and in its own environment, run\n\n    {command}\n\n"
-            f"and then `tapo-trl evaluate --benchmark {args.benchmark} --results RESULT`.",
+            f"and then `tapo-trl evaluate --benchmark {args.benchmark} --results RESULT`.{native}",
             file=sys.stderr,
         )
     return result
@@ -83,14 +99,21 @@ def read_results(name: str, path: str) -> dict[str, float]:
     return read_vbench(path) if name == "vbench" else {name: read_compbench(path)}
 
 
-def load_benchmark_scorers(args, policy, rows) -> dict[str, Any]:
+def detector_is_here(args) -> bool:
+    """Whether GenEval can be scored: its detector is where it is looked for, or is named."""
+    from ..rewards.pretrained.geneval import GenEvalReward
+
+    return GENEVAL in (args.reward_model_init_kwargs or {}) or GenEvalReward.detector_path().is_file()
+
+
+def load_benchmark_scorers(args, rewards: list[str], policy, rows) -> dict[str, Any]:
     """The rewards of the samples, loaded and checked before these are drawn."""
     from ..evaluation.scores import check_scorers, load_scorers
     from ..scripts.utils import load_functions
 
-    rewards = load_functions(args.reward_model or [])
-    scorers = load_scorers(rewards, args.reward_model_init_kwargs, lambda name: policy)
-    check_scorers(scorers, rows["prompt"], policy)
+    scorers = load_scorers(load_functions(rewards), args.reward_model_init_kwargs, lambda name: policy)
+    columns = {name: rows[name] for name in rows.column_names if name != "prompt"}
+    check_scorers(scorers, rows["prompt"], policy, columns)
     return scorers
 
 
@@ -107,16 +130,14 @@ def score_items(args, policy, rows, items, scorers) -> dict[str, dict[str, dict]
     """
     from ..evaluation.scores import SampleFiles, score_samples, summarize
 
-    prompts = [item.prompt for item in items]
+    of_items = rows[[item.row for item in items]]  # the same prompt may stand in two categories
+    prompts = of_items.pop("prompt")
     files = SampleFiles([Path(args.samples_dir) / item.file for item in items])
-    scores = score_samples(scorers, files, prompts, policy.transformer.device)
-    column = next((name for name in ("category", "tag") if name in rows.column_names), None)
-    # Each row has as many files; the same prompt may stand in two categories
-    per_row = len(items) // len(rows)
-    categories = [] if column is None else [category for category in rows[column] for _ in range(per_row)]
+    scores = score_samples(scorers, files, prompts, policy.transformer.device, of_items)
+    categories = next((of_items[name] for name in ("category", "tag") if name in of_items), [])
     found = {}
     for name, values in scores.items():
-        found[name] = {"all": summarize(values)}
+        found[name] = {ALL: summarize(values)}
         for category in dict.fromkeys(categories):
             members = [row for row, other in enumerate(categories) if other == category]
             found[name][category] = summarize(values[members])

@@ -157,21 +157,22 @@ def measure_rewards(args, model_args) -> dict[str, dict]:
         `dict[str, dict]`: For each reward [`~evaluation.scores.summarize`] of the model's samples, or
             [`~evaluation.scores.compare`] of both.
     """
-    from ..data.loading import read_prompts
+    from ..data.loading import read_prompts_and_columns
     from ..evaluation.scores import check_scorers, compare, load_scorers, score_samples, summarize
     from ..scripts.utils import load_functions
     from .sample import draw, load_sampling_policy
 
-    prompts, rewards = read_prompts(args.prompts, "prompts"), load_functions(args.reward_model)
+    prompts, columns = read_prompts_and_columns(args.prompts, "prompts")
+    rewards = load_functions(args.reward_model)
     policy = load_sampling_policy(model_args, args)
     scorers = load_scorers(rewards, args.reward_model_init_kwargs, load_base=lambda name: policy)
-    check_scorers(scorers, prompts, policy)
+    check_scorers(scorers, prompts, policy, columns)
     samples = {"aligned" if args.lora is not None else "samples": draw(policy, prompts, args)}
     if args.lora is not None and args.compare_base:
         policy.pipeline.disable_lora()
         samples["base"] = draw(policy, prompts, args)
     device = policy.transformer.device
-    scores = {name: score_samples(scorers, drawn, prompts, device) for name, drawn in samples.items()}
+    scores = {name: score_samples(scorers, drawn, prompts, device, columns) for name, drawn in samples.items()}
     if args.samples_dir is not None:
         save_samples(args, prompts, samples, scores)
     if "base" in scores:

@@ -108,10 +108,10 @@ def main(args, model_args) -> None:
     """
     from pathlib import Path
 
-    from ..data.loading import read_prompts
+    from ..data.loading import read_prompts_and_columns
     from ..media.pictures import save_overview
 
-    prompts = read_prompts(args.prompts, "prompts")
+    prompts, _ = read_prompts_and_columns(args.prompts, "prompts")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -29,9 +29,9 @@ def make_parser() -> RecipeParser:
     return ScoreParser((ScoreArguments, PipelineConfig), prog="tapo-trl score")
 
 
-def match_prompts(files: list[Path], prompts: list[str]) -> list[str]:
+def match_prompts(files: list[Path], prompts: list[str]) -> tuple[list[str], dict[str, list]]:
     """
-    The prompt of each file.
+    The prompt of each file, and further columns.
 
     Args:
         files (`list[Path]`): The samples.
@@ -40,21 +40,21 @@ def match_prompts(files: list[Path], prompts: list[str]) -> list[str]:
     Raises:
         ValueError: if files and prompts do not belong together.
     """
-    from ..data.loading import read_prompts
+    from ..data.loading import read_prompts_and_columns
 
     if len(prompts) == 1 and prompts[0].endswith(".json"):
         by_name = read_prompts_by_name(Path(prompts[0]))
         missing = [file.name for file in files if file.name not in by_name]
         if missing:
             raise ValueError(f"`prompts`: {prompts[0]} has no prompt for {missing[:3]}.")
-        return [by_name[file.name] for file in files]
-    prompts = read_prompts(prompts, "prompts")
+        return [by_name[file.name] for file in files], {}
+    prompts, columns = read_prompts_and_columns(prompts, "prompts")
     if len(prompts) != len(files):
         raise ValueError(
             f"`prompts`: there are {len(prompts)} prompts for the {len(files)} files in {files[0].parent}. Give one for each, in the "
             "order of the names, or a .json file `{file name: prompt}`."
         )
-    return prompts
+    return prompts, columns
 
 
 def read_prompts_by_name(path: Path) -> dict[str, str]:
@@ -96,11 +96,11 @@ def score_folder(args, model_args) -> tuple[list[Path], list[str], dict]:
         return policy
 
     files = find_samples(args.folder)
-    samples, prompts = SampleFiles(files), match_prompts(files, args.prompts)
+    samples, (prompts, columns) = SampleFiles(files), match_prompts(files, args.prompts)
     samples.check()
     scorers = load_scorers(load_functions(args.reward_model), args.reward_model_init_kwargs, load_base)
-    check_scorers(scorers, prompts)
-    return files, prompts, score_samples(scorers, samples, prompts, device)
+    check_scorers(scorers, prompts, columns=columns)
+    return files, prompts, score_samples(scorers, samples, prompts, device, columns)
 
 
 def main(args, model_args) -> None:

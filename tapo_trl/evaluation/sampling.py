@@ -23,8 +23,9 @@ FLICKERING_SAMPLES = 25  # per prompt of VBench's dimension temporal_flickering
 
 
 class Item(NamedTuple):
-    """One file of a benchmark."""
+    """One file of a benchmark, with the row of its prompt."""
 
+    row: int
     prompt: str
     seed: int
     file: Path
@@ -81,8 +82,9 @@ def list_items(name: str, rows: Dataset, samples_per_prompt: int | None = None, 
     """
     samples = samples_per_prompt or find_benchmark(name).samples_per_prompt
     files = _LAYOUTS.get(name.split("/")[0], _items_of_others)(rows, samples)
-    flat = [(prompt, file) for prompt, row in zip(rows["prompt"], files, strict=True) for file in row]
-    return [Item(prompt, seed + index, file) for index, (prompt, file) in enumerate(flat)]
+    flat = [(row, file) for row, of_row in enumerate(files) for file in of_row]
+    prompts = rows["prompt"]
+    return [Item(row, prompts[row], seed + index, file) for index, (row, file) in enumerate(flat)]
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -3,12 +3,14 @@
 
 """Rewards of finished samples, and what a table says of them."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..data.images import ImageReader
 from ..data.videos import read_video
@@ -87,7 +89,12 @@ def load_scorers(
     return scorers
 
 
-def check_scorers(scorers: Mapping[str, Callable], prompts: Sequence[str], policy: FlowPolicy | None = None) -> None:
+def check_scorers(
+    scorers: Mapping[str, Callable],
+    prompts: Sequence[str],
+    policy: FlowPolicy | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> None:
     """
     Check that pretrained rewards can rate samples, before they are drawn.
 
@@ -95,13 +102,14 @@ def check_scorers(scorers: Mapping[str, Callable], prompts: Sequence[str], polic
         scorers (`dict[str, Callable]`): from [`load_scorers`].
         prompts (`Sequence[str]`): prompts of the samples.
         policy ([`FlowPolicy`], *optional*): what draws the samples.
+        columns (`dict[str, Sequence]`, *optional*): what is known beside the prompts, one value for each.
 
     Raises:
         ValueError: if one cannot.
     """
     for scorer in scorers.values():
         if isinstance(scorer, PretrainedReward):
-            scorer.check_prompts(prompts)
+            scorer.check_prompts(prompts, **(columns or {}))
             if policy is not None:
                 scorer.check_reads(policy)
 
@@ -111,6 +119,7 @@ def score_samples(
     samples: Sequence[torch.Tensor],
     prompts: list[str],
     device: torch.device | str = "cpu",
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Score samples with one reward after the other, so that only the weights of one reward are on the accelerator.
@@ -122,6 +131,8 @@ def score_samples(
             differ.
         prompts (`list[str]`): one per sample.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where weights compute.
+        columns (`dict[str, Sequence]`, *optional*): what is known beside the prompts, one value per sample. A scorer gets what it
+            has arguments for.
 
     Returns:
         `dict[str, torch.Tensor]`: for each reward, scores of shape `(len(samples),)`, float32, on the CPU.
@@ -132,11 +143,13 @@ def score_samples(
     scores = {}
     for name, scorer in scorers.items():
         has_weights = isinstance(scorer, (PretrainedReward, LatentScorer))
+        read = columns_of(scorer, columns or {})
         scores[name] = torch.empty(len(samples))
         for rows, pixels in _batches(samples, BATCH_SIZE if has_weights else len(samples)):
             pixels = pixels.to(device if has_weights else "cpu")
+            of_rows = {column: [values[row] for row in rows] for column, values in read.items()}
             scores[name][rows] = call_reward_function(
-                scorer, pixels, [prompts[row] for row in rows], noun="sample"
+                scorer, pixels, [prompts[row] for row in rows], of_rows, noun="sample"
             ).cpu()
         if has_weights:
             scorer.to("cpu")
@@ -146,6 +159,13 @@ def score_samples(
                 f"The reward `{name}` gave scores that are not finite, the first for the prompt {prompts[bad[0]]!r}."
             )
     return scores
+
+
+def columns_of(scorer: Callable, columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """Those of some columns that a reward has arguments for."""
+    parameters = inspect.signature(scorer.forward if isinstance(scorer, nn.Module) else scorer).parameters
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: values for name, values in columns.items() if takes_all or name in parameters}
 
 
 def _batches(samples: Sequence[torch.Tensor], size: int) -> Iterator[tuple[list[int], torch.Tensor]]:

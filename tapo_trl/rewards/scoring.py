@@ -292,7 +292,7 @@ class PixelReward(CandidateReward):
         chunks = candidates.denoised.split(self.batch_size or len(candidates))
         pixels = torch.cat([_decode(self.policy, chunk) for chunk in chunks])
         if with_gradient and isinstance(function, PretrainedReward):
-            function = function.to(pixels.device).score_with_columns
+            function = function.to(pixels.device).score
         return call_reward_function(
             function, pixels, candidates.prompts, candidates.columns, with_gradient=with_gradient
         )

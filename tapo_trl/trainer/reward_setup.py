@@ -110,7 +110,8 @@ def check_reward_functions(rewards: Sequence[RewardModel], datasets: Sequence[Da
         columns = [name for name in dataset.column_names if name not in ("prompt", ROW_COLUMN)]
         check_reward_function(reward, columns)
         if isinstance(reward, PretrainedReward):
-            reward.check_prompts(dataset["prompt"])
+            read = {name: dataset[name] for name in reward.columns if name in columns}
+            reward.check_prompts(dataset["prompt"], **read)
 
 
 def check_sharing(rewards: Sequence[RewardModel], args: RolloutConfig, peft_config: PeftConfig | None) -> None:

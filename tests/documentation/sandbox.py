@@ -206,6 +206,7 @@ def benchmark_files() -> dict[str, str]:
     return {
         "geneval/prompts/evaluation_metadata.jsonl": geneval,
         "geneval-samples/results.jsonl": geneval,
+        "flow_grpo/dataset/geneval/train_metadata.jsonl": geneval,
         "T2I-CompBench/examples/dataset/color_val.txt": "a blue cup\n",
         "compbench-samples/color/annotation_blip/vqa_result.json": '[{"question_id": 0, "answer": "0.5"}]',
         "VBench/vbench/VBench_full_info.json": '[{"prompt_en": "a cup turns", "dimension": ["scene"]}]',

@@ -115,6 +115,7 @@ EXEMPT = {
     r"python reward_server\.py": "serves until it is stopped; tests/rewards/test_remote.py starts it",
     r"tapo-trl tapo .*http://": "needs a server; tests/trainer/test_remote_reward.py trains with one",
     r"git clone ": "downloads",
+    r"tapo-trl grpo .*--reward_model geneval": "needs weights; tests/rewards/pretrained/test_geneval.py trains with tiny ones",
     r"tapo-trl evaluate .*--reward_model videoreward": "needs weights; tests/rewards/pretrained/test_videoreward.py scores tiny ones",
     r"python examples/words/pretrain\.py": "needs fonts of Debian",
     r"python examples/words/report\.py": "needs Tesseract and two trainings; tests/examples/test_words.py measures with it",

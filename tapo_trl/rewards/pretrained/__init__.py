@@ -13,6 +13,7 @@ from .base import PretrainedReward
 REWARDS = {
     "aesthetic": "clip:AestheticReward",
     "clip": "clip:CLIPReward",
+    "geneval": "geneval:GenEvalReward",
     "hpsv2.1": "hpsv2:HPSv21Reward",
     "hpsv3": "hpsv3:HPSv3Reward",
     "imagereward": "imagereward:ImageReward",

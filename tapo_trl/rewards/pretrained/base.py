@@ -50,6 +50,7 @@ class PretrainedReward(nn.Module, ABC):
         license (`str`): licence of the weights.
         score_range (`tuple[float, float]`): usual range of the published number.
         reads (`str`): `"image"` or `"video"`.
+        columns (`tuple[str, ...]`): columns of the dataset that it reads beside the prompt.
         differentiable (`bool`): whether gradients reach the pixels through [`~PretrainedReward.score`].
         num_parameters (`int`): number of parameters.
         default_dtype (`torch.dtype`): precision of the weights unless `torch_dtype` is given.
@@ -64,6 +65,7 @@ class PretrainedReward(nn.Module, ABC):
     license: ClassVar[str]
     score_range: ClassVar[tuple[float, float]]
     reads: ClassVar[Literal["image", "video"]] = "image"
+    columns: ClassVar[tuple[str, ...]] = ()
     differentiable: ClassVar[bool] = True
     num_parameters: ClassVar[int]
     default_dtype: ClassVar[torch.dtype] = torch.float32
@@ -152,13 +154,22 @@ class PretrainedReward(nn.Module, ABC):
         )
 
     @classmethod
-    def check_prompts(cls, prompts: Sequence[str]) -> None:
+    def check_prompts(cls, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
         """
         Check that prompts can be scored, before anything is sampled.
+
+        Args:
+            prompts (`Sequence[str]`): prompts.
+            columns: further columns of the dataset, one value per prompt.
 
         Raises:
             ValueError: if one cannot.
         """
+        missing = [name for name in cls.columns if name not in columns]
+        if missing:
+            raise ValueError(
+                f"The reward `{cls.name}` reads the column `{missing[0]}` of the dataset beside the prompt, but there is none."
+            )
 
     @classmethod
     def check_reads(cls, policy: "FlowPolicy") -> None:
@@ -172,13 +183,14 @@ class PretrainedReward(nn.Module, ABC):
             )
 
     @abstractmethod
-    def raw_scores(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def raw_scores(self, images: torch.Tensor, prompts: list[str], **columns: list[Any]) -> torch.Tensor:
         """
         The published number.
 
         Args:
             images (`torch.Tensor` of shape `(N, 3, H, W)`, or `(N, 3, F, H, W)` if it reads videos): float32 in [0, 1].
             prompts (`list[str]`): one per image.
+            columns: those that the class reads, one value per image.
 
         Returns:
             `torch.Tensor` of shape `(N,)`. The score of an image must not depend on the others.
@@ -247,7 +259,7 @@ class PretrainedReward(nn.Module, ABC):
         """Bytes of the weights on the accelerator."""
         return cls.num_parameters * (parse_dtype(torch_dtype) or cls.default_dtype).itemsize
 
-    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def score(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
         """
         Score images or videos in one forward pass, with gradients with respect to the pixels if the class is `differentiable`.
 
@@ -255,6 +267,7 @@ class PretrainedReward(nn.Module, ABC):
             images (`torch.Tensor` of shape `(N, 3, H, W)` or `(N, 3, F, H, W)`):
                 float in [0, 1]. A scorer of images rates the `frames` of videos, and averages.
             prompts (`list[str]`): one per image.
+            columns: further columns of the dataset, of which `columns` of the class are read.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32: scores on the published scale, changed by `scale` or
@@ -263,22 +276,24 @@ class PretrainedReward(nn.Module, ABC):
         Raises:
             ValueError: if the input is not as described, or if there is another number of scores than of images.
         """
-        self._check_input(images, prompts)
-        images, prompts, num_frames = self._read_frames(images, prompts)
-        return self._rate(images, prompts).view(-1, num_frames).mean(1)
+        columns = self._check_input(images, prompts, columns)
+        images, num_frames = self._read_frames(images)
+        return self._rate(images, prompts, columns, num_frames).view(-1, num_frames).mean(1)
 
-    def _rate(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        scores = self.raw_scores(images.float(), prompts).float()
+    def _rate(
+        self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]], num_frames: int, start: int = 0
+    ) -> torch.Tensor:
+        """Scores of some images or frames, of which the one at `start` is the first; their prompts are found by it."""
+        rows = [index // num_frames for index in range(start, start + len(images))]
+        prompts = [prompts[row] for row in rows]
+        columns = {name: [values[row] for row in rows] for name, values in columns.items()}
+        scores = self.raw_scores(images.float(), prompts, **columns).float()
         if scores.shape != (len(images),):
             raise ValueError(
                 f"The reward `{self.name}` must give one score for each of {len(images)} {self.reads}s, but gave shape "
                 f"{tuple(scores.shape)}."
             )
         return (scores - self.mean) * self.factor
-
-    def score_with_columns(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
-        """[`~PretrainedReward.score`] as a [`RewardFunction`], which gets further columns of the dataset."""
-        return self.score(images, prompts)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
@@ -288,7 +303,7 @@ class PretrainedReward(nn.Module, ABC):
         Args:
             images (`torch.Tensor` of shape `(N, 3, H, W)` or `(N, 3, F, H, W)`): float in [0, 1].
             prompts (`list[str]`): one per image.
-            columns: further columns of the dataset, which are not read.
+            columns: further columns of the dataset, of which `columns` of the class are read.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32. NaN where pixels are not finite, as after a diverged step.
@@ -296,15 +311,15 @@ class PretrainedReward(nn.Module, ABC):
         Raises:
             ValueError: if the input is not as described, or if a score is not finite.
         """
-        self._check_input(images, prompts)
+        columns = self._check_input(images, prompts, columns)
         readable = torch.stack([image.isfinite().all() for image in images])
         images = images.float().nan_to_num(0.0, 0.0, 0.0)
-        images, prompts, num_frames = self._read_frames(images, prompts)
+        images, num_frames = self._read_frames(images)
         self._move(images.device)
         with torch.autocast(images.device.type, enabled=False):
             chunks = range(0, len(images), self.batch_size)
             scores = [
-                self._rate(images[start : start + self.batch_size], prompts[start : start + self.batch_size])
+                self._rate(images[start : start + self.batch_size], prompts, columns, num_frames, start)
                 for start in chunks
             ]
         if self.offload:
@@ -318,7 +333,8 @@ class PretrainedReward(nn.Module, ABC):
             )
         return scores.where(readable, torch.nan)
 
-    def _check_input(self, images: torch.Tensor, prompts: list[str]) -> None:
+    def _check_input(self, images: torch.Tensor, prompts: list[str], columns: dict[str, Any]) -> dict[str, list[Any]]:
+        """Returns the columns that are read."""
         if not isinstance(images, torch.Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, torch.Tensor) else f"`{type(images).__name__}`"
             raise ValueError(f"The reward `{self.name}` reads float tensors with values in [0, 1], but got {kind}.")
@@ -335,16 +351,19 @@ class PretrainedReward(nn.Module, ABC):
         if isinstance(prompts, str) or len(prompts) != len(images):
             number = "a `str`" if isinstance(prompts, str) else len(prompts)
             raise ValueError(f"The reward `{self.name}` needs a list of {len(images)} prompts, but got {number}.")
+        read = {name: columns[name] for name in self.columns if name in columns}
+        self.check_prompts(prompts, **read)
+        return read
 
-    def _read_frames(self, videos: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, list[str], int]:
-        """What is rated one by one: frames of videos, one video after the other, with prompts, and their number in each."""
+    def _read_frames(self, videos: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """What is rated one by one: frames of videos, one video after the other, and their number in each."""
         if videos.ndim == 4 or self.reads == "video":
-            return videos, list(prompts), 1
+            return videos, 1
         total = videos.shape[2]
         number = {"all": total, "first": 1}.get(self.frames, self.frames)
         index = torch.linspace(0, total - 1, min(number, total)).round().long()
         frames = videos[:, :, index.to(videos.device)].transpose(1, 2)
-        return frames.flatten(0, 1), [prompt for prompt in prompts for _ in index], len(index)
+        return frames.flatten(0, 1), len(index)
 
     def _move(self, device: torch.device) -> None:
         if any(tensor.device != device for tensor in (*self.parameters(), *self.buffers())):

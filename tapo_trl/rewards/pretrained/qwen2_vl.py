@@ -88,13 +88,12 @@ class Qwen2VLReward(PretrainedReward):
             prompts (`list[str]`): prompts.
             num_media_tokens (`int`): tokens of each picture or video.
         """
-        self.check_prompts(prompts)
         media = self.media_token * num_media_tokens
         texts = [CHAT.format(media=media, text=self.instruction.format(text_prompt=prompt)) for prompt in prompts]
         return self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
 
     @classmethod
-    def check_prompts(cls, prompts):
+    def check_prompts(cls, prompts, **columns):
         for prompt, token in itertools.product(prompts, (cls.media_token, *cls.reward_tokens)):
             if token in prompt:
                 raise ValueError(
