@@ -35,7 +35,7 @@ class OCRReward(PretrainedReward):
     def __init__(self, detect: bool = True, detector_side: int = 736, **kwargs):
         super().__init__(**kwargs)
         self.detect = detect
-        self.engine = _engine(detector_side)
+        self.engine = _engine(detector_side, pad_lines=detect)
 
     @classmethod
     def memory(cls, torch_dtype=None):
@@ -43,7 +43,7 @@ class OCRReward(PretrainedReward):
         return 0
 
     @classmethod
-    def check_prompts(cls, prompts, **columns):
+    def check_prompts(cls, prompts):
         for prompt in prompts:
             quoted_text(prompt)
 
@@ -64,7 +64,8 @@ class OCRReward(PretrainedReward):
         return "".join(lines or ())
 
 
-def _engine(detector_side: int):
+def _engine(detector_side: int, pad_lines: bool):
+    """RapidOCR. With `pad_lines`, a line is padded to at least 320 / 48 times its height, as RapidOCR does to read several at once."""
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
@@ -75,6 +76,7 @@ def _engine(detector_side: int):
         params={
             "Global.log_level": "error",
             "Det.limit_side_len": detector_side,
+            **({} if pad_lines else {"Rec.rec_img_shape": [3, 48, 48]}),
             "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         }
