@@ -139,6 +139,14 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
         "number. `best` is the number with the highest accuracy, and `videoalign` counts as VideoAlign's code."
     )
     compare_base: bool = option("Whether to draw and score the base model's samples, too, if there is a `lora`.", True)
+    baselines: list[str] | None = option(
+        "Further models to draw and score, as `NAME=ID`: any text-to-image or text-to-video pipelines of diffusers, by Hub id or folder, "
+        "sampled by their own `__call__` on the same prompts and seeds."
+    )
+    baseline_kwargs: dict[str, Any] | str | None = option(
+        "Arguments of the baselines' `__call__`, such as `{num_inference_steps: 50}`. A mapping under the name of a baseline applies to "
+        "that one only. By default their pipelines' own, with the sizes that are set here."
+    )
     samples_dir: str | None = option("Folder for the samples and the score of each.")
     benchmark: str | None = option(
         "Public benchmark whose samples are drawn: `geneval`, `compbench/color` (or another category), "
@@ -156,7 +164,9 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
         ScoredPairsArguments.__post_init__(self)
         GenerationArguments.__post_init__(self)
         read_mapping(self, "reward_model_init_kwargs")
+        read_mapping(self, "baseline_kwargs")
         self._check_ties()
+        self._check_baselines()
         if self.samples_dir is not None:
             check_folder_name(self.samples_dir, "samples_dir")
         _check_file(self.output_file)
@@ -173,6 +183,18 @@ class EvaluateArguments(ScoredPairsArguments, GenerationArguments):
             raise ValueError(
                 "`reward_model` needs `prompts` (what the model should draw) or `dataset_name` (pairs to be ranked)."
             )
+
+    def _check_baselines(self) -> None:
+        from ..evaluation.baselines import parse_baselines
+
+        if self.baselines is not None and (
+            self.results is not None or (self.prompts is None and self.benchmark is None)
+        ):
+            raise ValueError("`baselines` are sampled: give `prompts` or a `benchmark` without `results`.")
+        names = parse_baselines(self.baselines or [])
+        for name, value in (self.baseline_kwargs or {}).items():
+            if not names or (isinstance(value, dict) and name not in names):
+                raise ValueError(f"`baseline_kwargs` has arguments for `{name}`, but `baselines` is {list(names)}.")
 
     def _check_ties(self) -> None:
         if (self.tie_threshold is not None or self.zero_margin != "half") and self.dataset_name is None:

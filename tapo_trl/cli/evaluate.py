@@ -147,7 +147,7 @@ def measure_reward_accuracy(args, model_args) -> dict[str, dict]:
 
 def measure_rewards(args, model_args) -> dict[str, dict]:
     """
-    Rewards of a model's samples and, with a LoRA, of its base's on the same seeds.
+    Rewards of a model's samples and, with a LoRA, of its base's on the same seeds, and of baselines.
 
     Args:
         args ([`EvaluateArguments`]): The rewards, the prompts and how to sample.
@@ -155,16 +155,17 @@ def measure_rewards(args, model_args) -> dict[str, dict]:
 
     Returns:
         `dict[str, dict]`: For each reward [`~evaluation.scores.summarize`] of the model's samples, or
-            [`~evaluation.scores.compare`] of both.
+            [`~evaluation.scores.compare`] of both; and `baselines`, if there are any, by their names.
     """
     from ..data.loading import read_prompts_and_columns
     from ..evaluation.scores import check_scorers, compare, load_scorers, score_samples, summarize
     from ..scripts.utils import load_functions
-    from .sample import draw, load_sampling_policy
+    from .sample import draw, in_place_of, load_baselines, load_sampling_policy
 
     prompts, columns = read_prompts_and_columns(args.prompts, "prompts")
     rewards = load_functions(args.reward_model)
     policy = load_sampling_policy(model_args, args)
+    baselines = load_baselines(policy, model_args, args)
     scorers = load_scorers(rewards, args.reward_model_init_kwargs, load_base=lambda name: policy)
     check_scorers(scorers, prompts, policy, columns)
     samples = {"aligned" if args.lora is not None else "samples": draw(policy, prompts, args)}
@@ -172,13 +173,22 @@ def measure_rewards(args, model_args) -> dict[str, dict]:
         policy.pipeline.disable_lora()
         samples["base"] = draw(policy, prompts, args)
     device = policy.transformer.device
+    seeds = range(args.seed, args.seed + len(prompts))
+    for baseline in baselines:
+        with in_place_of(policy, baseline):
+            samples[baseline.name] = baseline.draw(prompts, seeds, args.batch_size, device)
     scores = {name: score_samples(scorers, drawn, prompts, device, columns) for name, drawn in samples.items()}
     if args.samples_dir is not None:
         save_samples(args, prompts, samples, scores)
-    if "base" in scores:
-        return {spec: compare(scores["base"][spec], scores["aligned"][spec]) for spec in rewards}
-    (only,) = scores.values()
-    return {spec: summarize(only[spec]) for spec in rewards}
+    found = {}
+    for spec in rewards:
+        ours = next(iter(scores.values()))[spec]
+        found[spec] = compare(scores["base"][spec], ours) if "base" in scores else summarize(ours)
+        if baselines:
+            found[spec]["baselines"] = {
+                baseline.name: summarize(scores[baseline.name][spec]) for baseline in baselines
+            }
+    return found
 
 
 def save_samples(args, prompts: list[str], samples: dict, scores: dict) -> None:
@@ -193,13 +203,14 @@ def save_samples(args, prompts: list[str], samples: dict, scores: dict) -> None:
     """
     import torch
 
-    from ..media.pictures import save_overview
+    from ..media.pictures import resize_samples, save_overview
     from .sample import write_samples
 
     folder = Path(args.samples_dir)
     for name, drawn in samples.items():
         write_samples(drawn, folder / name, args.fps)
-    first = [drawn[:SHOWN] for drawn in reversed(samples.values())]  # the base before the model
+    first = [drawn[:SHOWN] for drawn in reversed(samples.values())]  # baselines, and the base before the model
+    first = [resize_samples(drawn, first[-1].shape[2:]) for drawn in first]
     save_overview(torch.stack(first, dim=1).flatten(0, 1), folder / "overview", len(first), args.fps)
     values = {name: {spec: part.tolist() for spec, part in of_model.items()} for name, of_model in scores.items()}
     text = json.dumps({"prompts": prompts, "scores": values}, indent=2)
@@ -210,13 +221,14 @@ def format_rewards(statistics: dict[str, dict]) -> str:
     """Table of what [`measure_rewards`] returns."""
     rows = []
     for spec, values in statistics.items():
+        others = {name: format_mean(summary) for name, summary in values.get("baselines", {}).items()}
         if "base" not in values:
-            rows.append({"reward": spec, "mean": format_mean(values), "n": str(values["n"])})
+            rows.append({"reward": spec, **others, "mean": format_mean(values), "n": str(values["n"])})
             continue
         parts = {name: format_mean(values[name]) for name in ("base", "aligned", "difference")}
         ratio = "" if values["ratio"] is None else f"{values['ratio']:.3f}"
         counts = {"win rate": f"{values['win_rate']:.3f}", "ratio": ratio, "n": str(values["base"]["n"])}
-        rows.append({"reward": spec, **parts, **counts})
+        rows.append({"reward": spec, **others, **parts, **counts})
     return format_table(rows)
 
 

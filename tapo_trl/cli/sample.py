@@ -1,6 +1,9 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from .parser import RecipeParser
 
 
@@ -47,6 +50,52 @@ def sample_size(policy, args) -> tuple[int, int, int | None]:
     size = policy.defaults
     height, width = args.height or args.resolution or size.height, args.width or args.resolution or size.width
     return height, width, args.num_frames or size.num_frames
+
+
+def load_baselines(policy, model_args, args) -> list:
+    """
+    The baselines of `tapo-trl evaluate`, checked, and without weights.
+
+    Args:
+        policy ([`FlowPolicy`]): The model that they are compared with.
+        model_args ([`PipelineConfig`]): Precision.
+        args ([`EvaluateArguments`]): The baselines, their arguments and sizes.
+
+    Returns:
+        `list[Baseline]`: The baselines.
+
+    Raises:
+        ValueError: if one cannot be sampled so, or makes videos of images.
+    """
+    from ..evaluation.baselines import Baseline, parse_baselines
+    from ..policies.loading import AUTO
+    from ..rewards.loading import init_kwargs_of
+
+    if args.baselines is not None and model_args.dtype == AUTO:
+        raise ValueError("`torch_dtype: auto` is not for `baselines`: name the precision of all models.")
+    height, width = args.height or args.resolution, args.width or args.resolution
+    sizes = {"height": height, "width": width, "num_frames": args.num_frames}
+    baselines = []
+    for name, path in parse_baselines(args.baselines or []).items():
+        options = {key: value for key, value in sizes.items() if value is not None}
+        options |= init_kwargs_of(name, args.baseline_kwargs)
+        baseline = Baseline(name, path, model_args.dtype, options)
+        if baseline.modality != policy.modality:
+            raise ValueError(
+                f"The baseline `{name}` makes {baseline.modality}s, but the model makes {policy.modality}s."
+            )
+        baselines.append(baseline)
+    return baselines
+
+
+@contextmanager
+def in_place_of(policy, baseline) -> Iterator[None]:
+    """Keep a policy on the CPU while a baseline is drawn, and forget the weights of the baseline afterwards."""
+    device = policy.transformer.device
+    policy.pipeline.to("cpu")
+    yield
+    baseline.pipeline = None
+    policy.pipeline.to(device)
 
 
 def draw(policy, prompts: list[str], args, seeds=None):

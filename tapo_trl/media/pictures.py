@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -148,6 +149,19 @@ def save_overview(
     if video is not None:
         write_video(stem.with_suffix(".mp4"), video, fps)
     return picture, video
+
+
+def resize_samples(samples: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """
+    Samples in another size, to be shown beside others.
+
+    Args:
+        samples (`torch.Tensor`): Images `[B, 3, H, W]` or videos `[B, 3, F, H, W]`, float, in [0, 1].
+        size (`tuple[int, ...]`): New height and width, or frames, height and width.
+    """
+    if samples.shape[2:] == tuple(size):
+        return samples
+    return F.interpolate(samples, tuple(size), mode="area")
 
 
 def _check_videos(videos: torch.Tensor) -> None:
