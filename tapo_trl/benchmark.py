@@ -256,7 +256,7 @@ def randomize(policy: FlowPolicy, device: torch.device, dtype: torch.dtype) -> N
     for name, tensor in all_tensors(policy.transformer):
         if not any(module in name.split(".") for module in kept):
             tensor.data = tensor.data.to(dtype)
-    policy.pipeline.transformer = policy.transformer.to_empty(device=device).eval()
+    policy.transformer = policy.transformer.to_empty(device=device).eval()
     policy.pipeline.vae = policy.vae.to_empty(device="cpu")
     generator = torch.Generator(device).manual_seed(0)
     for name, tensor in policy.transformer.state_dict().items():

@@ -42,6 +42,7 @@ class GenerationArguments:
     guidance_scale: float = option(
         "Guidance scale, in the terms of the pipeline; 1 (Z-Image: 0) turns guidance off.", 4.5
     )
+    guidance_scale_2: float | None = option("Guidance scale of the expert for low noise levels, if there are two.")
     negative_prompt: str = option("Negative prompt.", "")
     resolution: int | None = option("Height and width in pixels; by default the pipeline's.")
     height: int | None = option("Height in pixels. Overrides `resolution`.")

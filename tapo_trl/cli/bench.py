@@ -51,6 +51,8 @@ def make_bench(args) -> "Bench":
     else:
         policy = make_meta_policy(pipeline, components)
         randomize(policy, device, dtype)
+    if len(policy.experts) > 1:
+        policy = policy.only("high")  # as large as the other one
     policy.transformer.to(device)
     options = {name: getattr(args, name) for name in TRAINER_OPTIONS}
     config = TAPOConfig(

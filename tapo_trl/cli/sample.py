@@ -32,8 +32,9 @@ def load_sampling_policy(model_args, args):
     from ..trainer.policy_setup import set_vae_options
 
     policy = load_policy(model_args.require_model(), torch_dtype=model_args.dtype, revision=model_args.model_revision)
+    policy.configure_experts(guidance_scale_2=args.guidance_scale_2)
     if args.lora is not None:
-        policy.pipeline.load_lora_weights(args.lora, use_safetensors=True)
+        policy.load_lora_weights(args.lora)
     set_vae_options(policy, args)
     policy.pipeline.to(PartialState().device)
     return policy

@@ -23,11 +23,12 @@ from ..runs.checks import autocast_dtype
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
 from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 from ..trainer.model_config import DiffusionModelConfig, get_lora_config
-from ..trainer.policy_setup import fill_in_sizes
+from ..trainer.policy_setup import fill_in_sizes, leave_out_experts
 from ..trainer.reward_setup import check_has_transformer
 from ..trainer.rollout_config import RolloutConfig
 from ..trainer.slrm_config import SLRMConfig
-from ..trainer.slrm_trainer import SLRMTrainer, is_reward_model
+from ..trainer.slrm_loading import choose_expert, is_reward_model
+from ..trainer.slrm_trainer import SLRMTrainer
 from .forward_counts import count_pair, count_reward_pair, count_rollout
 from .memory import (
     TRAINED,
@@ -90,6 +91,7 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
     if recorded:
         name, revision = recorded["base_model_name_or_path"], recorded.get("base_revision")
     policy, source = load_meta_policy(name, revision)
+    policy = choose_expert(policy, args.expert, recorded)
     latent_shape = fill_in_sizes(args, policy)
     config = args.model_config() | {"max_sequence_length": args.max_sequence_length}
     model = REWARD_MODELS[args.reward_model_type].without_weights(policy, **config)
@@ -133,7 +135,7 @@ def dry_run_dpo(args: DiffusionDPOConfig, model_args: DiffusionModelConfig) -> D
         args ([`DiffusionDPOConfig`]): The training.
         model_args ([`DiffusionModelConfig`]): The pipeline to align.
     """
-    policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
+    policy, source = _policy_to_train(args, model_args)
     args = copy.copy(args)
     latent_shape = fill_in_sizes(args, policy)
     forwards = count_pair(DiffusionDPOTrainer, args, policy).rows()
@@ -181,7 +183,7 @@ def dry_run_rollouts(
         guard (`str`, *optional*): Reward of the guard.
         guard_init_kwargs (`dict[str, Any]`, *optional*): Its keyword arguments.
     """
-    policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
+    policy, source = _policy_to_train(args, model_args)
     args = copy.copy(args)
     latent_shape = fill_in_sizes(args, policy)
     scorers = [spec for spec in rewards or [] if is_reward_name(spec)]
@@ -206,7 +208,7 @@ def dry_run_rollouts(
     for model, spec in zip(models, names, strict=True):
         parameters["reward model"] = parameters.get("reward model", 0) + count_parameters(model)
         if args.share_backbone:
-            memory.append(shared_reward_memory(model, parameters.get("LoRA", 0)))
+            memory.append(shared_reward_memory(model, parameters.get("LoRA", 0) // len(policy.trained_experts)))
         else:
             dtype = pop_dtype(init_kwargs_of(spec, args.reward_model_init_kwargs)) or torch.float32
             model = nn.Module.to(model, dtype)
@@ -243,12 +245,20 @@ def dry_run_rollouts(
     )
 
 
+def _policy_to_train(args: Any, model_args: DiffusionModelConfig) -> tuple[FlowPolicy, str]:
+    policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
+    policy.configure_experts(args.expert, args.guidance_scale_2)
+    return policy, source
+
+
 def _policy_memory(
     policy: FlowPolicy, args: Any, model_args: DiffusionModelConfig, layerwise_casting: bool = False
 ) -> tuple[dict[str, int], list[Row]]:
     """Parameters and memory of the policy, its reference and the VAE. With LoRA, the policy has it from then on."""
     parameters, dtype = {"policy": count_parameters(policy.transformer)}, model_args.known_dtype
     lora_config = get_lora_config(model_args, policy)
+    if lora_config is not None:
+        leave_out_experts(policy, lora_config)
     memory = policy_memory(policy, lora_config, dtype, layerwise_casting)
     if lora_config is not None:
         parameters["LoRA"] = memory[-1].value // TRAINED_BYTES

@@ -113,7 +113,7 @@ def meta_trainer(trainer_class: type, args: Any, policy: FlowPolicy, counts: For
     """
     policy, args = copy.copy(policy), copy.copy(args)
     policy.pipeline = copy.copy(policy.pipeline)
-    policy.pipeline.transformer, reference = _shrunk(policy.transformer), _shrunk(policy.transformer)
+    policy.transformer, reference = _shrunk(policy.transformer), _shrunk(policy.transformer)
     counts.watch(policy.transformer, "policy")
     counts.watch(reference, "reference")
     args.self_check = False
@@ -223,7 +223,7 @@ def count_reward_pair(trainer_class: type, args: Any, policy: FlowPolicy, model:
     counts = ForwardCounts()
     trainer = meta_trainer(trainer_class, args, policy, counts)
     base, model = _shrunk(policy.transformer), _shrunk(model)
-    trainer.policy.pipeline.transformer = base
+    trainer.policy.transformer = base
     counts.watch(base, "base model", has_phases=False)
     if isinstance(model, LatentRewardModel):
         counts.watch(model.transformer, "reward model", has_phases=False)

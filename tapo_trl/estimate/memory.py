@@ -152,7 +152,8 @@ def policy_activations(
         inputs = policy.model_inputs(network.config, latents, sigma, prompts)
         return network(**cast_inputs(inputs, network.dtype), return_dict=False)[0]
 
-    return measure_activations(policy.transformer, forward, dtype)
+    # A sample goes through one transformer of two
+    return measure_activations(policy.experts[policy.trained_experts[0]], forward, dtype)
 
 
 def reward_activations(

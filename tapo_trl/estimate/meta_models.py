@@ -63,12 +63,15 @@ def make_meta_policy(
 
     Args:
         pipeline_class (`str`): Class of the pipeline in diffusers.
-        components (`dict`): Class and configuration of `transformer`, `vae` and `scheduler`, as in
+        components (`dict`): Class and configuration of transformers, `vae` and `scheduler`, and of the `pipeline` itself, as in
             [`~policies.loading.known_pipelines`].
         tokenizer (`dict`, *optional*): `tokenizer`, whose length counts in some families.
     """
     built = dict(tokenizer or {})
     for component, (class_name, config) in components.items():
+        if component == "pipeline":
+            built |= config
+            continue
         with torch.device("cpu" if component == "scheduler" else "meta"):
             built[component] = getattr(diffusers, class_name).from_config(config)
     pipeline_class = getattr(diffusers, pipeline_class)
@@ -81,8 +84,10 @@ def _read_configs(name: str, revision: str | None, local_files_only: bool) -> tu
     options = {"revision": revision, "local_files_only": local_files_only}
     index = DiffusionPipeline.load_config(name, **options)
     components = {}
-    for component in ("transformer", "vae", "scheduler"):
-        class_name = index[component][1]
+    for component in ("transformer", "transformer_2", "vae", "scheduler"):
+        _, class_name = index.get(component) or (None, None)
+        if class_name is None:
+            continue
         config = getattr(diffusers, class_name).load_config(name, subfolder=component, **options)
         components[component] = (class_name, config)
     tokenizer, (_, class_name) = {}, index.get("tokenizer", (None, None))
@@ -90,6 +95,8 @@ def _read_configs(name: str, revision: str | None, local_files_only: bool) -> tu
         with suppress(OSError):
             tokenizer_class = getattr(transformers, class_name)
             tokenizer["tokenizer"] = tokenizer_class.from_pretrained(name, subfolder="tokenizer", **options)
+    own = {name: value for name, value in index.items() if name[0] != "_" and not isinstance(value, (list, tuple))}
+    components["pipeline"] = (index["_class_name"], own)
     return index["_class_name"], components, tokenizer
 
 
@@ -138,7 +145,8 @@ def load_meta_reward_model(policy: FlowPolicy, name: str) -> tuple[StepRewardMod
         model_class = saved_class(name, local_files_only=True)
         config = model_class.load_config(name, local_files_only=True)
     except OSError:
-        return SLRMModel.without_weights(policy), [
+        base = policy if len(policy.experts) == 1 else policy.only("high")
+        return SLRMModel.without_weights(base), [
             f"There is no reward model {name} here (yet): an SLRM with the default options stands in."
         ]
     with torch.device("meta"):

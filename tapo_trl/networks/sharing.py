@@ -95,7 +95,11 @@ def check_same(tensors: Iterator[tuple[str, torch.Tensor]], base: dict[str, torc
 
 
 def saved_tensors(
-    name_or_path: str, base: dict[str, torch.Tensor], variant: str | None = None, **kwargs
+    name_or_path: str,
+    base: dict[str, torch.Tensor],
+    variant: str | None = None,
+    subfolder: str = "transformer",
+    **kwargs,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """
     Tensors of the transformer of a saved pipeline, one at a time, cast as they would be if they were loaded.
@@ -104,9 +108,10 @@ def saved_tensors(
         name_or_path (`str`): Hub id or folder of the pipeline.
         base (`dict[str, torch.Tensor]`): tensors that give names and precisions.
         variant (`str`, *optional*): variant of its files, such as `"fp16"`.
+        subfolder (`str`, *optional*, defaults to `"transformer"`): its folder that the transformer is in.
         kwargs: arguments of [`~huggingface_hub.hf_hub_download`], such as `revision` or `token`.
     """
-    file_of = functools.partial(local_file, name_or_path, subfolder="transformer", **kwargs)
+    file_of = functools.partial(local_file, name_or_path, subfolder=subfolder, **kwargs)
     index_name, weights_name = _add_variant(f"{WEIGHTS}.index.json", variant), _add_variant(WEIGHTS, variant)
     try:
         with open(file_of(index_name), encoding="utf-8") as index:

@@ -8,19 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-from diffusers.training_utils import _collate_lora_metadata
-from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 
 from ..files import signs_fingerprint, update_with_weights, weights_fingerprint  # noqa: F401
 from ..schedulers import FlowMatchSDEScheduler
 from .embeddings import PromptEmbeddings
+from .lora_files import LoraFilesMixin
 from .ode import OdeMixin
 
 
@@ -60,7 +57,7 @@ class Defaults:
     negative_prompt: str = ""
 
 
-class FlowPolicy(OdeMixin, ABC):
+class FlowPolicy(OdeMixin, LoraFilesMixin, ABC):
     """
     A text-to-image or text-to-video flow-matching pipeline as a policy.
 
@@ -100,14 +97,29 @@ class FlowPolicy(OdeMixin, ABC):
     licenses: ClassVar[dict[str, tuple[str, str | None]]] = {}
     revision: str | None = None  # of the repository, and variant of its files, that were asked for
     variant: str | None = None
+    subfolder: str = "transformer"  # of the saved pipeline, where the transformer is
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
         self.name_or_path = str(pipeline.config["_name_or_path"] or "") if "_name_or_path" in pipeline.config else ""
 
+    @classmethod
+    def from_pipeline(cls, pipeline: DiffusionPipeline) -> "FlowPolicy":
+        """The policy for a pipeline of this family, which may have variants."""
+        return cls(pipeline)
+
     @property
     def transformer(self) -> ModelMixin:
         return self.pipeline.transformer
+
+    @transformer.setter
+    def transformer(self, network: ModelMixin) -> None:
+        self.pipeline.transformer = network
+
+    @property
+    def transformer_class(self) -> str:
+        """Name of the transformer's class in diffusers."""
+        return type(self.transformer).__name__
 
     @property
     def vae(self) -> ModelMixin:
@@ -221,6 +233,48 @@ class FlowPolicy(OdeMixin, ABC):
         """The way back of [`~FlowPolicy.to_latents`]."""
         return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
 
+    # Experts: transformers of which each sample goes through one, by its noise level
+
+    @property
+    def experts(self) -> dict[str, ModelMixin]:
+        """The transformers, by their folder in the saved pipeline. Most families have one."""
+        return {self.subfolder: self.transformer}
+
+    @property
+    def trained_experts(self) -> list[str]:
+        """Those that a training changes."""
+        return list(self.experts)
+
+    def configure_experts(self, expert: str | None = None, guidance_scale_2: float | None = None) -> None:
+        """
+        Choose what is done with two experts.
+
+        Args:
+            expert (`str`, *optional*): train this one alone, `"high"` or `"low"`, by the noise levels that it is for.
+            guidance_scale_2 (`float`, *optional*): guidance scale of that for low noise levels.
+
+        Raises:
+            ValueError: if there are no two.
+        """
+        for name, value in (("expert", expert), ("guidance_scale_2", guidance_scale_2)):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}={value!r}` is for models with two experts, such as Wan2.2-T2V-A14B, but `{self.name_or_path}` has "
+                    "one transformer: leave it unset."
+                )
+
+    def only(self, expert: str) -> "FlowPolicy":
+        """The policy of one of two experts, `"high"` or `"low"`, at all noise levels."""
+        raise ValueError(f"`{self.name_or_path}` has one transformer, so there is no expert `{expert}` to choose.")
+
+    def uses_expert(self, name: str, sigma: torch.Tensor) -> torch.Tensor:
+        """At which of the noise levels, of shape `(num_levels,)`, the transformer of this name predicts."""
+        return torch.ones_like(sigma, dtype=torch.bool)
+
+    def guidance_at(self, sigma: torch.Tensor, guidance_scale: float) -> float | torch.Tensor:
+        """Scale of classifier-free guidance at noise levels of shape `(batch_size,)`."""
+        return guidance_scale
+
     # What follows from it
 
     def build_scheduler(
@@ -302,7 +356,7 @@ class FlowPolicy(OdeMixin, ABC):
         both = PromptEmbeddings.cat([negative_prompt_embeds, prompt_embeds])
         output = self.forward(model, torch.cat([latents] * 2), sigma.repeat(2), both)
         unconditional, conditional = output.chunk(2)
-        return self.guide(conditional, unconditional, guidance_scale)
+        return self.guide(conditional, unconditional, self.guidance_at(sigma, guidance_scale))
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -357,25 +411,3 @@ class FlowPolicy(OdeMixin, ABC):
     def vae_fingerprint(self) -> str:
         """Short hash of the VAE: its configuration and the signs of its weights, which no change of dtype moves."""
         return signs_fingerprint(self.vae)
-
-    def save_lora_weights(
-        self, save_directory: str | Path, model: PeftModel, state_dict: dict[str, torch.Tensor] | None = None
-    ) -> None:
-        """
-        Write `pytorch_lora_weights.safetensors` for the pipeline's `load_lora_weights`, with the adapter's metadata,
-        without which `lora_alpha` is lost.
-
-        Args:
-            save_directory (`str` or `Path`): where to.
-            model ([`~peft.PeftModel`]): the network.
-            state_dict (`dict[str, torch.Tensor]`, *optional*): its weights, where each process has a part of them only.
-        """
-        if state_dict is not None:
-            state_dict = {name.removeprefix("base_model.model."): tensor for name, tensor in state_dict.items()}
-        self.pipeline.save_lora_weights(
-            save_directory,
-            transformer_lora_layers=get_peft_model_state_dict(
-                model.get_base_model(), state_dict=state_dict, adapter_name="default"
-            ),
-            **_collate_lora_metadata({"transformer": model}),
-        )

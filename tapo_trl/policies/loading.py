@@ -296,7 +296,7 @@ def load_policy(
             f"`model` is a `{type(pipeline).__name__}`, which no policy supports. Supported: {supported}. To add a family, "
             "subclass `FlowPolicy` and pass an instance of it as `model`."
         )
-    policy = family.policy_class(pipeline)
+    policy = family.policy_class.from_pipeline(pipeline)
     policy.revision, policy.variant = model_init_kwargs.get("revision"), model_init_kwargs.get("variant")
     return policy
 

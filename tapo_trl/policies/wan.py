@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Wan2.1 and Wan2.2-TI2V-5B, text-to-video."""
+"""Wan2.1 and Wan2.2, text-to-video."""
 
 import torch
 from diffusers import (
@@ -46,6 +46,9 @@ _WAN22_TI2V_VAE = {
 }
 
 
+_14B = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+
+
 def _wan21(**transformer: int) -> dict:
     return {
         "transformer": ("WanTransformer3DModel", _TRANSFORMER | transformer),
@@ -56,7 +59,8 @@ def _wan21(**transformer: int) -> dict:
 
 class WanPolicy(FlowPolicy):
     """
-    [`~diffusers.WanPipeline`] of Wan2.1 (1.3B and 14B) and Wan2.2-TI2V-5B, for text to video, as a policy.
+    [`~diffusers.WanPipeline`] of Wan2.1 (1.3B and 14B) and Wan2.2, for text to video, as a policy. Of Wan2.2-T2V-A14B, which has
+    two transformers, [`~FlowPolicy.from_pipeline`] makes a [`WanExpertsPolicy`].
 
     It samples with flow-matching Euler steps, whatever the pipeline's own scheduler: the UniPC solver that Wan ships
     with is multistep and has no transition density. For the same videos from a pipeline, give it
@@ -74,7 +78,7 @@ class WanPolicy(FlowPolicy):
     licenses = {"Wan-AI/": ("apache-2.0", None)}
     known_configs = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan21(num_attention_heads=12, num_layers=30, ffn_dim=8960),
-        "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan21(num_attention_heads=40, num_layers=40, ffn_dim=13824),
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan21(**_14B),
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {
             "transformer": (
                 "WanTransformer3DModel",
@@ -90,20 +94,27 @@ class WanPolicy(FlowPolicy):
             "vae": ("AutoencoderKLWan", _WAN22_TI2V_VAE),
             "scheduler": ("UniPCMultistepScheduler", _SCHEDULER | {"flow_shift": 5.0}),
         },
+        # Two transformers of Wan2.1's size. Boundary and shift are recalled, and not compared with the repository.
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _wan21(**_14B)
+        | {
+            "transformer_2": ("WanTransformer3DModel", _TRANSFORMER | _14B),
+            "pipeline": ("WanPipeline", {"boundary_ratio": 0.875}),
+        },
     }
 
     def __init__(self, pipeline: WanPipeline):
         super().__init__(pipeline)
         transformer, vae = pipeline.transformer, pipeline.vae
-        found = {
-            "a second transformer": pipeline.transformer_2 is not None or transformer is None,
-            "`boundary_ratio`": pipeline.config.boundary_ratio is not None,
-            "an image condition": transformer is not None and transformer.config.in_channels != vae.config.z_dim,
-        }
-        if any(found.values()):
+        experts = (transformer, pipeline.transformer_2, pipeline.config.boundary_ratio)
+        given = sum(part is not None for part in experts)
+        if transformer is None or given == 2:
             raise ValueError(
-                "Only Wan2.1 and Wan2.2-TI2V-5B, text to video, are supported, but this pipeline has "
-                f"{', '.join(name for name, value in found.items() if value)}. Use for example "
+                "A Wan pipeline has `transformer`, or all of `transformer`, `transformer_2` and `boundary_ratio`, but this one "
+                "has some of them only. To train one of two experts, load both and set `expert`."
+            )
+        if transformer.config.in_channels != vae.config.z_dim:
+            raise ValueError(
+                "Only Wan2.1 and Wan2.2, text to video, are supported, but this pipeline has an image condition. Use for example "
                 "`Wan-AI/Wan2.1-T2V-1.3B-Diffusers`."
             )
         scheduler = pipeline.scheduler
@@ -112,6 +123,14 @@ class WanPolicy(FlowPolicy):
                 f"The pipeline's scheduler, a `{type(scheduler).__name__}`, is not one of flow matching: it needs "
                 "`use_flow_sigmas=True` and a `flow_shift`, or must be a `FlowMatchEulerDiscreteScheduler`."
             )
+
+    @classmethod
+    def from_pipeline(cls, pipeline: WanPipeline) -> "WanPolicy":
+        if pipeline.transformer_2 is None:
+            return cls(pipeline)
+        from .wan_experts import WanExpertsPolicy
+
+        return WanExpertsPolicy(pipeline)
 
     @property
     def defaults(self) -> Defaults:
@@ -175,28 +194,27 @@ class WanPolicy(FlowPolicy):
         )
 
     @classmethod
-    def tiny(cls, seed: int = 0, **transformer_config) -> WanPipeline:
-        """Wan2.1's architecture and its UniPC scheduler, for example at 5 frames of 32 x 32 pixels."""
+    def tiny(cls, seed: int = 0, experts: int = 1, **transformer_config) -> WanPipeline:
+        """Wan2.1's architecture and its UniPC scheduler, for example at 5 frames of 32 x 32 pixels; or Wan2.2-A14B's."""
         from .tiny import spread, tiny_t5_tokenizer, tiny_umt5
 
         torch.manual_seed(seed)
         tokenizer = tiny_t5_tokenizer()
-        transformer = WanTransformer3DModel(
-            **{
-                "patch_size": (1, 2, 2),
-                "num_attention_heads": 2,
-                "attention_head_dim": 12,
-                "in_channels": 4,
-                "out_channels": 4,
-                "text_dim": 16,
-                "freq_dim": 16,
-                "ffn_dim": 32,
-                "num_layers": 3,
-                "rope_max_seq_len": 32,
-            }
-            | transformer_config
-        )
-        spread(transformer)
+        config = {
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 16,
+            "freq_dim": 16,
+            "ffn_dim": 32,
+            "num_layers": 3,
+            "rope_max_seq_len": 32,
+        } | transformer_config
+        transformers = [WanTransformer3DModel(**config).eval() for _ in range(experts)]
+        for transformer in transformers:
+            spread(transformer)
         vae = AutoencoderKLWan(
             base_dim=4,
             z_dim=4,
@@ -206,8 +224,10 @@ class WanPolicy(FlowPolicy):
         )
         return WanPipeline(
             tokenizer=tokenizer,
-            text_encoder=tiny_umt5(tokenizer, transformer.config.text_dim),
+            text_encoder=tiny_umt5(tokenizer, config["text_dim"]),
             vae=vae.eval(),
             scheduler=UniPCMultistepScheduler(num_train_timesteps=1000, **_SCHEDULER),
-            transformer=transformer.eval(),
+            transformer=transformers[0],
+            transformer_2=transformers[1] if experts == 2 else None,
+            boundary_ratio=0.875 if experts == 2 else None,
         )

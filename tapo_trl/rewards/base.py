@@ -26,6 +26,7 @@ class LatentRewardModel(StepRewardModel):
     Args:
         transformer_class (`str`): class name of the policy's transformer in diffusers.
         transformer_config (`dict`): arguments that rebuild it.
+        base_subfolder (`str`, *optional*, defaults to `"transformer"`): folder of the pipeline that it is in.
 
     The others are those of [`StepRewardModel`].
 
@@ -63,10 +64,20 @@ class LatentRewardModel(StepRewardModel):
     @classmethod
     def without_weights(cls, policy: FlowPolicy, **config) -> "LatentRewardModel":
         """The model for a policy on the meta device, see [`~LatentRewardModel.from_policy`]."""
-        backbone_class = cls.backbone_class(type(policy.transformer).__name__)
+        facts = cls._facts(policy)
+        backbone_class = cls.backbone_class(policy.transformer_class)
         transformer_config = backbone_class.base_config(policy.transformer)
         with torch.device("meta"):
-            return cls(transformer_config=transformer_config, **cls._facts(policy) | config)
+            return cls(transformer_config=transformer_config, **facts | config)
+
+    @classmethod
+    def _facts(cls, policy: FlowPolicy) -> dict[str, Any]:
+        if len(policy.experts) > 1:
+            raise ValueError(
+                f"A {cls.label} starts from one transformer, but `{policy.name_or_path}` has two experts: set `expert` of "
+                "`SLRMConfig` to `high` or `low`, by the noise levels that it will score, or pass `policy.only(...)` of it."
+            )
+        return super()._facts(policy) | {"base_subfolder": policy.subfolder}
 
     @classmethod
     def from_policy(cls, policy: FlowPolicy, **config) -> "LatentRewardModel":
@@ -83,11 +94,8 @@ class LatentRewardModel(StepRewardModel):
         Raises:
             ValueError: if this kind of reward model cannot be made of the policy's transformer.
         """
-        fingerprints = {
-            "vae_fingerprint": policy.vae_fingerprint(),
-            "base_fingerprint": base_fingerprint(policy.transformer),
-        }
-        model = cls.without_weights(policy, **fingerprints, **config)
+        model = cls.without_weights(policy, vae_fingerprint=policy.vae_fingerprint(), **config)
+        model.register_to_config(base_fingerprint=base_fingerprint(policy.transformer))
         model._attach_base(policy.transformer)
         return model.eval()
 
@@ -145,7 +153,7 @@ class LatentRewardModel(StepRewardModel):
 
     def check_compatible(self, policy: FlowPolicy, max_sequence_length: int | None = None) -> None:
         trained_on = {"transformer class": self.config.transformer_class}
-        found = {"transformer class": type(policy.transformer).__name__}
+        found = {"transformer class": policy.transformer_class}
         if trained_on == found:
             for name in type(self.transformer).interface_fields:
                 trained_on[f"transformer's `{name}`"] = _plain(self.config.transformer_config[name])
@@ -187,10 +195,10 @@ class LatentRewardModel(StepRewardModel):
         base_class = type(self.transformer).base_class
         if isinstance(base_model, str):
             transformer = base_class.from_pretrained(
-                base_model, subfolder="transformer", dtype=dtype, use_safetensors=True, **kwargs
+                base_model, subfolder=self.config.base_subfolder, dtype=dtype, use_safetensors=True, **kwargs
             )
         else:
-            transformer = base_model.transformer
+            transformer = self.base_network(base_model)
         expected = dict(self.config.transformer_config)
         found = type(self.transformer).base_config(transformer)
         different = [name for name, value in expected.items() if _plain(found[name]) != _plain(value)]
@@ -200,6 +208,22 @@ class LatentRewardModel(StepRewardModel):
                 f"{different}."
             )
         return transformer
+
+    def base_network(self, base_model: DiffusionPipeline | FlowPolicy) -> ModelMixin:
+        """
+        The network of a pipeline or policy that the backbone was made of.
+
+        Raises:
+            ValueError: if it has none of this name.
+        """
+        networks = base_model.experts if isinstance(base_model, FlowPolicy) else base_model.components
+        name = self.config.base_subfolder
+        if networks.get(name) is None:
+            raise ValueError(
+                f"This {self.label} was made of the expert `{name}` of `{self.config.base_model_name_or_path}`, which the model "
+                f"that it is to be loaded on does not have."
+            )
+        return networks[name]
 
 
 def _plain(value: Any) -> Any:

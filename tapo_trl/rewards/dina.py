@@ -191,6 +191,7 @@ class DiNaModel(LatentRewardModel):
         base_revision: str | None = None,
         base_variant: str | None = None,
         base_fingerprint: str = "",
+        base_subfolder: str = "transformer",
         trained: bool = True,
     ):
         super().__init__()

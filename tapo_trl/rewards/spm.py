@@ -199,7 +199,7 @@ class SPMModel(StepRewardModel):
             "VAE (fingerprint)": self.config.vae_fingerprint,
         }
         found = {
-            "transformer class": type(policy.transformer).__name__,
+            "transformer class": policy.transformer_class,
             "VAE (fingerprint)": policy.vae_fingerprint(),
         }
         self._check_same(policy, trained_on, found)

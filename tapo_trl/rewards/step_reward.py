@@ -127,7 +127,7 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
     def _facts(cls, policy: FlowPolicy) -> dict[str, Any]:
         """Fields of the configuration of an untrained model that follow from the policy."""
         return {
-            "transformer_class": type(policy.transformer).__name__,
+            "transformer_class": policy.transformer_class,
             "base_model_name_or_path": policy.name_or_path,
             "base_revision": policy.revision,
             "base_variant": policy.variant,

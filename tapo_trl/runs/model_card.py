@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -109,6 +109,8 @@ class CardFacts:
         dataset_name (`str`, *optional*): Hub id or path of the training data.
         pipeline_class (`str`): Class of the pipeline in diffusers.
         transformer_class (`str`): Class of its transformer.
+        transformers (`list[str]`): Components that are transformers.
+        lora_calls (`list[str]`): How LoRA weights are loaded, see [`FlowPolicy`].
         modality (`"image"` or `"video"`): What the pipeline makes.
         fps (`int`, *optional*): Frames per second, for video.
         negative_prompt (`str`): Negative prompt without which the pipeline has no guidance, if there is one.
@@ -130,6 +132,8 @@ class CardFacts:
     dataset_name: str | None
     pipeline_class: str
     transformer_class: str
+    transformers: list[str] = field(default_factory=lambda: ["transformer"])
+    lora_calls: list[str] = field(default_factory=lambda: ['pipeline.load_lora_weights("{model}")'])
     modality: Literal["image", "video"]
     fps: int | None
     negative_prompt: str = ""
@@ -181,13 +185,15 @@ class CardFacts:
         data_link = f"`{Path(self.dataset_name).name}`" if self.dataset_name else None
         if is_hub_id(self.dataset_name):
             data_link = f"[{self.dataset_name}](https://huggingface.co/datasets/{self.dataset_name})"
+        model_argument = _in_code(self.hub_model_id or f"path/to/{self.model_name}")
         packages = ("trl", "transformers", "diffusers", "peft", "torch", "datasets")
         return vars(self) | {
             "reads_pixels": self.reward_model is not None and self.reward_model.scores_x0_prediction,
             "model_name": _one_line(self.model_name),
             "base_model_link": base_link,
             "base_model_argument": _in_code(base_argument),
-            "model_argument": _in_code(self.hub_model_id or f"path/to/{self.model_name}"),
+            "model_argument": model_argument,
+            "lora_calls": [call.replace("{model}", model_argument) for call in self.lora_calls],
             "dataset_link": data_link,
             "is_video": self.modality == "video",
             "negative_prompt": _in_code(self.negative_prompt),
@@ -239,6 +245,8 @@ def write_card_of(
         dataset_name=dataset_name or trainer.dataset_name,
         pipeline_class=type(policy.pipeline).__name__,
         transformer_class=policy.pipeline.config["transformer"][1],  # FSDP changes that of the object
+        transformers=list(policy.experts),
+        lora_calls=policy.lora_calls,
         modality=policy.modality,
         fps=args.fps if policy.modality == "video" else None,
         negative_prompt=policy.defaults.negative_prompt,

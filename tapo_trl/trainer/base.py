@@ -27,9 +27,9 @@ from ..data.columns import Splits
 from ..data.prompts import PromptCache
 from ..method_card import MethodCard
 from ..moved import moved_names
-from ..policies import FlowPolicy, load_policy
+from ..policies import FlowPolicy
 from ..policies.sampling import generate_samples
-from ..policies.saving import TRANSFORMER_FOLDER, save_policy
+from ..policies.saving import TRANSFORMER_FOLDER, load_network, save_policy
 from ..rewards import StepRewardModel
 from ..runs.checkpoints import Checkpoints
 from ..runs.checks import (
@@ -49,8 +49,8 @@ from .policy_setup import (
     check_start,
     eval_mode,
     fill_in_sizes,
+    load_trained_policy,
     make_trainable,
-    policy_init_kwargs,
     release_text_encoders,
     set_vae_options,
     whole_weights,
@@ -171,7 +171,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _load_policy(self, model: Any, args: TrainingArguments, peft_config: PeftConfig | None) -> FlowPolicy:
         """The policy, or the base model of what is trained."""
-        return load_policy(model, **policy_init_kwargs(args, peft_config))
+        return load_trained_policy(model, args, peft_config)
 
     def _build_network(self, args: TrainingArguments, peft_config: PeftConfig | None) -> torch.nn.Module:
         """The network to train. That of the policy, beside which `self.ref_model` is set, by default."""
@@ -370,8 +370,7 @@ class DiffusionTrainer(_BaseTrainer):
         folder = Path(resume_from_checkpoint) / TRANSFORMER_FOLDER
         if not folder.is_dir() or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
-        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        load_network(folder, self.accelerator.unwrap_model(self.model if model is None else model))
 
     def _load_best_model(self) -> None:
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled

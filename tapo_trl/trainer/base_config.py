@@ -9,6 +9,9 @@ from typing import Any
 from ..field_types import convert_fields, option
 
 
+EXPERTS = ["high", "low"]
+
+
 @dataclass
 class DiffusionConfig:
     r"""
@@ -26,6 +29,9 @@ class DiffusionConfig:
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
             the trainer is a string, for example `{"torch_dtype": "bfloat16", "revision": "main"}`.
+        expert (`str`, *optional*):
+            Of a model with two experts (Wan2.2-T2V-A14B), train this one alone: `"high"` or `"low"`, by the noise levels that it
+            predicts at. Both are trained by default. A reward model has to start from one of them.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the model (LoRA dropout included).
         resolution (`int`, *optional*, defaults to `512`):
@@ -74,6 +80,11 @@ class DiffusionConfig:
     model_init_kwargs: dict[str, Any] | str | None = option(
         "Keyword arguments for `DiffusionPipeline.from_pretrained`, if `model` is a string."
     )
+    expert: str | None = option(
+        "Of a model with two experts (Wan2.2-T2V-A14B), train this one alone: `high` or `low`, by its noise levels. A reward "
+        "model starts from this one.",
+        choices=EXPERTS,
+    )
     disable_dropout: bool = option("Whether to disable dropout in the model.", True)
 
     # Parameters that control the data
@@ -107,6 +118,7 @@ class DiffusionConfig:
         super().__post_init__()
         self.check_minimum(1, "resolution", "height", "width", "num_frames", "fps", "max_sequence_length")
         self.check_not_negative("max_skipped_updates")
+        self.check_choices(expert=(None, *EXPERTS))
 
     # Checks of values; all raise a `ValueError` that starts with the name of the field. `None` is left alone
 
@@ -148,6 +160,8 @@ class PolicyConfig(DiffusionConfig):
         guidance_scale (`float`, *optional*, defaults to `4.5`):
             Guidance scale of samples, in the terms of the family's pipeline: classifier-free guidance, none if at most 1 (Z-Image:
             0), or an input of the network (FLUX.1).
+        guidance_scale_2 (`float`, *optional*):
+            Of a model with two experts (Wan2.2-T2V-A14B), guidance scale of that for low noise levels. Defaults to `guidance_scale`.
         negative_prompt (`str`, *optional*, defaults to `""`):
             Prompt of the unconditional half of the guidance.
         self_check (`bool`, *optional*, defaults to `True`):
@@ -157,6 +171,9 @@ class PolicyConfig(DiffusionConfig):
 
     num_inference_steps: int = option("Number of sampling steps T.", 20)
     guidance_scale: float = option("Guidance scale of samples, in the terms of the family's pipeline.", 4.5)
+    guidance_scale_2: float | None = option(
+        "Of a model with two experts, guidance scale of that for low noise levels. `guidance_scale` by default."
+    )
     negative_prompt: str = option("Prompt of the unconditional half of the guidance.", "")
     self_check: bool = option("Whether to check before the first update that policy and reference are the same.", True)
 

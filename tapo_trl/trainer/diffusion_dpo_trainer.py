@@ -21,6 +21,7 @@ from ..runs.checks import autocast_dtype
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from ..seeding import seeded_generator
 from .diffusion_dpo_config import DiffusionDPOConfig
+from .policy_setup import trained_levels
 from .preference_trainer import PreferenceTrainer, describe_loss
 
 
@@ -149,9 +150,12 @@ class DiffusionDPOTrainer(PreferenceTrainer):
         super()._set_up()
         args = self.args
         scheduler = self.policy.build_scheduler(args.num_inference_steps, self.latent_shape)
-        self.sigmas = training_sigmas(scheduler) if args.variant == "diffusion_dpo" else scheduler.sigmas[:-1]
+        by_position = args.variant == "diffusion_dpo"  # else with `step_probabilities`
+        sigmas = training_sigmas(scheduler) if by_position else scheduler.sigmas[:-1]
+        levels = trained_levels(self.policy, sigmas)
+        self.sigmas = sigmas[levels] if by_position else sigmas
         gamma = args.gamma if args.variant == "dense_reward" else 1.0
-        self.step_probabilities = torch.softmax(torch.arange(len(self.sigmas)) * math.log(gamma), dim=0)
+        self.step_probabilities = torch.softmax(torch.arange(len(sigmas)) * math.log(gamma), dim=0) * levels
         nearest = {(self.sigmas - sigma).abs().argmin().item() for sigma in args.eval_sigmas}
         self.eval_steps = sorted(nearest)  # from the noise on, so that one inversion serves all
 

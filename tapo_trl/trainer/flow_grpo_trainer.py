@@ -79,7 +79,7 @@ class FlowGRPOTrainer(RolloutTrainer):
     def build_sampler(self, **kwargs) -> FlowGRPOSampler:
         args = self.args
         self.scheduler = self.stochastic_scheduler()
-        self.step_indices = args.step_indices
+        self.step_indices = self.stochastic_steps(args.step_indices)
         return FlowGRPOSampler(
             scheduler=self.scheduler,
             step_indices=self.step_indices,

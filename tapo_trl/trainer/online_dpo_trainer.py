@@ -9,6 +9,7 @@ from ..rollouts import NoisedPairs, OnlineDPOSampler, SamplePairs
 from ..rollouts.base import group_metrics
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from .online_dpo_config import OnlineDiffusionDPOConfig
+from .policy_setup import trained_levels
 from .rollout_trainer import RolloutTrainer
 
 
@@ -73,7 +74,8 @@ class OnlineDiffusionDPOTrainer(RolloutTrainer):
     def build_sampler(self, **kwargs) -> OnlineDPOSampler:
         args = self.args
         scheduler = self.policy.build_scheduler(args.num_inference_steps, self.latent_shape, self.accelerator.device)
-        self.sigmas = training_sigmas(scheduler)
+        sigmas = training_sigmas(scheduler)
+        self.sigmas = sigmas[trained_levels(self.policy, sigmas)]
         return OnlineDPOSampler(
             scheduler=scheduler,
             num_generations=args.num_generations,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,7 +26,7 @@ from ..data.prompts import PromptCache
 from ..networks.attention import has_attention_backends, set_attention_backend
 from ..networks.compilation import compile_blocks
 from ..networks.float8 import store_base_in_float8
-from ..policies import FlowPolicy
+from ..policies import FlowPolicy, load_policy
 from ..policies.loading import pop_dtype
 from ..rewards.scoring import LatentReward, PixelReward
 from ..runs.checks import autocast_dtype, check_without_effect
@@ -143,6 +143,15 @@ def policy_init_kwargs(args: TrainingArguments, peft_config: PeftConfig | None) 
     return kwargs | {"torch_dtype": dtype}
 
 
+def load_trained_policy(
+    model: str | DiffusionPipeline | FlowPolicy, args: TrainingArguments, peft_config: PeftConfig | None
+) -> FlowPolicy:
+    """The policy to train, with the configuration's choice of experts."""
+    policy = load_policy(model, **policy_init_kwargs(args, peft_config))
+    policy.configure_experts(args.expert, args.guidance_scale_2)
+    return policy
+
+
 class TrackedConfig(FrozenDict):
     """A diffusers configuration with the two methods that transformers' tracking callbacks call."""
 
@@ -171,7 +180,7 @@ def make_trainable(
     Make a policy's network ready for training.
 
     Args:
-        policy ([`FlowPolicy`]): the policy. Its transformer is changed in place.
+        policy ([`FlowPolicy`]): the policy. Its network is changed in place.
         args ([`TAPOConfig`] or [`DiffusionDPOConfig`]): the configuration.
         peft_config ([`~peft.PeftConfig`], *optional*): LoRA configuration. Without it all weights are trained, in float32.
 
@@ -184,6 +193,7 @@ def make_trainable(
     if peft_config is not None:
         if peft_config.target_modules is None:
             peft_config.target_modules = policy.lora_target_modules
+        leave_out_experts(policy, peft_config)
         set_seed(args.seed)  # LoRA starts at random
         transformer = get_peft_model(transformer, peft_config)
     else:
@@ -200,6 +210,8 @@ def make_trainable(
             )
             transformer.float()
         ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
+        for name, expert in policy.experts.items():
+            expert.requires_grad_(name in policy.trained_experts)
     if args.disable_dropout:
         disable_dropout_in_model(transformer)
     if args.torch_compile:
@@ -210,6 +222,46 @@ def make_trainable(
         policy.transformer.enable_gradient_checkpointing()
         args.activation_checkpointing = False  # done: diffusers models lack the method that Trainer would call
     return transformer, ref_model
+
+
+def leave_out_experts(policy: FlowPolicy, peft_config: LoraConfig) -> None:
+    """
+    Let a LoRA leave out experts that are not trained.
+
+    Raises:
+        ValueError: if it leaves out other layers already.
+    """
+    left_out = [name for name in policy.experts if name not in policy.trained_experts]
+    if left_out:
+        if peft_config.exclude_modules is not None:
+            raise ValueError("`expert` and `exclude_modules` of `peft_config` exclude each other: leave one unset.")
+        peft_config.exclude_modules = rf"({'|'.join(left_out)})\..*"
+
+
+def trained_levels(policy: FlowPolicy, sigma: torch.Tensor) -> torch.Tensor:
+    """
+    Which noise levels of a training are those of experts that are trained: at the others there is no gradient.
+
+    Args:
+        policy ([`FlowPolicy`]): the policy.
+        sigma (`torch.Tensor` of shape `(num_levels,)`): the noise levels.
+
+    Returns:
+        `torch.BoolTensor` of shape `(num_levels,)`: all true for most families, which have one transformer.
+
+    Raises:
+        ValueError: if there are none. If one of two experts that are trained has none, there is a warning.
+    """
+    sigma = sigma.cpu()
+    missed = [name for name in policy.trained_experts if not policy.uses_expert(name, sigma).any()]
+    if missed:
+        text = f"No step of the training reaches the expert `{missed[0]}`: noise levels are {sigma.max():.3f} to {sigma.min():.3f}."
+        if missed == policy.trained_experts:
+            raise ValueError(f"{text} It would not be trained: choose other steps, or another `expert`.")
+        logger.warning(
+            f"{text} It stays as it is. Set `expert` to train the other one alone, which needs less memory."
+        )
+    return torch.stack([policy.uses_expert(name, sigma) for name in policy.trained_experts]).any(0)
 
 
 def fill_in_sizes(args: TrainingArguments, policy: FlowPolicy) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from ..rewards.remote import RemoteReward
 from ..rewards.scoring import CleanSamples, PixelReward
 from ..rollouts import LateStates, LateStateSampler, StateTransitions
 from ..seeding import seeded_generator
+from .policy_setup import trained_levels
 from .refl_config import ReFLConfig
 from .rollout_trainer import RolloutTrainer
 
@@ -81,6 +82,16 @@ class ReFLTrainer(RolloutTrainer):
         self.scheduler = self.policy.build_scheduler(
             args.num_inference_steps, self.latent_shape, self.accelerator.device
         )
+        first, last = args.estimate_range or (
+            args.num_inference_steps - args.num_grad_steps,
+            args.num_inference_steps - 1,
+        )
+        levels = trained_levels(self.policy, self.scheduler.sigmas[first : last + 1])
+        if args.estimate_range is not None and not levels.all():
+            raise ValueError(
+                f"`estimate_range={args.estimate_range}` has steps of both experts, but `expert` trains one: keep to its steps, "
+                f"{[first + step for step in levels.nonzero().flatten().tolist()]}."
+            )
         return LateStateSampler(
             scheduler=self.scheduler, stop_at=args.num_inference_steps - args.num_grad_steps, **kwargs
         )

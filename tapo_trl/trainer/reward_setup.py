@@ -188,10 +188,10 @@ def load_reward(
     elif args.share_backbone:
         dtype = model.transformer.backbone_dtype if isinstance(model, LatentRewardModel) else None
         _check_shares(type(model), model.config.lora, policy, dtype)
-        base = base_tensors(policy.transformer)
-        own = base_tensors(model.transformer)
+        network = model.base_network(policy)
+        base, own = base_tensors(network), base_tensors(model.transformer)
         check_same(((name, own[name]) for name in own if name in base), base, model.label)
-        share_parameters(model.transformer, policy.transformer)
+        share_parameters(model.transformer, network)
     if args.share_backbone:
         _check_engine(policy, args)
     model.check_compatible(policy, max_sequence_length=args.max_sequence_length)
@@ -243,9 +243,10 @@ def _load_sharing(
             "was not known, so nothing tells whether that was this policy. Load it with `load_reward_model(..., "
             "base_model=policy, share_base=True)` if it was, and pass it as `reward_model`."
         )
-    base = base_tensors(policy.transformer)
+    subfolder = config.get("base_subfolder", "transformer")
+    base = base_tensors(policy.experts.get(subfolder, policy.transformer))
     files = only(kwargs, BASE_ARGUMENTS) | recorded
-    check_same(saved_tensors(base_model, base, **files), base, model_class.label)
+    check_same(saved_tensors(base_model, base, subfolder=subfolder, **files), base, model_class.label)
     return model_class.from_pretrained(name, base_model=policy, share_base=True, **kwargs)
 
 
@@ -291,7 +292,7 @@ def share_with_rewards(rewards: Sequence[LatentReward | PixelReward], policy: Fl
     """Let all latent reward models have the policy's own base tensors, see [`~networks.sharing.share_parameters`]."""
     for reward in rewards:
         if isinstance(reward, LatentReward):
-            share_parameters(reward.model.transformer, policy.transformer)
+            share_parameters(reward.model.transformer, reward.model.base_network(policy))
 
 
 class ShareCallback(TrainerCallback):

@@ -26,6 +26,7 @@ from ..callbacks.profile import ProfileCallback
 from ..data.columns import Splits, map_splits, named_splits
 from ..data.prompts import ROW_COLUMN, default_prompts, prepare_prompts
 from ..policies import FlowPolicy, PromptEmbeddings
+from ..policies.saving import load_network, save_network
 from ..profiling import StageTimer
 from ..rewards.scoring import PixelReward, WeightedReward
 from ..rollouts import Rollout, RolloutSampler, Transitions
@@ -35,7 +36,7 @@ from ..runs.stopping import Watched
 from ..schedulers import FlowMatchSDEScheduler
 from ..seeding import seeded_generator
 from .base import DiffusionTrainer
-from .policy_setup import apply_memory_options, encode_late, eval_mode, whole_weights
+from .policy_setup import apply_memory_options, encode_late, eval_mode, trained_levels, whole_weights
 from .reward_setup import (
     RewardModel,
     ShareCallback,
@@ -163,6 +164,11 @@ class RolloutTrainer(DiffusionTrainer):
         Args:
             kwargs: what all samplers take, but for the scheduler, see [`~rollouts.base.RolloutSampler`].
         """
+
+    def stochastic_steps(self, indices: list[int]) -> list[int]:
+        """Those of the steps that train something: with `expert`, its own."""
+        levels = trained_levels(self.policy, self.scheduler.sigmas[indices])
+        return [index for index, is_trained in zip(indices, levels.tolist(), strict=True) if is_trained]
 
     def stochastic_scheduler(self) -> FlowMatchSDEScheduler:
         """The pipeline's grid with the noise of a [`StochasticRolloutConfig`]."""
@@ -392,13 +398,11 @@ class RolloutTrainer(DiffusionTrainer):
         if self.state.global_step % self.args.num_iterations:
             save_rollouts(folder, self.args.process_index, self.buffer.rollouts)
         if self.args.sync_ref_model and self.args.should_save:
-            self.accelerator.unwrap_model(self.ref_model).save_pretrained(folder / REFERENCE_FOLDER)
+            save_network(folder / REFERENCE_FOLDER, self.accelerator.unwrap_model(self.ref_model))
 
     def _load_training_state(self, folder: Path) -> None:
         if self.args.sync_ref_model:
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            saved = type(reference).from_pretrained(folder / REFERENCE_FOLDER, torch_dtype=reference.dtype)
-            reference.load_state_dict(saved.state_dict())
+            load_network(folder / REFERENCE_FOLDER, self.accelerator.unwrap_model(self.ref_model))
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs

@@ -4,6 +4,8 @@
 """Loading what [`SLRMTrainer`] trains: a base policy and a new reward model on it, or one whose training goes on."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -11,6 +13,7 @@ from peft import LoraConfig
 
 from ..files import local_file
 from ..policies import FlowPolicy, load_policy
+from ..policies.experts import EXPERTS
 from ..policies.loading import only_hub_arguments, pop_dtype
 from ..rewards import REWARD_MODELS, LatentRewardModel, StepRewardModel, load_reward_model
 from ..runs.checks import autocast_dtype, uses_fsdp
@@ -60,18 +63,44 @@ def load_base_and_reward_model(
         policy = load_policy(
             model.config.base_model_name_or_path, torch_dtype=dtype, **model.base_files() | init_kwargs
         )
+        policy = choose_expert(policy, args.expert, model.config)
         model.check_compatible(policy)
         if isinstance(model, LatentRewardModel):
             model.check_base(policy.transformer)
         return policy, model
 
     args.fill_in()
-    policy = load_policy(model, torch_dtype=dtype, **init_kwargs)
+    policy = choose_expert(load_policy(model, torch_dtype=dtype, **init_kwargs), args.expert)
     check_no_adapter(policy)
     reward_model = REWARD_MODELS[args.reward_model_type].from_policy(
         policy, max_sequence_length=args.max_sequence_length or policy.max_sequence_length, **args.model_config()
     )
     return policy, reward_model
+
+
+def choose_expert(
+    policy: FlowPolicy, expert: str | None = None, recorded: Mapping[str, Any] | None = None
+) -> FlowPolicy:
+    """
+    The policy of the one transformer that a reward model starts from.
+
+    Args:
+        policy ([`FlowPolicy`]): what was loaded, which may have two.
+        expert (`str`, *optional*): see [`SLRMConfig`].
+        recorded (`Mapping`, *optional*): configuration of the reward model, if there is one already.
+
+    Raises:
+        ValueError: if there is no such choice.
+    """
+    subfolder = (recorded or {}).get("base_subfolder")
+    if subfolder is not None and len(policy.experts) > 1:
+        made_of = next(name for name, component in EXPERTS.items() if component == subfolder)
+        if expert not in (None, made_of):
+            raise ValueError(
+                f"`expert={expert!r}`, but the reward model in `model` was made of the expert `{made_of}`."
+            )
+        expert = made_of
+    return policy if expert is None else policy.only(expert)
 
 
 def is_reward_model(name_or_path: str, subfolder: str | None = None, **hub_arguments) -> bool:

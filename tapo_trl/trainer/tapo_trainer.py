@@ -96,7 +96,8 @@ class TAPOTrainer(RolloutTrainer):
     def build_sampler(self, **kwargs) -> TAPOSampler:
         args = self.args
         self.scheduler = self.stochastic_scheduler()
-        self.step_indices = sde_step_indices(args.num_inference_steps, args.num_sde_steps, args.t_init)
+        indices = sde_step_indices(args.num_inference_steps, args.num_sde_steps, args.t_init)
+        self.step_indices = self.stochastic_steps(indices)
         self.step_weights = self._step_weights()
         return TAPOSampler(
             scheduler=self.scheduler,
