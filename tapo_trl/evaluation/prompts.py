@@ -34,6 +34,10 @@ def _read_vbench(path: Path) -> list[dict[str, Any]]:
     return [{"prompt": row["prompt_en"], "dimension": row["dimension"]} for row in rows]
 
 
+def _read_captions(path: Path) -> list[dict[str, Any]]:
+    return [{"prompt": row["caption"]} for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
 def _read_table(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
         rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
@@ -167,6 +171,16 @@ BENCHMARKS = {
         modality="image",
         licence="MIT",
     ),
+    "spo": Benchmark(  # training prompts, of SPO and of the paper
+        source="https://github.com/RockeyCoss/SPO",
+        file="spo_training_and_inference/assets/prompts/4k_training_prompts.json",
+        num_prompts=4000,
+        sha256="804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4",
+        read=_read_captions,
+        samples_per_prompt=1,
+        modality="image",
+        licence="MIT",
+    ),
     "vbench": Benchmark(
         source="https://github.com/Vchitect/VBench",
         file="vbench/VBench_full_info.json",
@@ -200,8 +214,8 @@ def load_prompts(name: str, path: str | Path) -> Dataset:
     Read the prompts of a public benchmark from its official file.
 
     Args:
-        name (`str`): `"geneval"`, `"compbench/color"` (or another category), `"drawbench"`, `"partiprompts"`, `"ocr"` or
-            `"vbench"`.
+        name (`str`): `"geneval"`, `"compbench/color"` (or another category), `"drawbench"`, `"partiprompts"`, `"ocr"`, `"vbench"`,
+            or `"spo"`, the 4,000 prompts that SPO trains with.
         path (`str` or `Path`): The official file, or a clone of its repository.
 
     Returns:

@@ -18,6 +18,7 @@ FILES = {
     "drawbench": 'Prompts,Category\n"a cup, on a cat",Colors\n',
     "partiprompts": "Prompt\tCategory\tChallenge\tNote\na cup\tAbstract\tBasic\t\n",
     "ocr": 'a sign with "CUP"\n',
+    "spo": json.dumps([{"caption": "a cup", "trainset_idx": 3}, {"caption": "a cat", "trainset_idx": 1}]),
     "vbench": json.dumps([{"prompt_en": "a cup turns", "dimension": ["color", "scene"]}]),
 }
 
@@ -68,6 +69,7 @@ class TestEveryBenchmark:
         ("drawbench", {"prompt": "a cup, on a cat", "category": "Colors"}),
         ("partiprompts", {"prompt": "a cup", "category": "Abstract"}),
         ("ocr", {"prompt": 'a sign with "CUP"'}),
+        ("spo", {"prompt": "a cup"}),
         ("vbench", {"prompt": "a cup turns", "dimension": ["color", "scene"]}),
     ],
 )
@@ -81,6 +83,8 @@ def test_first_row(tmp_path, name, row):
         ("geneval", '{"prompt": "two cups"}\n'),
         ("geneval", "two cups\n"),
         ("vbench", '{"prompt_en": "a cup"}'),
+        ("spo", '[{"prompt": "a cup"}]'),
+        ("spo", '["a cup"]'),
         ("drawbench", "Text,Kind\na cup,Colors\n"),
         ("partiprompts", "Prompt\tCategory\na cup\tAbstract\tmore\n"),
         ("partiprompts", "Prompt\tCategory\na cup\n"),
