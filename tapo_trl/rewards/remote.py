@@ -34,8 +34,8 @@ class RemoteReward:
     ```python
     from tapo_trl import RemoteReward, TAPOConfig, TAPOTrainer
 
-    geneval = RemoteReward("http://127.0.0.1:8100")
-    trainer = TAPOTrainer("stabilityai/stable-diffusion-3.5-medium", geneval, TAPOConfig("sd35-tapo"))
+    reward = RemoteReward("http://127.0.0.1:8100")
+    trainer = TAPOTrainer("stabilityai/stable-diffusion-3.5-medium", reward, TAPOConfig("sd35-tapo"))
     ```
 
     A request is retried `retries` times if the server is unreachable, slow or fails (HTTP 500). Then the run stops. A

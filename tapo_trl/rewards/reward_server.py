@@ -63,11 +63,14 @@ def checked_scores(scores, number):
     return scores
 
 
-def make_handler(function, name, max_bytes):
-    """A request handler that calls `function`."""
+def make_handler(function, name, max_bytes, client_timeout=30):
+    """
+    A request handler that calls `function`. It hangs up on a client that sends or reads nothing for `client_timeout` seconds, so
+    that others get their turn: one request is answered after the other.
+    """
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 600  # seconds for a client that stops sending
+        timeout = client_timeout
 
         def do_GET(self):
             self.answer(200, {"name": name})
@@ -109,13 +112,18 @@ def main(arguments=None):
     parser.add_argument("--host", default="127.0.0.1", help="address; other than 127.0.0.1 it is open to your network")
     parser.add_argument("--name", help="name in logs; the function's own by default")
     parser.add_argument("--max-mb", type=int, default=2048, help="largest request, in MiB")
+    parser.add_argument(
+        "--client-timeout", type=float, default=30, help="seconds that a client may stall, while others wait"
+    )
     options = parser.parse_args(arguments)
     module, colon, attribute = options.scorer.partition(":")
     if not colon:
         parser.error(f"the scorer must be module:function, but it is {options.scorer}")
     sys.path.insert(0, os.getcwd())
+    if not options.client_timeout > 0:
+        parser.error(f"--client-timeout must be more than 0, but it is {options.client_timeout}")
     function = getattr(importlib.import_module(module), attribute)
-    handler = make_handler(function, options.name or attribute, options.max_mb * 2**20)
+    handler = make_handler(function, options.name or attribute, options.max_mb * 2**20, options.client_timeout)
     server = HTTPServer((options.host, options.port), handler)
     print(f"{options.scorer} at http://{options.host}:{server.server_address[1]}", flush=True)
     try:

@@ -4,6 +4,7 @@
 import ast
 import http.client
 import json
+import socket
 import sys
 import threading
 from http.server import HTTPServer
@@ -85,20 +86,22 @@ def test_scores():
 
 
 @pytest.fixture
-def ask():
+def ask(request):
     """Sends a request to a server in this process; returns status and answer."""
-    handler = make_handler(lambda images, prompts: [1.0] * len(prompts), "ones", 10_000)
+    timeout = getattr(request, "param", 30)
+    handler = make_handler(lambda images, prompts: [1.0] * len(prompts), "ones", 10_000, timeout)
     handler.log_message = lambda *arguments: None
     server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
 
     def send(method, content=b"", **headers):
-        connection = http.client.HTTPConnection(*server.server_address)
+        connection = http.client.HTTPConnection(*server.server_address, timeout=20)
         connection.request(method, "/", content, headers)
         response = connection.getresponse()
         return response.status, json.loads(response.read())
 
+    send.address = server.server_address
     yield send
     server.shutdown()
     thread.join()
@@ -121,6 +124,20 @@ def test_answers(ask):
     assert ask("POST", good)[0] == 200  # it goes on
 
 
+@pytest.mark.parametrize("ask", [0.05], indirect=True)
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST / HTTP/1.1\r\nContent-", b"POST / HTTP/1.1\r\nContent-Length: 9000\r\n\r\nabc"]
+)
+def test_a_stalled_client_does_not_keep_others_waiting(ask, sent):
+    """It came first, and never sends the rest. Without a limit, the second would give up after 20 seconds."""
+    with socket.create_connection(ask.address) as stalled:
+        stalled.sendall(sent)
+        assert ask("GET") == (200, {"name": "ones"})
+        stalled.settimeout(20)
+        assert stalled.recv(1) == b""  # hung up
+    assert ask("POST", body(torch.zeros(1, 2, 2, 3), prompts=["a"], columns={})) == (200, {"scores": [1.0]})
+
+
 def test_command_line(monkeypatch, capsys, tmp_path):
     (tmp_path / "my_scorer_of_nothing.py").write_text("def score(images, prompts):\n    return [0]\n")
     monkeypatch.chdir(tmp_path)
@@ -138,3 +155,6 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["my_scorer_of_nothing"])
     assert "must be module:function" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["my_scorer_of_nothing:score", "--client-timeout", "0"])
+    assert "must be more than 0" in capsys.readouterr().err
