@@ -4,6 +4,8 @@
 
 import os
 import pickle
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,6 +83,30 @@ def read_sharded(weights: str, revision: str | None = None) -> dict[str, torch.T
         if files := sorted(folder.glob(pattern)):
             return {name: tensor for file in files for name, tensor in read_state_dict(file, mmap=True).items()}
     raise OSError(f"The folder `{folder}` has no `*.safetensors` and no `pytorch_model*.bin`.")
+
+
+def renamed(state: dict[str, torch.Tensor], names: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """
+    A state dict under other names.
+
+    Args:
+        state (`dict[str, torch.Tensor]`): tensors.
+        names (`Sequence[tuple[str, str]]`):
+            patterns and what stands in their place, one after the other. A name that becomes one with `{}` is split into three, of
+            queries, keys and values.
+    """
+    converted = {}
+    for name, tensor in state.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        parts = zip("qkv", tensor.chunk(3), strict=True) if "{}" in name else [("", tensor)]
+        converted |= {name.format(part): rows.contiguous() for part, rows in parts}
+    return converted
+
+
+def under(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Tensors whose names start with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def load_converted(model: Model, state_dict: dict[str, torch.Tensor], source: str, dtype: torch.dtype) -> Model:

@@ -100,7 +100,7 @@ class AestheticReward(PretrainedReward):
 
     Args:
         clip ([`~transformers.CLIPVisionModelWithProjection`]): image tower.
-        head ([`~torch.nn.Sequential`]): see [`aesthetic_head`].
+        head ([`~torch.nn.Sequential`]): see [`linear_head`].
         kwargs: arguments of [`PretrainedReward`].
     """
 
@@ -122,7 +122,7 @@ class AestheticReward(PretrainedReward):
     def load(cls, weights, torch_dtype, revision, clip: str = OPENAI_CLIP, **kwargs):
         """`clip` is the Hub id or folder of the CLIP, see also [`PretrainedReward.load`]."""
         tower = CLIPVisionModelWithProjection.from_pretrained(clip, dtype=torch_dtype)
-        head = aesthetic_head(tower.config.projection_dim)
+        head = linear_head(tower.config.projection_dim)
         state = cls.read_weights(weights, revision)
         state = {name.removeprefix("layers."): tensor for name, tensor in state.items()}
         return cls(tower, load_converted(head, state, weights, torch.float32), **kwargs)
@@ -133,8 +133,8 @@ class AestheticReward(PretrainedReward):
         return self.head(F.normalize(embeds.float(), dim=-1)).squeeze(-1)
 
 
-def aesthetic_head(dim: int) -> nn.Sequential:
-    """The predictor's linear layers. There is nothing between them but dropout, so that frozen they are one affine map."""
+def linear_head(dim: int) -> nn.Sequential:
+    """Linear layers of LAION's predictor and of ImageReward. Between them is nothing but dropout: frozen, they are one affine map."""
     widths = (dim, 1024, 128, 64, 16, 1)
     layers = [nn.Linear(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
     first, second, third, fourth, last = layers

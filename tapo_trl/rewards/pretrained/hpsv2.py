@@ -10,32 +10,32 @@ import ftfy
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
+from .checkpoints import pretrained_from_state_dict, renamed, under
 from .clip import OPENAI_CLIP, CLIPReward, cast_clip
 from .preprocessing import CLIP_MEAN, CLIP_STD, normalize, pad_to_square, resize_longest_edge
 
 
 HEADS = (16, 16)  # of the image and the text tower of ViT-H/14
-BLOCK = {
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-OTHERS = {
-    "logit_scale": "logit_scale",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # transformers' spelling
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-}
+NAMES = (
+    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
+    (r"^transformer\.resblocks", "text_model.encoder.layers"),
+    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
+    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),  # transformers' spelling
+    (r"^visual\.ln_post", "vision_model.post_layernorm"),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^token_embedding", "text_model.embeddings.token_embedding"),
+    (r"^positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final", "text_model.final_layer_norm"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"\.attn\.in_proj_", ".self_attn.{}_proj."),
+    (r"\.attn\.out_proj", ".self_attn.out_proj"),
+    (r"\.ln_(\d)\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc", ".mlp.fc1"),
+    (r"\.mlp\.c_proj", ".mlp.fc2"),
+)
+PARTS = ("logit_scale", "vision_model.", "text_model.", "visual_projection.", "text_projection.")
 
 
 class HPSv21Reward(CLIPReward):
@@ -57,7 +57,7 @@ class HPSv21Reward(CLIPReward):
     def load(cls, weights, torch_dtype, revision, tokenizer: str = OPENAI_CLIP, heads=HEADS, **kwargs):
         """`tokenizer` is the Hub id or folder of CLIP's tokenizer, see also [`PretrainedReward.load`]."""
         state = cls.read_weights(weights, revision)
-        clip = clip_from_open_clip(state.get("state_dict", state), *heads)
+        clip = clip_from_open_clip(state.get("state_dict", state), weights, *heads)
         cast_clip(clip, torch_dtype)
         return cls(clip, AutoTokenizer.from_pretrained(tokenizer), **kwargs)
 
@@ -79,60 +79,40 @@ def clean_text(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def clip_from_open_clip(state: dict[str, torch.Tensor], vision_heads: int, text_heads: int) -> CLIPModel:
+def clip_from_open_clip(state: dict[str, torch.Tensor], source: str, vision_heads: int, text_heads: int) -> CLIPModel:
     """
     A CLIP of transformers from weights in open_clip's layout, with plain GELU. Sizes are read off the weights.
 
     Args:
         state (`dict[str, torch.Tensor]`): open_clip's state dict.
+        source (`str`): the checkpoint, for the message.
         vision_heads (`int`): attention heads of the image tower.
         text_heads (`int`): attention heads of the text tower.
 
     Raises:
         ValueError: if the keys are not those of such a CLIP.
     """
-    sizes = {"vision": _blocks(state, "visual.transformer"), "text": _blocks(state, "transformer")}
     try:
-        converted = {new: state[old] for old, new in OTHERS.items()}
-        converted["visual_projection.weight"] = state["visual.proj"].T
-        converted["text_projection.weight"] = state["text_projection"].T
-        for tower, source in (("vision", "visual.transformer"), ("text", "transformer")):
-            for layer in range(sizes[tower]):
-                blocks = f"{source}.resblocks.{layer}.", f"{tower}_model.encoder.layers.{layer}."
-                converted |= _converted_block(state, *blocks)
-        config = _config(state, sizes, vision_heads, text_heads)
+        config = _config(state, vision_heads, text_heads)
     except KeyError as error:
-        raise ValueError(f"The weights are no CLIP in open_clip's layout: the key {error} is missing.") from error
-    converted = {name: tensor.float().contiguous() for name, tensor in converted.items()}
-    clip, info = CLIPModel.from_pretrained(None, config=config, state_dict=converted, output_loading_info=True)
-    if info["missing_keys"] or info["unexpected_keys"]:
-        raise ValueError(f"The weights are no CLIP in open_clip's layout: {info}.")
-    return clip
+        raise ValueError(f"`{source}` is no CLIP in open_clip's layout: the key {error} is missing.") from error
+    converted = {name: tensor for name, tensor in renamed(state, NAMES).items() if name.startswith(PARTS)}
+    for name in ("visual_projection.weight", "text_projection.weight"):
+        converted[name] = converted[name].T.contiguous()
+    return pretrained_from_state_dict(CLIPModel, config, converted, source, torch.float32)
 
 
-def _blocks(state: dict[str, torch.Tensor], source: str) -> int:
-    """Number of transformer blocks."""
-    return len(
-        {name.split(".resblocks.")[1].split(".")[0] for name in state if name.startswith(f"{source}.resblocks.")}
-    )
+def _count_blocks(state: dict[str, torch.Tensor], tower: str) -> int:
+    return len({name.split(".")[0] for name in under(state, f"{tower}.resblocks.")})
 
 
-def _converted_block(state: dict[str, torch.Tensor], source: str, target: str) -> dict[str, torch.Tensor]:
-    converted = {}
-    for kind in ("weight", "bias"):
-        parts = state[f"{source}attn.in_proj_{kind}"].chunk(3)
-        converted |= {f"{target}self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)}
-        converted |= {f"{target}{new}.{kind}": state[f"{source}{old}.{kind}"] for old, new in BLOCK.items()}
-    return converted
-
-
-def _config(state: dict[str, torch.Tensor], layers: dict[str, int], vision_heads: int, text_heads: int) -> CLIPConfig:
+def _config(state: dict[str, torch.Tensor], vision_heads: int, text_heads: int) -> CLIPConfig:
     width, channels, patch, _ = state["visual.conv1.weight"].shape
     grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
     vision: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-        "num_hidden_layers": layers["vision"],
+        "num_hidden_layers": _count_blocks(state, "visual.transformer"),
         "num_attention_heads": vision_heads,
         "num_channels": channels,
         "patch_size": patch,
@@ -144,7 +124,7 @@ def _config(state: dict[str, torch.Tensor], layers: dict[str, int], vision_heads
         "max_position_embeddings": len(state["positional_embedding"]),
         "hidden_size": state["positional_embedding"].shape[1],
         "intermediate_size": len(state["transformer.resblocks.0.mlp.c_fc.weight"]),
-        "num_hidden_layers": layers["text"],
+        "num_hidden_layers": _count_blocks(state, "transformer"),
         "num_attention_heads": text_heads,
         "hidden_act": "gelu",
         "eos_token_id": 2,  # features are read at the largest token id, as in open_clip

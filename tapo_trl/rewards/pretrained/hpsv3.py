@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
 
-from .checkpoints import load_converted, pretrained_from_state_dict
+from .checkpoints import load_converted, pretrained_from_state_dict, under
 from .instructions import read_instruction
 from .qwen2_vl import TOKENIZER_FILES, Qwen2VLReward, language_names, read_frames, resized_config
 
@@ -38,10 +38,11 @@ class HPSv3Reward(Qwen2VLReward):
         state = cls.read_weights(weights, revision)
         model = language_names(state)
         config = resized_config(AutoConfig.from_pretrained(base_model), model)
-        head = {name.removeprefix("rm_head."): value for name, value in state.items() if name.startswith("rm_head.")}
         return cls(
             pretrained_from_state_dict(Qwen2VLModel, config, model, weights, torch_dtype),
-            load_converted(make_head(config.text_config.hidden_size), head, weights, torch.float32),
+            load_converted(
+                make_head(config.text_config.hidden_size), under(state, "rm_head."), weights, torch.float32
+            ),
             AutoTokenizer.from_pretrained(base_model),
             instruction,
             **kwargs,

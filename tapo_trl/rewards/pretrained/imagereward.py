@@ -3,7 +3,6 @@
 """ImageReward: a BLIP whose text encoder attends to the image, and a head on its first token."""
 
 import json
-import re
 
 import torch
 from torch import nn
@@ -11,7 +10,8 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVi
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from .base import PretrainedReward
-from .checkpoints import load_converted, pretrained_from_state_dict, weights_file
+from .checkpoints import load_converted, pretrained_from_state_dict, renamed, under, weights_file
+from .clip import linear_head
 from .preprocessing import CLIP_MEAN, CLIP_STD, center_crop, normalize, resize_shortest_edge
 
 
@@ -19,17 +19,16 @@ BERT = "google-bert/bert-base-uncased"
 MAX_LENGTH = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 HEAD_DIM = 64
-VISION_NAMES = {
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding",
-    "patch_embed.proj": "embeddings.patch_embedding",
-    "blocks": "encoder.layers",
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attn.qkv": "self_attn.qkv",
-    "attn.proj": "self_attn.projection",
-    "norm": "post_layernorm",
-}
+VISION_NAMES = (
+    (r"^cls_token", "embeddings.class_embedding"),
+    (r"^pos_embed", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj", "embeddings.patch_embedding"),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.norm(\d)\.", r".layer_norm\1."),
+    (r"\.attn\.qkv", ".self_attn.qkv"),
+    (r"\.attn\.proj", ".self_attn.projection"),
+)
 
 
 class ImageReward(PretrainedReward):
@@ -68,7 +67,7 @@ class ImageReward(PretrainedReward):
         return cls(
             pretrained_from_state_dict(BlipVisionModel, of_vision, vision, weights, torch_dtype),
             load_converted(text_model, text, weights, torch_dtype),
-            load_converted(make_head(facts["hidden_size"]), head, weights, torch.float32),
+            load_converted(linear_head(facts["hidden_size"]), head, weights, torch.float32),
             tokenizer,
             **kwargs,
         )
@@ -99,18 +98,9 @@ class ImageReward(PretrainedReward):
 
 def convert_state_dict(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
     """Tensors of the image encoder, the text encoder and the head, in transformers' names, from the original's names."""
-    pattern = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, VISION_NAMES))})(?=\.|$)")
-    vision = {
-        pattern.sub(lambda match: VISION_NAMES[match[1]], name): tensor
-        for name, tensor in _under(state, "blip.visual_encoder.").items()
-    }
-    text = _under(state, "blip.text_encoder.")
+    text = under(state, "blip.text_encoder.")
     text.pop("embeddings.position_ids", None)
-    return vision, text, _under(state, "mlp.layers.")
-
-
-def _under(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return renamed(under(state, "blip.visual_encoder."), VISION_NAMES), text, under(state, "mlp.layers.")
 
 
 def vision_config(vision: dict[str, torch.Tensor]) -> BlipVisionConfig:
@@ -138,18 +128,4 @@ def text_config(facts: dict, image_width: int) -> BlipTextConfig:
         **{name: facts[name] for name in (*names, "max_position_embeddings", "hidden_act", "layer_norm_eps")},
         encoder_hidden_size=image_width,
         is_decoder=True,
-    )
-
-
-def make_head(width: int) -> nn.Sequential:
-    """Linear layers without activations between them."""
-    return nn.Sequential(
-        nn.Linear(width, 1024),
-        nn.Dropout(0.2),
-        nn.Linear(1024, 128),
-        nn.Dropout(0.2),
-        nn.Linear(128, 64),
-        nn.Dropout(0.1),
-        nn.Linear(64, 16),
-        nn.Linear(16, 1),
     )

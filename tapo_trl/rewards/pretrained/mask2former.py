@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from .checkpoints import pretrained_from_state_dict
+from .checkpoints import pretrained_from_state_dict, renamed
 from .preprocessing import normalize
 
 
@@ -98,9 +98,17 @@ def detector_from_mmdet(state: dict[str, torch.Tensor], source: str) -> Mask2For
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"`{source}` is no Mask2Former on a Swin in mmdet's layout: {error!r}.") from error
     converted = {}
-    for name, tensor in state.items():
+    for name, tensor in renamed(state, NAMES).items():
+        if match := re.fullmatch(r"(.*hidden_states_norms\.stage)(\d)(.*)", name):
+            name = f"{match[1]}{int(match[2]) + 1}{match[3]}"  # counted from one
+        if match := re.fullmatch(r"(.*mask_embedder\.)(\d)(.*)", name):
+            name = f"{match[1]}{int(match[2]) // 2}.0{match[3]}"  # activations are not counted
+        if (
+            ".downsample." in name
+        ):  # four pixels: mmdet goes along rows within a channel, transformers along columns around it
+            tensor = tensor.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3).contiguous()
         if not name.endswith("relative_position_index"):
-            converted |= _converted(name, tensor)
+            converted[name] = tensor
     # What transformers has and does not use here
     width = config.backbone_config.hidden_size
     converted[f"{SWIN}swin.layernorm.weight"], converted[f"{SWIN}swin.layernorm.bias"] = torch.ones(width), torch.zeros(width)  # fmt: skip
@@ -108,23 +116,6 @@ def detector_from_mmdet(state: dict[str, torch.Tensor], source: str) -> Mask2For
     return pretrained_from_state_dict(
         Mask2FormerForUniversalSegmentation, config, converted, source, torch.float32
     ).eval()
-
-
-def _converted(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    new = name
-    for pattern, replacement in NAMES:
-        new = re.sub(pattern, replacement, new)
-    if match := re.fullmatch(r"(.*hidden_states_norms\.stage)(\d)(.*)", new):
-        new = f"{match[1]}{int(match[2]) + 1}{match[3]}"  # counted from one
-    if match := re.fullmatch(r"(.*mask_embedder\.)(\d)(.*)", new):
-        new = f"{match[1]}{int(match[2]) // 2}.0{match[3]}"  # activations are not counted
-    if "{}" in new:
-        return {new.format(part): rows for part, rows in zip("qkv", tensor.chunk(3), strict=True)}
-    if (
-        ".downsample." in new
-    ):  # four pixels: mmdet goes along rows within a channel, transformers along columns around it
-        tensor = tensor.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
-    return {new: tensor.contiguous()}
 
 
 def _config(state: dict[str, torch.Tensor]) -> Mask2FormerConfig:

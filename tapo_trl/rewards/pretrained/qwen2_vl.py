@@ -3,12 +3,12 @@
 """What HPSv3 and VideoReward share: a Qwen2-VL that reads pictures and an instruction, and scores at special tokens."""
 
 import itertools
-import math
 from abc import abstractmethod
 
 import torch
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from .base import PretrainedReward
 from .preprocessing import CLIP_MEAN, CLIP_STD, normalize, resize
@@ -118,39 +118,16 @@ def resized_config(config: Qwen2VLConfig, model: dict[str, torch.Tensor]) -> Qwe
     return config
 
 
-def smart_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """
-    The size to which Qwen2-VL scales a picture: multiples of 28 with nearly its aspect ratio, and between `min_pixels` and
-    `max_pixels` pixels. The order of the floating-point operations matters: with both limits at 448 x 448, 768 x 768 pixels
-    become 420 x 420, and 512 x 512 become 448 x 448.
-
-    Raises:
-        ValueError: if one side is more than 200 times the other.
-    """
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(
-            f"A picture of {height} x {width} pixels is too narrow: one side is more than 200 times the other."
-        )
-    size = [max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width)]
-    if math.prod(size) > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        size = [max(FACTOR, math.floor(side / shrink / FACTOR) * FACTOR) for side in (height, width)]
-    elif math.prod(size) < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        size = [math.ceil(side * grow / FACTOR) * FACTOR for side in (height, width)]
-    return size[0], size[1]
-
-
 def read_frames(frames: torch.Tensor, min_pixels: int, max_pixels: int) -> torch.Tensor:
     """
-    Frames scaled and normalised as Qwen2-VL reads them.
+    Frames scaled and normalised as Qwen2-VL reads them: to multiples of 28 pixels, with nearly their aspect ratio.
 
     Args:
         frames (`torch.Tensor` of shape `(N, 3, height, width)`): float, in [0, 1].
         min_pixels (`int`): fewest pixels.
         max_pixels (`int`): most pixels.
     """
-    size = smart_size(*frames.shape[-2:], min_pixels, max_pixels)
+    size = smart_resize(*frames.shape[-2:], FACTOR, min_pixels, max_pixels)
     return normalize(resize(frames.clamp(0, 1), size), CLIP_MEAN, CLIP_STD)
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
 from .base import PretrainedReward
-from .checkpoints import load_converted, pretrained_from_state_dict, read_sharded, weights_file
+from .checkpoints import load_converted, pretrained_from_state_dict, read_sharded, under, weights_file
 from .preprocessing import CLIP_MEAN, clip_pixel_values, pad_to_square
 
 
@@ -67,10 +67,7 @@ class VQAScoreReward(PretrainedReward):
         facts = json.loads(weights_file(weights, "config.json", revision).read_text())
         config = T5Config.from_dict({**facts, "model_type": "t5"})
         state = read_sharded(weights, revision)
-        vision = {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)}
-        projector = {
-            name.removeprefix(PROJECTOR): value for name, value in state.items() if name.startswith(PROJECTOR)
-        }
+        vision, projector = under(state, TOWER), under(state, PROJECTOR)
         if tokenizer is None:
             if config.d_model not in cls.tokenizers:
                 raise ValueError(

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tapo_trl import get_reward
-from tapo_trl.rewards.pretrained.clip import AestheticReward, aesthetic_head
+from tapo_trl.rewards.pretrained.clip import AestheticReward, linear_head
 from tapo_trl.rewards.pretrained.preprocessing import clip_pixel_values
 from tests.testing_utils import save_tiny_clip
 
@@ -131,11 +131,11 @@ class TestAesthetic:
             projection_dim=768,
         )
         with torch.device("meta"):
-            reward = AestheticReward(CLIPVisionModelWithProjection(config), aesthetic_head(768))
+            reward = AestheticReward(CLIPVisionModelWithProjection(config), linear_head(768))
         assert sum(parameter.numel() for parameter in reward.parameters()) == AestheticReward.num_parameters
 
     def test_head_is_affine(self):
-        head, first, second = aesthetic_head(5), *torch.randn(2, 3, 5)
+        head, first, second = linear_head(5), *torch.randn(2, 3, 5)
         torch.testing.assert_close(head((first + second) / 2), (head(first) + head(second)) / 2)
 
 

@@ -62,7 +62,7 @@ def test_is_that_of_open_clip(published, size):
 
 def test_features_of_converted_weights(published):
     _, model = published
-    clip = clip_from_open_clip(model.state_dict(), *HEADS).eval()
+    clip = clip_from_open_clip(model.state_dict(), "x", *HEADS).eval()
     pixels, tokens = torch.randn(2, 3, 24, 24), torch.randint(1, 500, (2, 16))
     tokens[:, 9] = 513
     with torch.no_grad():
@@ -76,10 +76,14 @@ def test_features_of_converted_weights(published):
 def test_other_weights(published):
     _, model = published
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "visual.ln_pre.bias"}
-    with pytest.raises(ValueError, match="no CLIP in open_clip's layout: the key 'visual.ln_pre.bias' is missing"):
-        clip_from_open_clip(state, *HEADS)
-    with pytest.raises(ValueError, match="no CLIP in open_clip's layout"):
-        clip_from_open_clip({"logit_scale": torch.ones(())}, *HEADS)
+    with pytest.raises(
+        ValueError, match="`x` is no checkpoint of this scorer: vision_model.pre_layrnorm.bias is missing"
+    ):
+        clip_from_open_clip(state, "x", *HEADS)
+    with pytest.raises(
+        ValueError, match="`x` is no CLIP in open_clip's layout: the key 'visual.conv1.weight' is missing"
+    ):
+        clip_from_open_clip({"logit_scale": torch.ones(())}, "x", *HEADS)
 
 
 @pytest.mark.parametrize(
