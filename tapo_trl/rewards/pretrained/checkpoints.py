@@ -56,8 +56,10 @@ def read_state_dict(file: str | os.PathLike, mmap: bool = False) -> dict[str, to
             return safetensors.torch.load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        unsafe = re.search(r"Unsupported .*(?= was not an allowed)", str(error))
+        problem = f"{unsafe[0]}, which is not unpickled." if unsafe else str(error).splitlines()[0]
         raise ValueError(
-            f"`{file}` cannot be read as tensors: {str(error).splitlines()[0]} If its download was cut off, delete it."
+            f"`{file}` cannot be read as tensors: {problem} If its download was cut off, delete it."
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"`{file}` holds a `{type(state).__name__}`, but a dictionary of tensors is needed.")
