@@ -31,13 +31,14 @@ class FiLMAdapter(nn.Module):
     the block added, then projected. At the start the noise level has no influence.
 
     Args:
-        dim (`int`): width of the tokens and of the embedding of the noise level.
+        dim (`int`): width of the tokens.
         out_dim (`int`): width of the result.
+        time_dim (`int`, *optional*): width of the embedding of the noise level. Defaults to that of the tokens.
     """
 
-    def __init__(self, dim: int, out_dim: int):
+    def __init__(self, dim: int, out_dim: int, time_dim: int | None = None):
         super().__init__()
-        self.modulation = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, 2 * dim))
+        self.modulation = nn.Sequential(nn.Linear(time_dim or dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, 2 * dim))
         self.layer_embedding = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.projection = nn.Linear(dim, out_dim)
         nn.init.zeros_(self.modulation[-1].weight)
@@ -51,9 +52,9 @@ class FiLMAdapter(nn.Module):
 class MultiLayerAdapter(nn.Module):
     """One [`FiLMAdapter`] for each tapped block, to a quarter of the width, then a linear layer over all of them."""
 
-    def __init__(self, dim: int, num_layers: int):
+    def __init__(self, dim: int, num_layers: int, time_dim: int | None = None):
         super().__init__()
-        self.adapters = nn.ModuleList(FiLMAdapter(dim, dim // 4) for _ in range(num_layers))
+        self.adapters = nn.ModuleList(FiLMAdapter(dim, dim // 4, time_dim) for _ in range(num_layers))
         self.merge = nn.Linear(num_layers * (dim // 4), dim)
 
     def forward(self, tokens: Sequence[torch.Tensor], time: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,10 @@ class ContextProjections(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries attend to one or more sets of tokens, to each on its own; the results are added."""
+    """
+    Queries attend to one or more sets of tokens, to each on its own; the results are added. `masks` says for each set which of
+    its tokens count, by default all.
+    """
 
     def __init__(self, dim: int, num_contexts: int, gated: bool):
         super().__init__()
@@ -92,12 +96,16 @@ class CrossAttention(nn.Module):
         self.query, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.contexts = nn.ModuleList(ContextProjections(dim, gated) for _ in range(num_contexts))
 
-    def forward(self, queries: torch.Tensor, *contexts: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, queries: torch.Tensor, *contexts: torch.Tensor, masks: Sequence[torch.Tensor | None] | None = None
+    ) -> torch.Tensor:
         query = self._heads(self.query(self.norm(queries)))
         attended = 0
-        for projections, tokens in zip(self.contexts, contexts, strict=True):
-            key, value = projections(tokens)
-            attended = attended + F.scaled_dot_product_attention(query, self._heads(key), self._heads(value))
+        masks = masks or [None] * len(contexts)
+        for projections, tokens, mask in zip(self.contexts, contexts, masks, strict=True):
+            key, value = map(self._heads, projections(tokens))
+            mask = None if mask is None else mask[:, None, None]
+            attended = attended + F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return queries + self.output(attended.transpose(1, 2).flatten(2))
 
     def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -113,12 +121,13 @@ class DiNaHead(nn.Module):
         dim (`int`): width of the features.
         num_layers (`int`): number of tapped blocks.
         num_queries (`int`): number of queries.
+        time_dim (`int`, *optional*): width of the embedding of the noise level. Defaults to that of the features.
     """
 
-    def __init__(self, dim: int, num_layers: int, num_queries: int):
+    def __init__(self, dim: int, num_layers: int, num_queries: int, time_dim: int | None = None):
         super().__init__()
-        self.visual_adapter = MultiLayerAdapter(dim, num_layers)
-        self.text_adapter = MultiLayerAdapter(dim, num_layers)
+        self.visual_adapter = MultiLayerAdapter(dim, num_layers, time_dim)
+        self.text_adapter = MultiLayerAdapter(dim, num_layers, time_dim)
         self.queries = nn.Parameter(0.02 * torch.randn(1, num_queries, dim))
         self.joint_attention = CrossAttention(dim, num_contexts=2, gated=True)
         self.visual_attention = CrossAttention(dim, num_contexts=1, gated=False)
@@ -139,7 +148,7 @@ class DiNaHead(nn.Module):
         visual = self.visual_adapter([tokens.to(dtype) for tokens in features.visual], time)
         text = self.text_adapter([tokens.to(dtype) for tokens in features.text], time)
         queries = self.queries.expand(len(visual), -1, -1)
-        queries = self.joint_attention(queries, visual, text)
+        queries = self.joint_attention(queries, visual, text, masks=[None, features.text_mask])
         queries = self.visual_attention(queries, visual)
         queries = queries + self.ff(self.ff_norm(queries))
         # The readout is linear, so that the mean may come first. Not a matrix product, which autocast would round.
@@ -195,7 +204,8 @@ class DiNaModel(LatentRewardModel):
         trained: bool = True,
     ):
         super().__init__()
-        backbone_class, num_layers = self.backbone_class(transformer_class), transformer_config["num_layers"]
+        backbone_class = self.backbone_class(transformer_class)
+        num_layers = backbone_class.num_blocks(transformer_config)
         layers = proportional_layers(DEFAULT_DEPTHS, num_layers) if layers is None else layers
         layers = check_layers(layers, backbone_class.last_layer_with_text(num_layers), "layers")
         self.register_to_config(layers=layers)
@@ -204,7 +214,8 @@ class DiNaModel(LatentRewardModel):
         self.head = self._make_head()
 
     def _make_head(self) -> DiNaHead:
-        return DiNaHead(self.transformer.feature_dim, len(self.config.layers), self.config.num_queries)
+        features = self.transformer
+        return DiNaHead(features.feature_dim, len(self.config.layers), self.config.num_queries, features.time_dim)
 
     def _attach_base(self, transformer: ModelMixin, share: bool = False) -> None:
         self.transformer = type(self.transformer).from_base(transformer, self.config.layers, share)

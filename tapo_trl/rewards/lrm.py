@@ -127,7 +127,8 @@ class LRMModel(LatentRewardModel):
         trained: bool = True,
     ):
         super().__init__()
-        backbone_class, num_layers = self.backbone_class(transformer_class), transformer_config["num_layers"]
+        backbone_class = self.backbone_class(transformer_class)
+        num_layers = backbone_class.num_blocks(transformer_config)
         layers = proportional_layers([DEFAULT_DEPTH], num_layers) if layer is None else [layer]
         self.register_to_config(layer=check_layers(layers, num_layers, "layer")[0])
         self.transformer = backbone_class(layers, **transformer_config)

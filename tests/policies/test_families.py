@@ -290,15 +290,20 @@ def test_tapo_starts_at_ln_2(family, world, tmp_path, bf16):
     assert ('negative_prompt=" "' in card) == (family.pipeline == "QwenImagePipeline")
 
 
-@pytest.mark.parametrize("method", ["OnlineDiffusionDPO", "FlowGRPO", "ReFL", "DiffusionDPO", "SLRM"])
+@pytest.mark.parametrize("method", ["OnlineDiffusionDPO", "FlowGRPO", "ReFL", "DiffusionDPO", "SLRM", "DiNa"])
 def test_one_update(family, world, tmp_path, method):
     shape = world.policy.latent_shape(**size_of(world.policy, 32, 32))
     online = method in ("OnlineDiffusionDPO", "FlowGRPO", "ReFL")
     data = Dataset.from_dict({"prompt": PROMPTS}) if online else latent_pairs(2, shape)
-    options = {"FlowGRPO": {"num_generations": 2}, "SLRM": {"num_task_tokens": 2}}.get(method, {})
-    if method == "SLRM" and len(world.policy.experts) > 1:
+    options = {
+        "FlowGRPO": {"num_generations": 2},
+        "SLRM": {"num_task_tokens": 2},
+        "DiNa": {"reward_model_type": "dina"},
+    }
+    options, trainer_of = options.get(method, {}), "SLRM" if method == "DiNa" else method
+    if trainer_of == "SLRM" and len(world.policy.experts) > 1:
         options["expert"] = "high"
-    _, loss = train(method, family, world, tmp_path, data, [redness] if online else [], **options)
+    _, loss = train(trainer_of, family, world, tmp_path, data, [redness] if online else [], **options)
     expected = {"OnlineDiffusionDPO": math.log(2), "DiffusionDPO": math.log(2), "FlowGRPO": 0.0}
     assert loss == pytest.approx(expected.get(method, loss), abs=1e-5) and math.isfinite(loss)
 

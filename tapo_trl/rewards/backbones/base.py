@@ -21,16 +21,16 @@ class RewardBackboneMixin(ABC):
     Attributes:
         base_class (`type`): the transformer as diffusers has it.
         interface_fields (`tuple[str, ...]`): fields of its configuration that latents and prompts depend on.
-        blocks_name (`str`): name of its list of blocks.
+        blocks_names (`tuple[str, ...]`): names of its lists of blocks, in the order in which they run.
     """
 
     base_class: type[ModelMixin]
     interface_fields: tuple[str, ...]
-    blocks_name: str = "transformer_blocks"
+    blocks_names: tuple[str, ...] = ("transformer_blocks",)
 
     @property
-    def block_list(self) -> nn.ModuleList:
-        return getattr(self, self.blocks_name)
+    def block_list(self) -> list[nn.Module]:
+        return [block for name in self.blocks_names for block in getattr(self, name)]
 
     @property
     def dim(self) -> int:

@@ -1,29 +1,47 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""FLUX.1 as backbone of SLRM."""
+"""FLUX.1 as backbone of reward models."""
 
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 
+from .base import RewardBackboneMixin
+from .features import HookedFeatureTransformerMixin
 from .score_stream import TextScoreTransformerMixin
 
 
-class DoubleSingleScoreMixin(TextScoreTransformerMixin):
+class DoubleSingleBackbone(RewardBackboneMixin):
+    """What the backbones on FLUX.1 and FLUX.2 share, which have double and single blocks."""
+
+    blocks_names = ("transformer_blocks", "single_transformer_blocks")
+
+    @property
+    def backbone_dtype(self) -> torch.dtype:
+        return self.x_embedder.weight.dtype
+
+
+class DoubleSingleFeatureMixin(DoubleSingleBackbone, HookedFeatureTransformerMixin):
+    """Mixed into FLUX.1 or FLUX.2, see [`HookedFeatureTransformerMixin`]. Single blocks are numbered on from the double ones."""
+
+    unused_layers = ("norm_out", "proj_out")
+    text_output_layers = ("attn.to_add_out", "ff_context")
+
+    @classmethod
+    def num_blocks(cls, transformer_config):
+        return transformer_config["num_layers"] + transformer_config["num_single_layers"]
+
+
+class DoubleSingleScoreMixin(DoubleSingleBackbone, TextScoreTransformerMixin):
     """
-    Mixed into a transformer with double and single blocks, that of FLUX.1 or FLUX.2. Score tokens come before the prompt's, at
-    position 0, which is not rotated.
+    Mixed into FLUX.1 or FLUX.2. Score tokens come before the prompt's, at position 0, which is not rotated.
 
     Attributes:
         single_projections (`tuple[str, ...]`): projections to queries, keys and values in the attention of a single block.
     """
 
     single_projections: tuple[str, ...]
-
-    @property
-    def backbone_dtype(self) -> torch.dtype:
-        return self.x_embedder.weight.dtype
 
     def score_projection_names(self) -> list[str]:
         double = [f"transformer_blocks.{i}.attn.add_{p}_proj" for i in range(self.config.num_layers) for p in "qkv"]
@@ -71,12 +89,23 @@ class DoubleSingleScoreMixin(TextScoreTransformerMixin):
         return velocity, self.score_head(states[0])
 
 
-class FluxScoreTransformer2DModel(DoubleSingleScoreMixin, FluxTransformer2DModel):
+class FluxBackbone(RewardBackboneMixin):
+    """What the backbones on FLUX.1 share."""
+
+    base_class = FluxTransformer2DModel
+    interface_fields = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
+
+
+class FluxScoreTransformer2DModel(FluxBackbone, DoubleSingleScoreMixin, FluxTransformer2DModel):
     """
     FLUX.1's transformer with learnable score tokens before the prompt's. It returns the velocity, which the score tokens
     influence, and one logit per sample.
     """
 
-    base_class = FluxTransformer2DModel
-    interface_fields = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
     single_projections = ("to_q", "to_k", "to_v")
+
+
+class FluxFeatureTransformer2DModel(FluxBackbone, DoubleSingleFeatureMixin, FluxTransformer2DModel):
+    """The blocks of FLUX.1 up to the last tapped one."""
+
+    time_layer = "time_text_embed"

@@ -1,13 +1,15 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Qwen-Image as backbone of SLRM."""
+"""Qwen-Image as backbone of reward models."""
 
 import torch
 import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
+from .base import RewardBackboneMixin
+from .features import HookedFeatureTransformerMixin
 from .score_stream import TextScoreTransformerMixin
 
 
@@ -21,24 +23,38 @@ class QwenScoreRope(QwenEmbedRope):
         return image, torch.cat([torch.ones_like(text[:1]).expand(self.num_task_tokens, -1), text])
 
 
-class QwenImageScoreTransformer2DModel(TextScoreTransformerMixin, QwenImageTransformer2DModel):
+class QwenImageBackbone(RewardBackboneMixin):
+    """What the backbones on Qwen-Image share."""
+
+    base_class = QwenImageTransformer2DModel
+    interface_fields = ("in_channels", "joint_attention_dim")
+
+    @property
+    def backbone_dtype(self) -> torch.dtype:
+        return self.img_in.weight.dtype
+
+
+class QwenImageFeatureTransformer2DModel(
+    QwenImageBackbone, HookedFeatureTransformerMixin, QwenImageTransformer2DModel
+):
+    """The blocks of Qwen-Image up to the last tapped one."""
+
+    unused_layers = ("norm_out", "proj_out")
+    text_output_layers = ("attn.to_add_out", "txt_mlp")
+    time_layer = "time_text_embed"
+
+
+class QwenImageScoreTransformer2DModel(QwenImageBackbone, TextScoreTransformerMixin, QwenImageTransformer2DModel):
     """
     Qwen-Image's transformer with learnable score tokens before the prompt's. It returns the velocity, which the score tokens
     influence, and one logit per sample.
     """
-
-    base_class = QwenImageTransformer2DModel
-    interface_fields = ("in_channels", "joint_attention_dim")
 
     def __init__(self, num_task_tokens: int, task_projection_rank: int | None = None, **transformer_config):
         super().__init__(num_task_tokens, task_projection_rank, **transformer_config)
         positions = self.pos_embed
         self.pos_embed = QwenScoreRope(positions.theta, positions.axes_dim, positions.scale_rope)
         self.pos_embed.num_task_tokens = num_task_tokens
-
-    @property
-    def backbone_dtype(self) -> torch.dtype:
-        return self.img_in.weight.dtype
 
     @property
     def score_width(self) -> int:

@@ -136,7 +136,8 @@ class ScoreTransformerMixin(RewardBackboneMixin):
     def _add_score_stream(self, num_task_tokens: int, text_dim: int, make_block: Callable[[int], nn.Module]) -> None:
         """Put blocks with score tokens in the place of the base's, and the tokens and their head beside them."""
         self.task_tokens = nn.Parameter(torch.empty(1, num_task_tokens, text_dim))
-        setattr(self, self.blocks_name, nn.ModuleList(make_block(index) for index in range(self.config.num_layers)))
+        (name,) = self.blocks_names
+        setattr(self, name, nn.ModuleList(make_block(index) for index in range(self.config.num_layers)))
         self.score_head = ScoreHead(self.dim)
 
     def init_score_stream(self) -> None:

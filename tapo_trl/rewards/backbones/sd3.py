@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
 from .base import RewardBackboneMixin
-from .features import FeatureTransformerMixin
+from .features import SteppedFeatureTransformerMixin
 from .score_stream import ScoreProjections, ScoreTransformerMixin
 
 
@@ -38,7 +38,7 @@ class SD3Backbone(RewardBackboneMixin):
         return image, self.context_embedder(encoder_hidden_states), temb
 
 
-class SD3FeatureTransformer2DModel(SD3Backbone, FeatureTransformerMixin, SD3Transformer2DModel):
+class SD3FeatureTransformer2DModel(SD3Backbone, SteppedFeatureTransformerMixin, SD3Transformer2DModel):
     """The joint blocks of SD3 up to the last tapped one, see [`FeatureTransformerMixin`]."""
 
     unused_layers = ("norm_out", "proj_out")

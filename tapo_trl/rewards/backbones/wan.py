@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 
 from .base import RewardBackboneMixin
-from .features import FeatureTransformerMixin
+from .features import SteppedFeatureTransformerMixin
 from .score_stream import ScoreProjections, ScoreTransformerMixin
 
 
@@ -19,7 +19,7 @@ class WanBackbone(RewardBackboneMixin):
 
     base_class = WanTransformer3DModel
     interface_fields = ("in_channels", "patch_size", "text_dim")
-    blocks_name = "blocks"
+    blocks_names = ("blocks",)
 
     @property
     def backbone_dtype(self) -> torch.dtype:
@@ -35,17 +35,13 @@ class WanBackbone(RewardBackboneMixin):
         return video, text, temb, block_temb.unflatten(1, (6, -1)), rotary_emb
 
 
-class WanFeatureTransformer3DModel(WanBackbone, FeatureTransformerMixin, WanTransformer3DModel):
+class WanFeatureTransformer3DModel(WanBackbone, SteppedFeatureTransformerMixin, WanTransformer3DModel):
     """
     The blocks of Wan up to the last tapped one, see [`FeatureTransformerMixin`]. They look at the prompt and do not change it:
     its features are the same at all of them.
     """
 
     unused_layers = ("norm_out", "proj_out", "scale_shift_table")
-
-    @classmethod
-    def last_layer_with_text(cls, num_layers: int) -> int:
-        return num_layers
 
     def step(self, block, visual, text, time, block_temb, rotary_emb):
         return self.run_block(block, visual, text, block_temb, rotary_emb), text

@@ -1,16 +1,65 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Z-Image as backbone of SLRM."""
+"""Z-Image as backbone of reward models."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import ADALN_EMBED_DIM, SEQ_MULTI_OF
+from torch.nn.utils.rnn import pad_sequence
 
+from .base import RewardBackboneMixin
+from .features import HookedFeatureTransformerMixin
 from .score_stream import TextScoreTransformerMixin
 
 
-class ZImageScoreTransformer2DModel(TextScoreTransformerMixin, ZImageTransformer2DModel):
+class ZImageBackbone(RewardBackboneMixin):
+    """What the backbones on Z-Image share."""
+
+    base_class = ZImageTransformer2DModel
+    interface_fields = ("in_channels", "cap_feat_dim", "t_scale")
+    blocks_names = ("layers",)
+    dim = None  # which the base class sets
+
+    @property
+    def backbone_dtype(self) -> torch.dtype:
+        return self.cap_embedder[1].weight.dtype
+
+
+class ZImageFeatureTransformer2DModel(ZImageBackbone, HookedFeatureTransformerMixin, ZImageTransformer2DModel):
+    """
+    The blocks of Z-Image behind its refiners up to the last tapped one. Their sequence is that of the image and that of the
+    prompt, both padded to a multiple of 32, one behind the other.
+    """
+
+    unused_layers = ("all_final_layer.2-1",)
+    time_layer = "t_embedder"
+
+    @property
+    def time_dim(self) -> int:
+        return min(self.dim, ADALN_EMBED_DIM)
+
+    @classmethod
+    def num_blocks(cls, transformer_config):
+        return transformer_config["n_layers"]
+
+    def split(self, output, inputs):
+        count = math.prod(inputs["x"][0].shape[1:]) // 4  # patches of 2 x 2
+        start = count + -count % SEQ_MULTI_OF
+        text = [row[start : start + len(tokens)] for row, tokens in zip(output, inputs["cap_feats"], strict=True)]
+        return output[:, :count], pad_sequence(text, batch_first=True)
+
+    def text_mask(self, inputs):
+        return pad_sequence([tokens.new_ones(len(tokens), dtype=torch.bool) for tokens in inputs["cap_feats"]], True)
+
+    def unpatchify(self, tokens, *args, **kwargs):
+        return tokens
+
+
+class ZImageScoreTransformer2DModel(ZImageBackbone, TextScoreTransformerMixin, ZImageTransformer2DModel):
     """
     Z-Image's transformer with learnable score tokens before the image's. It returns the velocity, which the score tokens
     influence, and one logit per sample.
@@ -19,14 +68,7 @@ class ZImageScoreTransformer2DModel(TextScoreTransformerMixin, ZImageTransformer
     They are not rotated.
     """
 
-    base_class = ZImageTransformer2DModel
-    interface_fields = ("in_channels", "cap_feat_dim", "t_scale")
-    dim = None  # which the base class sets
     mask_task_tokens = False
-
-    @property
-    def backbone_dtype(self) -> torch.dtype:
-        return self.cap_embedder[1].weight.dtype
 
     @property
     def score_width(self) -> int:

@@ -2,80 +2,136 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first blocks of a transformer compute what they compute in the whole one, and are all that runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from tapo_trl.policies import SD3Policy, WanPolicy
+from tapo_trl.policies import SD3Policy, load_policy
+from tapo_trl.policies.base import cast_inputs
+from tapo_trl.policies.loading import FAMILIES, family_of_transformer
+from tapo_trl.rewards import DiNaModel, LRMModel
 from tapo_trl.rewards.backbones.features import check_layers, proportional_layers
 from tapo_trl.rewards.backbones.sd3 import SD3FeatureTransformer2DModel
 from tapo_trl.rewards.backbones.wan import WanFeatureTransformer3DModel
-from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
+from tests.testing_utils import tiny_sd3_pipeline
 
 
-FAMILIES = {
-    "sd3": (SD3FeatureTransformer2DModel, lambda: SD3Policy(tiny_sd3_pipeline(num_layers=6)), (4, 8, 8)),
-    "wan": (WanFeatureTransformer3DModel, lambda: WanPolicy(tiny_wan_pipeline(num_layers=6)), (4, 2, 4, 4)),
+PROMPTS = ["red cat", "a blue dog"]
+IMAGE_TOKENS = 8
+SIX_BLOCKS = {
+    "StableDiffusion3Pipeline": {"num_layers": 6},
+    "FluxPipeline": {"num_layers": 2, "num_single_layers": 4},
+    "Flux2KleinPipeline": {"num_layers": 2, "num_single_layers": 4},
+    "QwenImagePipeline": {"num_layers": 6},
+    "ZImagePipeline": {"n_layers": 6},
+    "WanPipeline": {"num_layers": 6},
 }
 
 
-def blocks_of(transformer) -> nn.ModuleList:
-    return next(module for module in transformer.children() if isinstance(module, nn.ModuleList))
+def blocks_of(transformer) -> list[nn.Module]:
+    names = family_of_transformer(type(transformer).__name__).backbone_class("features").blocks_names
+    return [block for name in names for block in getattr(transformer, name)]
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+def expected_features(family, output, transformer, arguments):
+    """Visual and text tokens in what a block of the family returns."""
+    if family.feature_class is WanFeatureTransformer3DModel:
+        return output, transformer.condition_embedder.text_embedder(arguments["encoder_hidden_states"])
+    if isinstance(output, tuple):
+        return output[1], output[0]
+    if family.pipeline == "ZImagePipeline":  # the image up to 32 tokens, and prompts behind it
+        rows = [output[i, 32 : 32 + len(tokens)] for i, tokens in enumerate(arguments["cap_feats"])]
+        return output[:, :IMAGE_TOKENS], nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return output[:, -IMAGE_TOKENS:], output[:, :-IMAGE_TOKENS]
+
+
+@pytest.fixture(params=SIX_BLOCKS)
 def family(request):
-    """The class, a policy, and the arguments of its transformer."""
-    feature_class, make_policy, shape = FAMILIES[request.param]
-    policy = make_policy()
-    generator = torch.Generator().manual_seed(1)
-    embeds = policy.encode_prompts(["cat", "dog"], 16)
-    arguments = {
-        "hidden_states": torch.randn(2, *shape, generator=generator),
-        "timestep": torch.tensor([300.0, 800.0]),
-        "encoder_hidden_states": embeds.prompt_embeds,
-    }
-    if embeds.pooled_prompt_embeds is not None:
-        arguments["pooled_projections"] = embeds.pooled_prompt_embeds
-    return feature_class, policy.transformer, arguments
+    """A family's feature class, a policy, and the arguments of its transformer."""
+    family = next(family for family in FAMILIES if family.pipeline == request.param)
+    policy = load_policy(family.policy_class.tiny(**SIX_BLOCKS[request.param]))
+    shape = policy.latent_shape(32, 64, 5 if policy.modality == "video" else None)
+    torch.manual_seed(1)
+    prompts, latents = policy.encode_prompts(PROMPTS, 16), torch.randn(2, *shape)
+    inputs = policy.model_inputs(policy.transformer.config, latents, torch.tensor([0.3, 0.8]), prompts)
+    return SimpleNamespace(
+        pipeline=family.pipeline,
+        feature_class=family.backbone_class("features"),
+        policy=policy,
+        transformer=policy.transformer,
+        arguments=cast_inputs(inputs, torch.float32),
+        latents=latents,
+        prompts=prompts,
+    )
 
 
 @torch.no_grad()
 def test_features_are_those_of_the_whole_transformer(family):
-    feature_class, transformer, arguments = family
-    seen, layers = {}, [1, 3, 4]
+    transformer, arguments, seen, layers = family.transformer, family.arguments, {}, [1, 3, 4]
     for number, block in enumerate(blocks_of(transformer), start=1):
         block.register_forward_hook(lambda module, args, output, number=number: seen.update({number: output}))
     transformer(**arguments)
-    features = feature_class.from_base(transformer, layers).eval()(**arguments)
+    model = family.feature_class.from_base(transformer, layers).eval()
+    features = model(**arguments)
     assert len(features.visual) == len(features.text) == 3 and len(seen) == 6
     for number, visual, text in zip(layers, features.visual, features.text, strict=True):
-        if feature_class is SD3FeatureTransformer2DModel:
-            assert torch.equal(text, seen[number][0]) and torch.equal(visual, seen[number][1])
-        else:
-            assert torch.equal(visual, seen[number])
-            embedded = transformer.condition_embedder.text_embedder(arguments["encoder_hidden_states"])
-            assert torch.equal(text, embedded)
-    assert features.time.shape == (2, features.visual[0].shape[2])
+        expected = expected_features(family, seen[number], transformer, arguments)
+        assert torch.equal(visual, expected[0]) and torch.equal(text, expected[1])
+        assert visual.shape[2] == text.shape[2] == model.feature_dim
+    assert features.time.shape == (2, model.time_dim)
+    if features.text_mask is not None:
+        assert features.text_mask.sum(1).tolist() == family.prompts.tensors["prompt_embeds_mask"].sum(1).tolist()
+        assert features.text_mask.shape == features.text[0].shape[:2]
+
+
+@torch.no_grad()
+def test_the_score_does_not_depend_on_batch_mates(family):
+    """Padding of the shorter prompt must not count."""
+    torch.manual_seed(2)
+    model = DiNaModel.from_policy(family.policy, layers=[2, 4], max_sequence_length=16)
+    sigma = torch.tensor([0.3, 0.8])
+    both = model.score(family.latents, sigma, **family.prompts.tensors)
+    alone = [model.score(family.latents[[i]], sigma[[i]], **family.prompts[[i]].tensors) for i in range(2)]
+    torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=2e-6)
+    other = model.score(family.latents.flip(0), sigma, **family.prompts.tensors)
+    assert (both - other).abs().min() > 1e-5
+
+
+def test_the_default_layers_count_all_blocks(family):
+    assert DiNaModel.without_weights(family.policy).config.layers == [1, 2, 3]
+
+
+def test_lrm_needs_a_pooled_prompt(family):
+    if family.prompts.pooled_prompt_embeds is None:
+        with pytest.raises(ValueError, match="pooled prompt embeddings"):
+            LRMModel.from_policy(family.policy)
+        return
+    model = LRMModel.from_policy(family.policy, max_sequence_length=16)
+    assert model.config.layer == 4  # three quarters, to the even number
+    score = model.score(family.latents, torch.tensor([0.3, 0.8]), **family.prompts.tensors)
+    score.sum().backward()
+    assert score.shape == (2,) and model.head.visual_projection.weight.grad.abs().max() > 0
 
 
 @torch.no_grad()
 def test_blocks_behind_the_last_tapped_one_neither_run_nor_take_memory(family):
-    feature_class, transformer, arguments = family
-    model = feature_class.from_base(transformer, [2, 3])
+    transformer = family.transformer
+    model = family.feature_class.from_base(transformer, [2, 3])
     ran = []
-    for block in blocks_of(model):
+    for block in model.block_list:
         block.register_forward_hook(lambda module, args, output: ran.append(module))
-    model(**arguments)
-    assert len(ran) == len(blocks_of(model)) == 3
+    model(**family.arguments)
+    assert len(ran) == len(model.block_list) == 3
     left_out = sum(p.numel() for block in blocks_of(transformer)[3:] for p in block.parameters())
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in transformer.parameters()) - left_out
 
 
 def test_is_a_copy(family):
-    feature_class, transformer, _ = family
+    transformer = family.transformer
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    model = feature_class.from_base(transformer, [2])
+    model = family.feature_class.from_base(transformer, [2])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
@@ -83,13 +139,12 @@ def test_is_a_copy(family):
 
 
 def test_recomputed_activations_give_the_same_gradients(family):
-    feature_class, transformer, arguments = family
     gradients = []
     for checkpointing in (False, True):
-        model = feature_class.from_base(transformer, [1, 3]).train()
+        model = family.feature_class.from_base(family.transformer, [1, 3]).train()
         if checkpointing:
             model.enable_gradient_checkpointing()
-        sum(tokens.square().sum() for tokens in model(**arguments).visual).backward()
+        sum(tokens.square().sum() for tokens in model(**family.arguments).visual).backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) > 20
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
@@ -98,10 +153,9 @@ def test_recomputed_activations_give_the_same_gradients(family):
 def test_adapters_must_be_merged_first(family):
     from peft import LoraConfig
 
-    feature_class, transformer, _ = family
-    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    family.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="merge or detach its adapters first"):
-        feature_class.from_base(transformer, [2])
+        family.feature_class.from_base(family.transformer, [2])
 
 
 def test_after_the_last_block_sd3_has_no_text():
