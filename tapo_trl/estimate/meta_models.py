@@ -102,7 +102,8 @@ def _read_configs(name: str, revision: str | None, local_files_only: bool) -> tu
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """Transformer blocks of a network: what activation checkpointing and offloading treat as one."""
-    return [module for module in network.modules() if type(module).__name__ in network._no_split_modules]
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks if type(block).__name__ in network._no_split_modules]
 
 
 def shrink(network: nn.Module) -> list[int]:

@@ -125,6 +125,18 @@ FAMILIES = [
         features="tapo_trl.rewards.backbones.z_image:ZImageFeatureTransformer2DModel",
     ),
     Family(
+        pipeline="HunyuanVideoPipeline",
+        transformer="HunyuanVideoTransformer3DModel",
+        policy="tapo_trl.policies.hunyuan_video:HunyuanVideoPolicy",
+        score="tapo_trl.rewards.backbones.hunyuan_video:HunyuanVideoScoreTransformer3DModel",
+    ),
+    Family(
+        pipeline="HunyuanVideo15Pipeline",
+        transformer="HunyuanVideo15Transformer3DModel",
+        policy="tapo_trl.policies.hunyuan_video15:HunyuanVideo15Policy",
+        score="tapo_trl.rewards.backbones.hunyuan_video:HunyuanVideo15ScoreTransformer3DModel",
+    ),
+    Family(
         pipeline="WanPipeline",
         transformer="WanTransformer3DModel",
         policy="tapo_trl.policies.wan:WanPolicy",

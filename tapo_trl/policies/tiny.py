@@ -12,11 +12,15 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -88,9 +92,21 @@ def tiny_byte_tokenizer(prefix: str = "", prefix_length: int = 0) -> Qwen2Tokeni
     return tokenizer
 
 
-def tiny_qwen25_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def _qwen25_text(tokenizer: Qwen2Tokenizer, num_layers: int) -> dict:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
-    text = {**_LANGUAGE_MODEL, "num_hidden_layers": 2, "vocab_size": len(tokenizer), "rope_parameters": rope}
+    return {**_LANGUAGE_MODEL, "num_hidden_layers": num_layers, "vocab_size": len(tokenizer), "rope_parameters": rope}
+
+
+def tiny_qwen25_text(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLTextModel:
+    return Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**_qwen25_text(tokenizer, 4))).eval()
+
+
+def tiny_llama(tokenizer: Qwen2Tokenizer) -> LlamaModel:
+    return LlamaModel(LlamaConfig(**_LANGUAGE_MODEL, num_hidden_layers=4, vocab_size=len(tokenizer))).eval()
+
+
+def tiny_qwen25_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    text = _qwen25_text(tokenizer, 2)
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
 

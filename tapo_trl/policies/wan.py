@@ -12,7 +12,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from .base import Defaults, FlowPolicy, PromptEmbeddings
+from .base import Defaults, PromptEmbeddings
+from .video import VideoPolicy
 
 
 # `scripts/convert_wan_to_diffusers.py` of diffusers: `get_transformer_config("Wan-T2V-1.3B")` and `("Wan-T2V-14B")`, whose
@@ -57,7 +58,7 @@ def _wan21(**transformer: int) -> dict:
     }
 
 
-class WanPolicy(FlowPolicy):
+class WanPolicy(VideoPolicy):
     """
     [`~diffusers.WanPipeline`] of Wan2.1 (1.3B and 14B) and Wan2.2, for text to video, as a policy. Of Wan2.2-T2V-A14B, which has
     two transformers, [`~FlowPolicy.from_pipeline`] makes a [`WanExpertsPolicy`].
@@ -69,7 +70,6 @@ class WanPolicy(FlowPolicy):
     Wan2.2-TI2V-5B gives each token a timestep, which for text to video are all the same: the network gets one per video here.
     """
 
-    modality = "video"
     max_sequence_length = 512
     lora_target_modules = ["to_q", "to_k", "to_v", "to_out.0"]
     text_encoder_names = ["text_encoder"]
@@ -124,6 +124,10 @@ class WanPolicy(FlowPolicy):
                 "`use_flow_sigmas=True` and a `flow_shift`, or must be a `FlowMatchEulerDiscreteScheduler`."
             )
 
+    @property
+    def patch_sizes(self) -> tuple[int, int, int]:
+        return self.transformer.config.patch_size
+
     @classmethod
     def from_pipeline(cls, pipeline: WanPipeline) -> "WanPolicy":
         if pipeline.transformer_2 is None:
@@ -140,31 +144,12 @@ class WanPolicy(FlowPolicy):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], max_sequence_length: int | None = None) -> PromptEmbeddings:
-        if self.pipeline.text_encoder is None:
-            raise ValueError("The pipeline has no text encoder (any more): encode prompts before it is unloaded.")
         prompt_embeds = self.pipeline._get_t5_prompt_embeds(
             prompts,
             max_sequence_length=max_sequence_length or self.max_sequence_length,
-            device=self.pipeline.text_encoder.device,
+            device=self.encoder_device,
         )
         return PromptEmbeddings(prompt_embeds)
-
-    def latent_shape(self, height: int, width: int, num_frames: int | None = None) -> tuple[int, ...]:
-        if num_frames is None:
-            raise ValueError("`num_frames` is missing: Wan makes videos, for example of 81 frames.")
-        space, time = self.pipeline.vae_scale_factor_spatial, self.pipeline.vae_scale_factor_temporal
-        _, *patch_size = self.transformer.config.patch_size
-        multiples = [space * patch for patch in patch_size]
-
-        nearest = [max(round(size / m), 1) * m for size, m in zip((height, width), multiples, strict=True)]
-        nearest.append(max(round((num_frames - 1) / time), 0) * time + 1)
-        if [height, width, num_frames] != nearest:
-            raise ValueError(
-                f"`height` and `width` must be multiples of {multiples[0]} and {multiples[1]} pixels, and `num_frames` "
-                f"one more than a multiple of {time}, but they are {height}, {width} and {num_frames}. The nearest that "
-                f"fit are {nearest[0]}, {nearest[1]} and {nearest[2]}."
-            )
-        return (self.transformer.config.in_channels, (num_frames - 1) // time + 1, height // space, width // space)
 
     def prompt_shapes(self, max_sequence_length):
         return {"prompt_embeds": (max_sequence_length, self.transformer.config.text_dim)}

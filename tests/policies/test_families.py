@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model
 
 import tapo_trl
@@ -26,13 +27,23 @@ PROMPTS, NEGATIVE, LENGTH = ["red cat", "a blue dog that runs"], "gray", 24
 FRAMES = 5
 RECIPES = [
     path
-    for folder in ("flux1", "flux2_klein", "flux2_dev", "qwen_image", "z_image", "wan22_ti2v", "wan22_a14b")
+    for folder in (
+        "flux1",
+        "flux2_klein",
+        "flux2_dev",
+        "qwen_image",
+        "z_image",
+        "wan22_ti2v",
+        "wan22_a14b",
+        "hunyuan_video",
+        "hunyuan_video15",
+    )
     for path in Path(__file__).parents[2].joinpath("recipes", folder).glob("*.yaml")
 ]
 GUIDED = 3.0
 GUIDANCE = {"QwenImagePipeline": "true_cfg_scale"}  # what pipelines call `guidance_scale`
 # Tested by `make test-all`
-HEAVY = ("Flux2KleinPolicy", "Flux2Policy", "WanExpertsPolicy")
+HEAVY = ("Flux2KleinPolicy", "Flux2Policy", "WanExpertsPolicy", "HunyuanVideoPolicy", "HunyuanVideo15Policy")
 VELOCITY_ATOL, MASKED_ATOL, SAMPLES_ATOL = 2e-6, 1e-6, 1e-5
 ROUNDS_TIMES = {"ZImagePipeline": 2e-5}  # computes 1 - sigma from a timestep of 1000 sigma
 
@@ -120,10 +131,14 @@ def samples(world, request):
     )
     pipeline = copy.copy(policy.pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    if policy.modality == "video":  # which comes with a multistep solver
+    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):  # a multistep solver
         pipeline.scheduler = policy.build_scheduler(4, world.shape)
-    options[GUIDANCE.get(type(pipeline).__name__, "guidance_scale")] = options.pop("guidance_scale")
-    options |= size_of(policy) | {"max_sequence_length": LENGTH}
+    scale = options.pop("guidance_scale")
+    if "guider" in pipeline.components:
+        pipeline.guider, pipeline.tokenizer_max_length = type(pipeline.guider)(guidance_scale=scale), LENGTH
+    else:
+        options |= {GUIDANCE.get(type(pipeline).__name__, "guidance_scale"): scale, "max_sequence_length": LENGTH}
+    options |= size_of(policy)
     results = []
     is_klein = type(pipeline).__name__ == "Flux2KleinPipeline"
     if is_klein:  # whose negative prompt is empty unless it comes encoded
@@ -286,7 +301,8 @@ def test_tapo_starts_at_ln_2(family, world, tmp_path, bf16):
     assert loss == pytest.approx(math.log(2), abs=1e-7)
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert f"{family.pipeline}.from_pretrained" in card and "load_lora_weights" in card
+    assert f"{family.pipeline}.from_pretrained" in card
+    assert all(call.split("(")[0] in card for call in world.policy.lora_calls)
     assert ('negative_prompt=" "' in card) == (family.pipeline == "QwenImagePipeline")
 
 

@@ -17,9 +17,10 @@ from tapo_trl.rewards.backbones.score_stream import ScoreTransformerMixin
 
 
 FAMILY_CLASS = re.compile(
-    r"\b(SD3|Wan|StableDiffusion3|Flux2?|QwenImage|ZImage|AutoencoderKL|JointTransformer)[A-Z]\w+"
+    r"\b(SD3|Wan|StableDiffusion3|Flux2?|QwenImage|ZImage|HunyuanVideo|AutoencoderKL|JointTransformer)[A-Z]\w+"
 )
 OWNERS = ("policies/", "rewards/backbones/")
+LONG = '"' + "cat " * 100 + '"'  # HunyuanVideo-1.5 reads what is quoted once more
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.pipeline)
@@ -55,7 +56,9 @@ class TestTable:
         shape = policy.latent_shape(32, 32, 5 if policy.modality == "video" else None)
         seen = []
         block = next(
-            m for m in policy.transformer.modules() if type(m).__name__ in policy.transformer._no_split_modules
+            m
+            for m in policy.transformer.modules()
+            if type(m).__name__ in policy.transformer._no_split_modules and "Block" in type(m).__name__
         )
         block.register_forward_pre_hook(
             lambda module, args, kwargs: seen.extend(
@@ -63,7 +66,7 @@ class TestTable:
             ),
             with_kwargs=True,
         )
-        policy.velocity(policy.transformer, torch.zeros(1, *shape), 0.5, policy.encode_prompts(["cat"], 3))
+        policy.velocity(policy.transformer, torch.zeros(1, *shape), 0.5, policy.encode_prompts([LONG], 3))
         visual, text = policy.num_tokens(shape, 3)
         if family.pipeline == "ZImagePipeline":  # whose first block has the image alone, in multiples of 32
             assert seen[0] == 32 and (visual, text) == (4, 3)
@@ -73,7 +76,7 @@ class TestTable:
     def test_shapes_of_prompts(self, family):
         """Of prompts of the full length, which need no mask."""
         policy = load_policy(family.policy_class.tiny())
-        (row,) = policy.encode_prompts(["cat"], 3).rows()
+        (row,) = policy.encode_prompts([LONG], 3).rows()
         shapes = {name: tuple(tensor.shape) for name, tensor in row.items() if not name.endswith("_mask")}
         assert shapes == policy.prompt_shapes(3)
 

@@ -66,15 +66,20 @@ class ScoreProjections(nn.Module):
 
 class ScoreLinear(nn.Linear):
     """
-    A projection whose first rows are score tokens and have weights of their own: P^S without an attention processor. The
+    A projection of which some rows are score tokens and have weights of their own: P^S without an attention processor. The
     names of the base's parameters stay, so that its weights are copied or shared, and its LoRA goes on to the other rows.
 
     Args:
         base (`nn.Linear`): the projection.
-        num_task_tokens (`int`): number of score tokens, which come first.
+        num_task_tokens (`int`): number of score tokens.
         rank (`int`, *optional*): if set, their weights are the projection's plus an update of this rank.
         width (`int`, *optional*): outputs that have weights of their own, the first ones. Defaults to all.
+
+    Attributes:
+        start (`int`): row of the first score token.
     """
+
+    start: int = 0
 
     def __init__(self, base: nn.Linear, num_task_tokens: int, rank: int | None = None, width: int | None = None):
         super().__init__(base.in_features, base.out_features, base.bias is not None)
@@ -92,14 +97,12 @@ class ScoreLinear(nn.Linear):
             self.score_projections.reset_parameters()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        score, others = hidden_states.tensor_split([self.num_task_tokens], dim=1)
-        projected = self.score_projections(score)
-        if self.rank is not None or self.width < self.out_features:
-            shared = super().forward(score)
-            if self.rank is not None:
-                projected = projected + shared[..., : self.width]
-            projected = torch.cat([projected, shared[..., self.width :]], dim=-1)
-        return torch.cat([projected, super().forward(others)], dim=1)
+        rows = [self.start, self.start + self.num_task_tokens]
+        before, shared, behind = super().forward(hidden_states).tensor_split(rows, dim=1)
+        own = self.score_projections(hidden_states[:, rows[0] : rows[1]])
+        if self.rank is not None:
+            own = own + shared[..., : self.width]
+        return torch.cat([before, torch.cat([own, shared[..., self.width :]], dim=-1), behind], dim=1)
 
 
 class ScoreHead(nn.Module):
