@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import tapo_trl
-from tapo_trl.cli import bench, diagnose, evaluate, rewards, sample
+from tapo_trl.cli import bench, diagnose, evaluate, merge, rewards, sample
 from tapo_trl.cli.main import command_module
 from tapo_trl.scripts import dpo, grpo, online_dpo, refl, slrm, tapo
 
@@ -217,7 +217,10 @@ class TestDocumentation:
     def test_flags_in_commands_exist(self, path):
         fields = {
             command: make()._field_names()
-            for command, make in {**PARSERS, "sample": sample.make_parser, "rewards": rewards.make_parser}.items()
+            for command, make in {
+                **PARSERS,
+                **{own.__name__: own.make_parser for own in (merge, rewards, sample)},
+            }.items()
         }
         known = set().union(*fields.values()) | {"config"} | LAUNCHER_FLAGS | SERVER_FLAGS
         text = re.sub(r"```sh\n.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)  # of other tools

@@ -63,6 +63,24 @@ class GenerationArguments:
 
 
 @dataclass
+class MergeArguments:
+    """Arguments of `tapo-trl merge` beside [`PipelineConfig`]."""
+
+    lora: str | None = option("Folder or Hub id with `pytorch_lora_weights.safetensors`.")
+    output_dir: str = option("Folder to write to.", "merged")
+    format: str = option(
+        "`diffusers`, a pipeline with the LoRA merged, in `torch_dtype`; or `comfyui`, one file of LoRA weights for ComfyUI.",
+        "diffusers",
+        choices=["diffusers", "comfyui"],
+    )
+
+    def __post_init__(self):
+        check_folder_name(self.output_dir, "output_dir")
+        if self.lora is None:
+            raise ValueError("`lora` is missing: give the folder or Hub id of a trained LoRA.")
+
+
+@dataclass
 class SampleArguments(GenerationArguments):
     """Arguments of `tapo-trl sample` beside [`PipelineConfig`]: those of [`GenerationArguments`]."""
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "reproduce": "repeat the paper's tables and figures on a small test problem",
     "bench": "measure time and memory of TAPO training on this machine, with random weights",
     "sample": "draw images or videos, with or without a trained LoRA",
+    "merge": "write a pipeline with a trained LoRA merged, or the LoRA for ComfyUI",
 }
 
 USAGE = """usage: tapo-trl COMMAND [--config recipe.yaml] [--any_field value ...]

@@ -81,6 +81,7 @@ class FlowPolicy(OdeMixin, LoraFilesMixin, ABC):
         guidance_off (`float`): largest `guidance_scale` that turns classifier-free guidance off.
         joint_text (`bool`): whether blocks transform the prompt's tokens beside those of the latents.
         component_dtypes (`dict[str, torch.dtype]`): precision of components that lose detail in half precision.
+        comfyui_knows_layers (`bool`): whether ComfyUI finds the layers of a LoRA by their names in diffusers.
         known_configs (`dict[str, dict]`): for released repositories, class and configuration of each component.
         licenses (`dict[str, tuple]`): `license` and `license_name` of released weights, by the start of their repository.
     """
@@ -92,6 +93,7 @@ class FlowPolicy(OdeMixin, LoraFilesMixin, ABC):
     guidance: Literal["classifier_free", "embedded", "none"] = "classifier_free"
     guidance_off: float = 1.0
     joint_text: bool = True
+    comfyui_knows_layers: bool = False
     component_dtypes: ClassVar[dict[str, torch.dtype]] = {}
     known_configs: ClassVar[dict[str, dict[str, tuple[str, dict[str, Any]]]]] = {}
     licenses: ClassVar[dict[str, tuple[str, str | None]]] = {}

@@ -37,6 +37,7 @@ class ImagePolicy(FlowPolicy):
     """
 
     modality = "image"
+    comfyui_knows_layers = True  # `model_lora_keys_unet` in its `comfy/lora.py`
     patch_size: int = 2
 
     def __init__(self, pipeline: DiffusionPipeline):

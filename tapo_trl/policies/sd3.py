@@ -60,6 +60,7 @@ class SD3Policy(FlowPolicy):
     """
 
     modality = "image"
+    comfyui_knows_layers = True
     max_sequence_length = 256
     lora_target_modules = [
         "to_q",
