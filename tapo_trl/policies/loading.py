@@ -129,12 +129,14 @@ FAMILIES = [
         transformer="HunyuanVideoTransformer3DModel",
         policy="tapo_trl.policies.hunyuan_video:HunyuanVideoPolicy",
         score="tapo_trl.rewards.backbones.hunyuan_video:HunyuanVideoScoreTransformer3DModel",
+        features="tapo_trl.rewards.backbones.hunyuan_video:HunyuanVideoFeatureTransformer3DModel",
     ),
     Family(
         pipeline="HunyuanVideo15Pipeline",
         transformer="HunyuanVideo15Transformer3DModel",
         policy="tapo_trl.policies.hunyuan_video15:HunyuanVideo15Policy",
         score="tapo_trl.rewards.backbones.hunyuan_video:HunyuanVideo15ScoreTransformer3DModel",
+        features="tapo_trl.rewards.backbones.hunyuan_video:HunyuanVideo15FeatureTransformer3DModel",
     ),
     Family(
         pipeline="WanPipeline",

@@ -142,10 +142,11 @@ class LRMModel(LatentRewardModel):
     def backbone_class(cls, transformer_class: str) -> type[FeatureTransformerMixin]:
         family = family_of_transformer(transformer_class)
         backbone_class = None if family is None else family.backbone_class("features")
-        if backbone_class is None or "pooled_projection_dim" not in backbone_class.interface_fields:
+        fields = () if backbone_class is None else backbone_class.interface_fields
+        if not {"pooled_projection_dim", "joint_attention_dim"} <= set(fields):
             raise ValueError(
-                "An LRM compares images with pooled prompt embeddings, as text encoders of CLIP give them, which a "
-                f"`{transformer_class}` does not have: choose another kind of reward model, such as `slrm` or `dina`."
+                "An LRM needs pooled prompt embeddings, as text encoders of CLIP give them, and prompts of one length, both of which "
+                f"a `{transformer_class}` does not have: choose another kind of reward model, such as `slrm` or `dina`."
             )
         return backbone_class
 
