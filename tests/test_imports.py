@@ -22,6 +22,7 @@ LAYERS = [
     {"rollouts", "metrics"},
     {"media", "runs"},
     {"callbacks", "evaluation"},
+    {"human"},
     {"trainer"},
     {"estimate", "benchmark"},
     {"scripts", "cli"},

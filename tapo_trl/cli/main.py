@@ -26,6 +26,10 @@ COMMANDS = {
     "bench": "measure time and memory of TAPO training on this machine, with random weights",
     "sample": "draw images or videos, with or without a trained LoRA",
     "merge": "write a pipeline with a trained LoRA merged, or the LoRA for ComfyUI",
+    "prompts": "write the prompts of a study from meta elements, by templates or a language model",
+    "pairs": "draw the images or videos of a study with two or more models, and pair them",
+    "annotate": "serve the page on which people compare the pairs of a study",
+    "votes": "report agreement and win rates of a study, and export its votes as preference pairs",
 }
 
 USAGE = """usage: tapo-trl COMMAND [--config recipe.yaml] [--any_field value ...]

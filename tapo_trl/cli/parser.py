@@ -147,3 +147,13 @@ class RecipeParser(TrlParser):
     def _nearest(self, name: str, prefix: str = "") -> str:
         near = difflib.get_close_matches(name.replace("-", "_"), sorted(self._field_names()), n=1, cutoff=0.5)
         return f" Did you mean `{prefix}{near[0]}`?" if near else f" `{self.prog} --help` lists the fields."
+
+
+class FolderParser(RecipeParser):
+    """A [`RecipeParser`] that takes the field `folder` as its first word, too."""
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple:
+        args = list(sys.argv[1:] if args is None else args)
+        if args and not args[0].startswith("-"):
+            args = ["--folder", *args]
+        return super().parse_args_and_config(args, **kwargs)

@@ -3,22 +3,10 @@
 
 import csv
 import json
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-from .parser import RecipeParser
+from .parser import FolderParser, RecipeParser
 from .tables import format_mean, format_table
-
-
-class ScoreParser(RecipeParser):
-    """A [`RecipeParser`] that takes the folder as its first word."""
-
-    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple:
-        args = list(sys.argv[1:] if args is None else args)
-        if args and not args[0].startswith("-"):
-            args = ["--folder", *args]
-        return super().parse_args_and_config(args, **kwargs)
 
 
 def make_parser() -> RecipeParser:
@@ -26,7 +14,7 @@ def make_parser() -> RecipeParser:
     from ..trainer.model_config import PipelineConfig
     from .arguments import ScoreArguments
 
-    return ScoreParser((ScoreArguments, PipelineConfig), prog="tapo-trl score")
+    return FolderParser((ScoreArguments, PipelineConfig), prog="tapo-trl score")
 
 
 def match_prompts(files: list[Path], prompts: list[str]) -> tuple[list[str], dict[str, list]]:

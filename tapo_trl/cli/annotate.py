@@ -1,0 +1,67 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+from .parser import FolderParser, RecipeParser
+
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def make_parser() -> RecipeParser:
+    """Parser of `tapo-trl annotate`."""
+    from .human_arguments import AnnotateArguments
+
+    return FolderParser((AnnotateArguments,), prog="tapo-trl annotate")
+
+
+def main(args) -> None:
+    """
+    Serves the annotation page until it is interrupted.
+
+    Args:
+        args ([`AnnotateArguments`]): Options of the command.
+
+    Raises:
+        SystemExit: if the page cannot be served; says why.
+    """
+    try:
+        import uvicorn
+
+        from ..human.server import AnnotationPage
+    except ImportError as error:
+        raise SystemExit(f"The page needs `pip install tapo-trl[annotate]` ({error}).") from error
+    import socket
+
+    from ..human.access import Access
+    from ..human.study import Study
+    from ..human.votes import VoteStore
+
+    try:
+        study = Study.load(args.folder)
+        access = Access(study.folder)
+        tokens = access.add(args.annotators or [])
+        if args.host not in LOOPBACK and not access.hashes:
+            raise ValueError(f"`host={args.host}` can be reached by others: name `annotators`, who get secret links.")
+        store = VoteStore(study.folder / "votes.jsonl")
+        page = AnnotationPage(study, store, access)
+        server = socket.create_server(
+            (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(f"tapo-trl annotate: error: {error}") from error
+    address = f"http://{args.host}:{server.getsockname()[1]}/"
+    if args.host not in LOOPBACK:
+        print(
+            f"Others can reach {address}. It is not encrypted: use it in a network that you trust, or behind a proxy with HTTPS."
+        )
+    for name, token in tokens.items():
+        print(f"{name}: {address}?token={token}")
+    known = sorted(set(access.hashes) - set(tokens))
+    if known:
+        print(
+            f"Links given out earlier stay valid: {', '.join(known)}. Remove a name from tokens.json to make a new one."
+        )
+    print(f"{study.title}: {address}  (Ctrl+C ends it; votes are saved as they are given)", flush=True)
+    with store:
+        config = uvicorn.Config(page.app(), log_level="warning", access_log=False, server_header=False)
+        uvicorn.Server(config).run(sockets=[server])

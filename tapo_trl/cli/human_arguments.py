@@ -1,0 +1,125 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Arguments of the commands that people's preferences are collected with. `tapo-trl COMMAND --help` describes the fields."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..data.dimensions import check_dimension_weights
+from ..field_types import convert_fields, option, read_mapping
+
+
+@dataclass
+class StudyFolder:
+    """The folder of a study."""
+
+    folder: str = option("Folder of the study. It can also be the first word of the command.", "")
+
+    def __post_init__(self):
+        convert_fields(self)
+        if not self.folder.strip():
+            raise ValueError("`folder` is missing: name the folder of the study.")
+
+
+@dataclass
+class PromptsArguments(StudyFolder):
+    """Arguments of `tapo-trl prompts`."""
+
+    elements: str | None = option("YAML file of meta elements. By default the eight that ship with the package.")
+    prompts: list[str] | None = option("Prompts of your own, or a .txt file with one per line, in place of elements.")
+    num: int = option("Number of prompts.", 100)
+    llm: str | None = option("Chat model that writes the prompts: Hub id or folder. With `endpoint`: its name there.")
+    endpoint: str | None = option("Address of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")
+    api_key_env: str = option("Environment variable with the key of the endpoint.", "LLM_API_KEY")
+    media: Literal["images", "videos"] = option("What the prompts are for.", "videos")
+    max_words: int = option("Longest prompt, in words.", 60)
+    temperature: float = option("Temperature of the language model.", 1.0)
+    batch_size: int = option("Prompts that the language model writes at once.", 8)
+    attempts: int = option("How often the language model is asked for a prompt before a template writes it.", 3)
+    seed: int = option("Seed of a new study.", 0)
+    title: str = option("Title of a new study.", "Preferences")
+    figure: bool = option("Whether to draw the distribution of the elements, `elements.png`. Needs matplotlib.", True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num", "max_words", "batch_size", "attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, but it is {self.temperature}.")
+        if self.prompts is not None and (self.elements or self.llm or self.endpoint):
+            raise ValueError("`prompts` are your own: leave out `elements`, `llm` and `endpoint`.")
+
+
+@dataclass
+class AnnotateArguments(StudyFolder):
+    """Arguments of `tapo-trl annotate`."""
+
+    host: str = option("Address to listen on. All but loopback needs `annotators`.", "127.0.0.1")
+    port: int = option("Port; 0 takes a free one.", 8200)
+    annotators: list[str] | None = option(
+        "Names of people, such as p01 p02. Each gets a secret link, printed once. By default one person without a link."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"`port` must be in [0, 65535], but it is {self.port}.")
+
+
+@dataclass
+class VotesArguments(StudyFolder):
+    """Arguments of `tapo-trl votes`."""
+
+    output_dir: str | None = option("Write a data set of preference pairs to this folder.")
+    min_votes: int = option("Votes that an exported pair needs.", 1)
+    min_seconds: float = option("Leave out votes that took less, in seconds.", 0.0)
+    min_gold_accuracy: float | None = option(
+        "Leave out people with a smaller share of right answers to known pairs, of at least 5."
+    )
+    min_agreement: float | None = option("Leave out pairs whose people agree less, as the share of equal answers.")
+    drop_ties: bool = option("Leave out pairs that are tied over all dimensions, whose label is 0.5 otherwise.", False)
+    guidelines: Literal["current", "all"] = option(
+        "Which votes count after the questions have changed: those on the present ones, or all.", "current"
+    )
+    dimension_weights: dict[str, float] | str | None = option(
+        "Weights of the dimensions, which say which medium is preferred. All 1 by default."
+    )
+    splits: dict[str, float] | str | None = option(
+        "Shares of the splits; the pairs of a prompt stay together. By default {train: 0.8, validation: 0.1, test: 0.1}."
+    )
+    license: str | None = option("Licence of the data set, as the Hub names it.")
+    push_to_hub: str | None = option("Upload the data set to this repository on the Hub, private unless it exists.")
+    parquet_dir: str | None = option("Write the images into parquet files in this folder, too. Not for videos.")
+    output_file: str | None = option("Write the statistics to this .json file.")
+    figure: str | None = option("Draw the win rates to this PNG file. Needs matplotlib.")
+    prior: float = option("Prior of the Bradley-Terry scores, in ties against a mean source.", 0.5)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("dimension_weights", "splits"):
+            read_mapping(self, name)
+            if getattr(self, name) is not None:
+                check_dimension_weights(getattr(self, name))
+        for name in ("min_gold_accuracy", "min_agreement"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], but it is {value}.")
+        if self.output_dir is None:
+            unused = [
+                name
+                for name in (
+                    "min_agreement",
+                    "min_gold_accuracy",
+                    "dimension_weights",
+                    "splits",
+                    "license",
+                    "push_to_hub",
+                    "parquet_dir",
+                )
+                if getattr(self, name) is not None
+            ]
+            unused += ["drop_ties"] if self.drop_ties else []
+            if unused:
+                raise ValueError(f"`{unused[0]}` is of exports, and has no effect without `output_dir`.")

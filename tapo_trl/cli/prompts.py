@@ -1,0 +1,90 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+from .parser import FolderParser, RecipeParser
+
+
+def make_parser() -> RecipeParser:
+    """Parser of `tapo-trl prompts`."""
+    from .human_arguments import PromptsArguments
+
+    return FolderParser((PromptsArguments,), prog="tapo-trl prompts")
+
+
+def make_writer(args, elements):
+    """
+    Who writes the prompts.
+
+    Args:
+        args ([`PromptsArguments`]): Options of the command.
+        elements ([`Elements`]): Elements, whose templates are used without a language model.
+    """
+    import os
+
+    from ..human.writers import EndpointWriter, PipelineWriter, TemplateWriter
+
+    if args.endpoint is not None:
+        key = os.environ.get(args.api_key_env)
+        return EndpointWriter(args.endpoint, args.llm, args.media, args.max_words, args.temperature, key)
+    if args.llm is not None:
+        return PipelineWriter(args.llm, args.media, args.max_words, args.temperature)
+    return TemplateWriter(elements)
+
+
+def open_study(args):
+    """The study in the folder, or a new one with the title and seed of the command."""
+    from pathlib import Path
+
+    from ..human.study import IMAGE_DIMENSIONS, VIDEO_DIMENSIONS, Study
+
+    if (Path(args.folder) / "study.yaml").exists():
+        return Study.load(args.folder)
+    study = Study(
+        title=args.title, seed=args.seed, dimensions=VIDEO_DIMENSIONS if args.media == "videos" else IMAGE_DIMENSIONS
+    )
+    study.save(args.folder)
+    return study
+
+
+def main(args) -> None:
+    """
+    Writes prompts into a study, and prints how many were kept and why others were dropped.
+
+    Args:
+        args ([`PromptsArguments`]): Options of the command.
+    """
+    from ..data.loading import read_prompts
+    from ..human.elements import Elements
+    from ..human.figures import plot_elements
+    from ..human.prompts import distinct_2, import_prompts, write_prompts
+
+    study = open_study(args)
+    if args.prompts is not None:
+        new = import_prompts(study, read_prompts(args.prompts, "prompts"))
+        print(f"{new} new prompts; {len(study.read_prompts())} in {study.folder / 'prompts.jsonl'}.")
+        return
+    elements = Elements.load(args.elements)
+    report = write_prompts(
+        study,
+        elements,
+        make_writer(args, elements),
+        args.num,
+        max_words=args.max_words,
+        batch_size=args.batch_size,
+        attempts=args.attempts,
+    )
+    rows = study.read_prompts()
+    for reason, number in report["dropped"].items():
+        print(f"{number:6} dropped: {reason}")
+    if report["from_templates"]:
+        print(
+            f"{report['from_templates']:6} written by a template, after {args.attempts} attempts of the language model"
+        )
+    print(
+        f"{report['kept']:6} prompts in {study.folder / 'prompts.jsonl'}; distinct-2 {distinct_2([r['prompt'] for r in rows]):.2f}"
+    )
+    if report["kept"] < args.num:
+        print(f"There are only {elements.num_combinations} combinations of the elements: add values to them.")
+    if args.figure:
+        plot_elements(rows, study.folder / "elements.png")
+        print(f"Distribution of the elements: {study.folder / 'elements.png'}")

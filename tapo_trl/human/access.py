@@ -1,0 +1,74 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Who may vote: names with secret tokens. Only their hashes are on disk."""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..files import atomic_write
+
+
+LOCAL_ANNOTATOR = "local"  # who votes on a page without tokens
+
+
+class Access:
+    """
+    The people of a study, and names of media that tell nothing.
+
+    Args:
+        folder (`str` or `Path`): Folder of the study. `tokens.json` in it is readable by its owner alone, and is never exported.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.file = Path(folder) / "tokens.json"
+        content = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        self.hashes: dict[str, str] = content.get("annotators", {})
+        self.secret: str = content.get("secret") or secrets.token_hex(32)
+        if not content:
+            self._save()
+
+    def _save(self) -> None:
+        with atomic_write(self.file) as aside:
+            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump({"secret": self.secret, "annotators": self.hashes}, file, indent=2)
+
+    def add(self, annotators: Iterable[str]) -> dict[str, str]:
+        """
+        Make tokens for people who have none.
+
+        Returns:
+            `dict[str, str]`: The new tokens by name. They cannot be read again.
+        """
+        tokens = {}
+        for name in annotators:
+            if not name.isidentifier():
+                raise ValueError(
+                    f"`annotators`: {name!r} is no name: use letters, digits and underscores, such as p07."
+                )
+            if name not in self.hashes:
+                tokens[name] = secrets.token_urlsafe(24)
+                self.hashes[name] = hashlib.sha256(tokens[name].encode()).hexdigest()
+        if tokens:
+            self._save()
+        return tokens
+
+    def annotator_of(self, token: str | None) -> str | None:
+        """Whose token it is; `None` if nobody's. Without tokens, all are `local`."""
+        if not self.hashes:
+            return LOCAL_ANNOTATOR
+        digest = hashlib.sha256((token or "").encode()).hexdigest()
+        for name, known in self.hashes.items():
+            if hmac.compare_digest(digest, known):
+                return name
+        return None
+
+    def media_name(self, medium: str) -> str:
+        """The name under which a medium is served."""
+        return hmac.new(self.secret.encode(), medium.encode(), hashlib.sha256).hexdigest()[:32] + Path(medium).suffix
