@@ -4,7 +4,7 @@
 """Arguments of the commands that people's preferences are collected with. `tapo-trl COMMAND --help` describes the fields."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..data.dimensions import check_dimension_weights
 from ..field_types import convert_fields, option, read_mapping
@@ -123,3 +123,74 @@ class VotesArguments(StudyFolder):
             unused += ["drop_ties"] if self.drop_ties else []
             if unused:
                 raise ValueError(f"`{unused[0]}` is of exports, and has no effect without `output_dir`.")
+
+
+@dataclass
+class MediaArguments(StudyFolder):
+    """How the media of a study are made and paired."""
+
+    batch_size: int = option("Prompts at once.", 1)
+    retry_failed: bool = option("Whether to try again what failed before.", False)
+    view: dict[str, float] | str | None = option(
+        "What people see of a medium, such as {height: 480, width: 832, num_frames: 81, fps: 16}: what training will read. By "
+        "default that of study.yaml."
+    )
+    votes_per_pair: int | None = option("People who see each pair. By default that of study.yaml.")
+    gold: int = option(
+        "Pairs with a known answer: a medium against one of the same model that shows another prompt.", 0
+    )
+    repeats: int = option("Pairs that each person sees twice, with the sides swapped.", 0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        read_mapping(self, "view")
+        for name, least in (("batch_size", 1), ("gold", 0), ("repeats", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, but it is {getattr(self, name)}.")
+
+
+@dataclass
+class PairsArguments(MediaArguments):
+    """Arguments of `tapo-trl pairs`."""
+
+    model_a: str | None = option("First model: Hub id or folder of a text-to-image or text-to-video pipeline.")
+    model_b: str | None = option("Second model. By default the first one.")
+    lora_a: str | None = option("LoRA for the first model.")
+    lora_b: str | None = option("LoRA for the second model.")
+    name_a: str = option("Name of the first model in results.", "a")
+    name_b: str = option("Name of the second model in results.", "b")
+    kwargs_a: dict[str, Any] | str | None = option("Arguments of the call of the first pipeline.")
+    kwargs_b: dict[str, Any] | str | None = option(
+        "Arguments of the call of the second pipeline; the first's by default."
+    )
+    fps: float = option("Frames per second of videos.", 16.0)
+    dtype: str = option("Precision of the weights.", "bfloat16")
+    same_source: int = option("Pairs of each model with itself, with two seeds, for this many prompts.", 0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("kwargs_a", "kwargs_b"):
+            read_mapping(self, name)
+        if self.model_a is None:
+            raise ValueError("`model_a` is missing: name a pipeline.")
+        if self.name_a == self.name_b:
+            raise ValueError("`name_a` and `name_b` must differ.")
+        if (self.model_b or self.model_a, self.lora_b) == (self.model_a, self.lora_a) and self.kwargs_b in (
+            None,
+            self.kwargs_a,
+        ):
+            raise ValueError(
+                "Both models are the same: give `model_b`, `lora_b` or `kwargs_b`, or use `same_source` beside another model."
+            )
+
+
+@dataclass
+class StudyArguments(MediaArguments):
+    """Arguments of `tapo-trl study`."""
+
+    methods: str | None = option("YAML file of the methods. Without it, the results of the study are printed.")
+    compare: Literal["all", "first"] = option(
+        "Compare each method with each other one, or the first one with each other one.", "all"
+    )
+    figure: str | None = option("Draw the win rates to this PNG file. Needs matplotlib.")
+    output_file: str | None = option("Write the results to this .json file.")

@@ -28,6 +28,7 @@ COMMANDS = {
     "merge": "write a pipeline with a trained LoRA merged, or the LoRA for ComfyUI",
     "prompts": "write the prompts of a study from meta elements, by templates or a language model",
     "pairs": "draw the images or videos of a study with two or more models, and pair them",
+    "study": "compare several methods in a blind user study, and print its results",
     "annotate": "serve the page on which people compare the pairs of a study",
     "votes": "report agreement and win rates of a study, and export its votes as preference pairs",
 }

@@ -6,7 +6,6 @@
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from ..data.images import ImageReader, open_image
 from ..data.videos import VideoReader, read_video, write_video
@@ -63,12 +62,3 @@ def _cut(file: Path, view: View, target: Path) -> None:
     else:
         picture: torch.Tensor = ImageReader(view.height, view.width).load(file, str(file))
         images_to_pil(picture[None])[0].save(target, format="PNG")
-
-
-def same_size(study: Study, media: tuple[str, str]) -> bool:
-    """Whether two images have the same size, so that it does not tell which is which."""
-    sizes = []
-    for medium in media:
-        with Image.open(study.folder / medium) as picture:
-            sizes.append(picture.size)
-    return sizes[0] == sizes[1]

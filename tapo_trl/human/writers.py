@@ -3,11 +3,10 @@
 
 """Who writes a prompt from its meta elements: templates, a language model here, or one behind an endpoint."""
 
+import json
+import urllib.request
 from collections.abc import Sequence
 from typing import Any, Protocol
-
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
 
 from .elements import Elements
 
@@ -16,6 +15,9 @@ INSTRUCTION = (
     "You write prompts for a model that makes {media} from text. Write one prompt of at most {words} words that shows all of the "
     "following, in natural words of your own and in an order of your own. Answer with the prompt alone, without quotation marks.\n"
 )
+
+
+SECONDS = 300  # that an endpoint may take for a prompt
 
 
 class Writer(Protocol):
@@ -116,26 +118,30 @@ class EndpointWriter:
     ):
         self.name, self.endpoint, self.media = model or endpoint, endpoint, media
         self.max_words, self.temperature = max_words, temperature
-        # Without a key, nothing of the user's own login may go to somebody's endpoint
-        self.client = InferenceClient(base_url=endpoint, api_key=api_key or "none", timeout=120)
+        # `InferenceClient` of huggingface_hub would refuse a server of one's own with HF_HUB_OFFLINE=1
+        self.headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        )
         self.options: dict[str, Any] = {} if model is None else {"model": model}
 
     def write(self, combinations: Sequence[dict[str, str]], seed: int) -> list[str]:
         texts = []
         for index, values in enumerate(combinations):
-            messages = [{"role": "user", "content": instruction(values, self.media, self.max_words)}]
+            body = {
+                "messages": [{"role": "user", "content": instruction(values, self.media, self.max_words)}],
+                "seed": seed + index,
+                "temperature": self.temperature,
+                "max_tokens": 3 * self.max_words,
+                **self.options,
+            }
+            address = self.endpoint.rstrip("/") + "/chat/completions"
+            request = urllib.request.Request(address, json.dumps(body).encode(), self.headers)
             try:
-                answer = self.client.chat_completion(
-                    messages,
-                    seed=seed + index,
-                    temperature=self.temperature,
-                    max_tokens=3 * self.max_words,
-                    **self.options,
-                )
-            except (HfHubHTTPError, InferenceTimeoutError, OSError) as error:
+                with urllib.request.urlopen(request, timeout=SECONDS) as response:
+                    answer = json.load(response)["choices"][0]["message"]["content"]
+            except (OSError, ValueError, LookupError, TypeError) as error:
                 raise RuntimeError(
-                    f"`endpoint={self.endpoint}` gave no answer ({error}). The prompts so far are saved: run the command again "
-                    "to go on."
+                    f"`endpoint={self.endpoint}` gave no answer ({error!r}). The prompts so far are saved: run the command again to go on."
                 ) from error
-            texts.append((answer.choices[0].message.content or "").strip())
+            texts.append((answer or "").strip())
         return texts

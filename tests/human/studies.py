@@ -36,7 +36,9 @@ def add_media(folder: Path, name: str, videos: bool = False, size: int = 32) -> 
     return medium
 
 
-def make_study(folder: Path, num_pairs: int = 6, videos: bool = False, gold: int = 0, repeats: int = 0, **settings) -> Study:
+def make_study(
+    folder: Path, num_pairs: int = 6, videos: bool = False, gold: int = 0, repeats: int = 0, **settings
+) -> Study:
     """A study of two sources."""
     study = Study(dimensions=[QUALITY, ALIGNMENT], **settings)
     study.save(folder)

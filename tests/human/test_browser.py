@@ -109,7 +109,9 @@ def test_voting_by_keys_survives_reload_kill_and_retry(browser, servers, tmp_pat
     page = open_page(browser, server.address)
     count(page, "0 / 3")
     # Both clips play
-    playing = "[...document.querySelectorAll('video')].every((v) => v.readyState >= 3 && !v.paused && v.currentTime > 0)"
+    playing = (
+        "[...document.querySelectorAll('video')].every((v) => v.readyState >= 3 && !v.paused && v.currentTime > 0)"
+    )
     page.wait_for_function(f"document.querySelectorAll('video').length === 2 && {playing}")
     shoot(page, "annotate")
 

@@ -35,9 +35,17 @@ class TestRows:
         assert first["chosen_file_name"] == "media/b/0000.png"
         assert (first["source_chosen"], first["source_rejected"]) == ("b", "a")
         assert (first["label"], first["label_visual_quality"], first["label_text_alignment"]) == (1.0, 1.0, 0.25)
-        assert (first["num_votes"], first["agreement_visual_quality"], first["agreement_text_alignment"]) == (2, 1.0, 0.0)
+        assert (first["num_votes"], first["agreement_visual_quality"], first["agreement_text_alignment"]) == (
+            2,
+            1.0,
+            0.0,
+        )
         assert (tie["label"], tie["label_visual_quality"], tie["label_text_alignment"]) == (0.5, 1.0, 0.0)
-        assert (last["chosen_file_name"], last["label"], last["agreement_visual_quality"]) == ("media/a/0002.png", 1.0, None)
+        assert (last["chosen_file_name"], last["label"], last["agreement_visual_quality"]) == (
+            "media/a/0002.png",
+            1.0,
+            None,
+        )
 
     def test_dimension_weights_decide(self, tmp_path):
         study = make_study(tmp_path / "study", 1)
@@ -49,7 +57,11 @@ class TestRows:
 
     def test_all_pairs_of_a_prompt_are_in_one_split(self):
         names = [split_of(f"p{number}", 0) for number in range(2000)]
-        assert {name: round(names.count(name) / 2000, 1) for name in set(names)} == {"train": 0.8, "validation": 0.1, "test": 0.1}
+        assert {name: round(names.count(name) / 2000, 1) for name in set(names)} == {
+            "train": 0.8,
+            "validation": 0.1,
+            "test": 0.1,
+        }
 
 
 class TestFilters:
@@ -116,14 +128,27 @@ class TestFolder:
 
     def test_card_says_what_was_asked_and_left_out(self, tmp_path):
         study = make_study(tmp_path / "study", 2)
-        export_preferences(study, tmp_path / "data", [vote("p01", "0001")], splits=ONE_SPLIT, license="cc0-1.0", name="me/pairs")
+        export_preferences(
+            study, tmp_path / "data", [vote("p01", "0001")], splits=ONE_SPLIT, license="cc0-1.0", name="me/pairs"
+        )
         card = (tmp_path / "data" / "README.md").read_text()
-        for text in ("license: cc0-1.0", 'load_dataset("me/pairs"', "Which looks better?", "1 pairs with fewer than 1 votes", "a: preferred in 1 of 1"):
+        for text in (
+            "license: cc0-1.0",
+            'load_dataset("me/pairs"',
+            "Which looks better?",
+            "1 pairs with fewer than 1 votes",
+            "a: preferred in 1 of 1",
+        ):
             assert text in card
 
     def test_parquet_holds_the_images(self, tmp_path):
         study = make_study(tmp_path / "study", 2)
         export_preferences(study, tmp_path / "data", [vote("p01", "0001")], splits=ONE_SPLIT)
         write_parquet(tmp_path / "data", tmp_path / "parquet")
-        stored = load_dataset("parquet", data_files=str(tmp_path / "parquet/train.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+        stored = load_dataset(
+            "parquet",
+            data_files=str(tmp_path / "parquet/train.parquet"),
+            split="train",
+            cache_dir=str(tmp_path / "cache"),
+        )
         assert stored[0]["chosen"].size == (32, 32)

@@ -71,7 +71,12 @@ class TestVoting:
         stored = site.page.assignment.pairs[pair["pair_id"]]
         left = left_medium(site.study.seed, "local", stored)
         assert event["labels"] == {"visual_quality": 1.0 if left == 1 else 0.0, "text_alignment": 0.5}
-        assert (event["left"], event["ms"], event["annotator"], event["guideline"]) == (left, 1500, "local", site.study.guideline_hash)
+        assert (event["left"], event["ms"], event["annotator"], event["guideline"]) == (
+            left,
+            1500,
+            "local",
+            site.study.guideline_hash,
+        )
 
     def test_what_is_shown_tells_nothing_of_the_source(self, site):
         response = site.client.get("/api/next")
@@ -172,7 +177,9 @@ class TestPeople:
             state = person.get("/api/next").json()
             assert (state["annotator"], state["done"]) == (name, 0)
             body = {"answers": {"visual_quality": "left", "text_alignment": "left"}, "ms": 1, "plays": 0}
-            person.post("/api/vote", json=body | {"id": name, "pair_id": state["pair"]["pair_id"], "annotator": "other"})
+            person.post(
+                "/api/vote", json=body | {"id": name, "pair_id": state["pair"]["pair_id"], "annotator": "other"}
+            )
         assert [event["annotator"] for event in site.events()] == ["p01", "p02"]
         assert person.cookies.get(COOKIE) == tokens["p02"]
 

@@ -36,7 +36,13 @@ def alpha_by_definition(table):
         between = sum(count for level, count in counts.items() if low <= level <= high)
         return (between - (counts[a] + counts[b]) / 2) ** 2
 
-    observed = sum(distance(a, b) / (len(unit) - 1) for unit in units for i, a in enumerate(unit) for j, b in enumerate(unit) if i != j)
+    observed = sum(
+        distance(a, b) / (len(unit) - 1)
+        for unit in units
+        for i, a in enumerate(unit)
+        for j, b in enumerate(unit)
+        if i != j
+    )
     expected = sum(distance(a, b) for i, a in enumerate(labels) for j, b in enumerate(labels) if i != j)
     return 1 - (len(labels) - 1) * observed / expected
 
@@ -137,7 +143,15 @@ class TestReport:
         study = make_study(tmp_path, 2, gold=0)
         pairs = study.read_pairs()
         pairs = [
-            type(pairs[0])(f"{i:04d}", f"p{i}", "prompt", *pairs[0].media, "a", "b", gold=dict.fromkeys(study.dimension_names, i % 2))
+            type(pairs[0])(
+                f"{i:04d}",
+                f"p{i}",
+                "prompt",
+                *pairs[0].media,
+                "a",
+                "b",
+                gold=dict.fromkeys(study.dimension_names, i % 2),
+            )
             for i in range(500)
         ]
         study.write_pairs(pairs)
@@ -167,7 +181,9 @@ class TestReport:
         events = [vote("p01", pair.pair_id, 1.0) for pair in study.read_pairs()]
         report = study_report(study, events, samples=10)
         assert report["wins"][0]["wins"] == 6
-        assert report["annotators"]["p01"]["same"] == pytest.approx({"share": 1.0, "low": 0.51, "high": 1.0, "n": 4}, abs=0.01)
+        assert report["annotators"]["p01"]["same"] == pytest.approx(
+            {"share": 1.0, "low": 0.51, "high": 1.0, "n": 4}, abs=0.01
+        )
 
     def test_votes_on_earlier_questions_are_not_pooled(self, tmp_path):
         study = make_study(tmp_path, 2)
