@@ -43,7 +43,7 @@ class OCRReward(PretrainedReward):
         return 0
 
     @classmethod
-    def check_prompts(cls, prompts):
+    def check_prompts(cls, prompts, **columns):
         for prompt in prompts:
             quoted_text(prompt)
 
