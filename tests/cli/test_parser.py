@@ -236,16 +236,15 @@ class TestMain:
         assert main(["--version"]) == 0
         assert capsys.readouterr().out.strip() == __version__
 
-    @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"reproduce", "rewards"}))  # which take no model
+    @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"reproduce", "rewards"}))
     def test_every_command_refuses_a_misspelt_flag(self, capsys, command):
+        of_studies = command in ("prompts", "pairs", "study", "annotate", "votes")
+        wrong, right = ("--foldr", "--folder") if of_studies else ("--model_name_or_pth", "--model_name_or_path")
         with pytest.raises(SystemExit) as error:
-            main([command, "--model_name_or_pth", "x", "--output_dir", "y"])
+            main([command, wrong, "x"])
         assert error.value.code == 2
         message = capsys.readouterr().err
-        assert (
-            f"tapo-trl {command}: error: unknown flag `--model_name_or_pth`. Did you mean `--model_name_or_path`?"
-            in message
-        )
+        assert f"tapo-trl {command}: error: unknown flag `{wrong}`. Did you mean `{right}`?" in message
 
     @pytest.mark.parametrize(
         ("command", "flag", "nearest"),
