@@ -4,7 +4,6 @@
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLWan,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -15,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from tapo_trl import SLRMModel
 from tapo_trl.policies import WanPolicy, load_policy
+from tests.policies.ti2v import TI2VPolicy
 from tests.testing_utils import tiny_wan_pipeline as make_pipeline
 
 
@@ -43,30 +43,11 @@ def unipc(flow_shift=3.0):
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
 
 
-def ti2v_pipeline():
-    """Wan2.2-TI2V-5B's architecture: a timestep per token, and an autoencoder of 16 x 16 pixels that patches them."""
-    pipeline = WanPolicy.tiny(in_channels=8, out_channels=8)
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        decoder_base_dim=4,
-        z_dim=8,
-        num_res_blocks=1,
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=16,
-        latents_mean=[0.1] * 8,
-        latents_std=[1.5] * 8,
-    )
-    return WanPipeline(**pipeline.components | {"vae": vae.eval()}, expand_timesteps=True)
-
-
 class TestWan22TI2V:
     @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
     def test_one_timestep_per_video_equals_one_per_token(self, guidance_scale):
         size = {"height": 32, "width": 64, "num_frames": 5}
-        policy = load_policy(ti2v_pipeline())
+        policy = load_policy(TI2VPolicy.tiny())
         shape = policy.latent_shape(**size)
         assert shape == (8, 2, 2, 4)
         policy.pipeline.scheduler = policy.build_scheduler(4, shape)
@@ -97,7 +78,7 @@ class TestWan22TI2V:
         assert policy.encode(policy.decode(latents)).shape == latents.shape
 
     def test_score_tokens(self):
-        policy = load_policy(ti2v_pipeline())
+        policy = load_policy(TI2VPolicy.tiny())
         slrm = SLRMModel.from_policy(policy, num_task_tokens=3)
         latents, sigma, prompts = (
             torch.randn(2, 8, 2, 2, 4),
