@@ -3,6 +3,7 @@
 # make test      install into .venv, then run the tests that take seconds
 # make test-all  all tests: those, the slow ones (among them every command of the documentation), and make test-distributed
 # make test-distributed  install DeepSpeed, then train on two processes under every engine
+# make test-browser  install Playwright, then try the annotation page in Debian's Chromium (package chromium)
 # make test-wheel  install the built wheel into a new environment, and train with it
 # make docs      the documentation as a site, into site/; warnings are errors
 # make lint      check style and formatting;  make format  repairs them
@@ -34,7 +35,7 @@ demo demo-video: export TRANSFORMERS_VERBOSITY = error
 demo demo-video: export DIFFUSERS_VERBOSITY = error
 demo demo-video: export PYTHONWARNINGS = ignore
 
-.PHONY: install demo demo-video test test-all test-distributed test-wheel docs lint format clean
+.PHONY: install demo demo-video test test-all test-distributed test-browser test-wheel docs lint format clean
 
 install: $(STAMP)
 
@@ -78,6 +79,12 @@ test-all: test
 test-distributed: install
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[deepspeed]"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m distributed tests/distributed $(PYTEST_FLAGS)
+
+# Without `playwright install`, whose Chromium plays no H.264
+test-browser: install
+	@command -v chromium > /dev/null || { echo "make test-browser needs Chromium: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[demo,dev,annotate,browser]"
+	$(BIN)/python -m pytest -m browser tests/human $(PYTEST_FLAGS)
 
 # The wheel alone: no extras, not beside the checkout
 test-wheel: install
