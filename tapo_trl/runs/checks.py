@@ -150,7 +150,7 @@ def check_precision(
             found = {asked: dtype}
     else:
         names = [name for name in policy.text_encoder_names if policy.pipeline.components[name] is not None]
-        components = {name: policy.pipeline.components[name] for name in ("transformer", *names)}
+        components = policy.experts | {name: policy.pipeline.components[name] for name in names}
         found = {f"the `{name}` of `model`": component.dtype for name, component in components.items()}
     own = autocast_dtype(args)
     if own is None:

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 UPLOAD_FOLDER = "hub_upload"
 WEIGHT_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
-WEIGHT_FOLDERS = ("transformer/*", "tokenizer/*")
+WEIGHT_FOLDERS = ("transformer/*", "transformer_2/*", "tokenizer/*")
 RUN_FILES = ("README.md", "samples/*")
 FINAL_FILES = ("ema/**/*",)
 PRIVATE_FILES = ("ema.safetensors",)  # state of the callback, for resuming

@@ -18,6 +18,7 @@ import tapo_trl
 from tapo_trl.cli.main import main
 from tapo_trl.policies import WanPolicy, load_policy
 from tapo_trl.policies.wan_experts import WanExpertsPolicy
+from tapo_trl.runs.hub import collect_upload
 from tests.data.preference_pairs import latent_pairs
 
 
@@ -265,6 +266,9 @@ class TestTraining:
         trainer.save_model()
         card = (tmp_path / "tapo" / "README.md").read_text()
         assert "transformer=transformer, transformer_2=transformer_2, " in card
+        collect_upload(tmp_path / "upload", tmp_path / "tapo", tmp_path / "tapo", is_final=True)
+        uploaded = (tmp_path / "upload").rglob("*.safetensors")
+        assert {path.parent.name for path in uploaded} == {"transformer", "transformer_2"}
 
 
 class TestRewardModels:
@@ -305,5 +309,5 @@ def test_dry_run_without_weights(capsys):
     both = capsys.readouterr().out
     assert main(["tapo", *arguments, *reward, "--expert", "high"]) == 0
     one = capsys.readouterr().out
-    lora = [int(re.search(r"LoRA +([\d,]+)", text)[1].replace(",", "")) for text in (both, one)]
+    lora = [int(re.search(r"([\d,]+) LoRA\n", text)[1].replace(",", "")) for text in (both, one)]
     assert lora[0] == 2 * lora[1]
