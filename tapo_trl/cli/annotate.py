@@ -27,23 +27,27 @@ def main(args) -> None:
     try:
         import uvicorn
 
-        from ..human.server import AnnotationPage
+        from ..human.server import AnnotationPage, LivePage
     except ImportError as error:
         raise SystemExit(f"The page needs `pip install tapo-trl[annotate]` ({error}).") from error
     import socket
+    from pathlib import Path
 
     from ..human.access import Access
+    from ..human.live import CHOICES
     from ..human.study import Study
     from ..human.votes import VoteStore
 
     try:
-        study = Study.load(args.folder)
-        access = Access(study.folder)
+        folder = Path(args.folder)
+        is_live = (folder / "groups").is_dir()
+        study = None if is_live else Study.load(folder)
+        access = Access(folder)
         tokens = access.add(args.annotators or [])
         if args.host not in LOOPBACK and not access.hashes:
             raise ValueError(f"`host={args.host}` can be reached by others: name `annotators`, who get secret links.")
-        store = VoteStore(study.folder / "votes.jsonl")
-        page = AnnotationPage(study, store, access)
+        store = VoteStore(folder / (CHOICES if is_live else "votes.jsonl"))
+        page = LivePage(folder, store, access) if is_live else AnnotationPage(study, store, access)
         server = socket.create_server(
             (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
         )
@@ -61,7 +65,7 @@ def main(args) -> None:
         print(
             f"Links given out earlier stay valid: {', '.join(known)}. Remove a name from tokens.json to make a new one."
         )
-    print(f"{study.title}: {address}  (Ctrl+C ends it; votes are saved as they are given)", flush=True)
+    print(f"{page.study.title}: {address}  (Ctrl+C ends it; votes are saved as they are given)", flush=True)
     with store:
         config = uvicorn.Config(page.app(), log_level="warning", access_log=False, server_header=False)
         uvicorn.Server(config).run(sockets=[server])

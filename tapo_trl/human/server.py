@@ -18,13 +18,16 @@ from starlette.routing import Route
 
 from .access import Access
 from .assignment import Assignment, left_medium
+from .live import Group, LiveGroups, check_choice
+from .log import AppendLog
 from .media import viewed_file
-from .study import Pair, Study, is_video
+from .study import Dimension, Pair, Study, is_video
 from .votes import FIRST, SECOND, SKIP_REASONS, TIE, VoteStore, check_event
 
 
 PAGE = Path(__file__).with_name("page.html")
 COOKIE = "tapo_trl_token"
+SIDES = ("left", "tie", "right")
 MAX_BODY = 16_384  # bytes of a request
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data:; "
@@ -46,11 +49,17 @@ class AnnotationPage:
         clock (`Callable`, *optional*): Seconds since the epoch, for the time of a vote.
     """
 
+    waits = False  # for more to come
+
     def __init__(self, study: Study, store: VoteStore, access: Access, clock: Callable[[], float] = time.time):
         self.study, self.store, self.access, self.clock = study, store, access, clock
-        pairs = study.read_pairs()
-        self.assignment = Assignment(study, pairs, store.rows)
-        self.media = {access.media_name(medium): medium for pair in pairs for medium in pair.media}
+        self.media: dict[str, str] = {}
+        self.assignment = self._assignment()
+
+    def _assignment(self) -> Assignment:
+        pairs = self.study.read_pairs()
+        self.media = {self.access.media_name(medium): medium for pair in pairs for medium in pair.media}
+        return Assignment(self.study, pairs, self.store.rows)
 
     def app(self) -> Starlette:
         """The application."""
@@ -94,44 +103,47 @@ class AnnotationPage:
         state = {
             "title": study.title,
             "guidelines": study.guidelines,
-            "dimensions": [
-                {"name": entry.name, "question": entry.question, "guideline": entry.guideline}
-                for entry in study.dimensions
-            ],
+            "questions": [[entry.question, entry.guideline] for entry in study.dimensions],
             "skip_reasons": SKIP_REASONS,
             "annotator": annotator,
             "done": done,
             "total": total,
             "can_undo": self.assignment.last(annotator) is not None,
+            "waits": self.waits,
             "pair": None if pair is None else self._shown(pair, annotator),
         }
         return JSONResponse(state, headers=HEADERS)
 
     def _shown(self, pair: Pair, annotator: str) -> dict[str, Any]:
         left = left_medium(self.study.seed, annotator, pair)
-        media = (pair.media[left], pair.media[1 - left])
         return {
             "pair_id": pair.pair_id,
             "prompt": pair.prompt,
-            "is_video": is_video(pair.media_0),
-            "media": [f"/media/{self.access.media_name(medium)}" for medium in media],
+            "is_video": is_video(pair.media[0]),
+            "media": [f"/media/{self.access.media_name(pair.media[number])}" for number in (left, 1 - left)],
+            "captions": ["Left", "Right"],
+            "rows": [
+                {"name": entry.name, "question": entry.question, "choices": SIDES} for entry in self.study.dimensions
+            ],
         }
 
     async def vote(self, request: Request) -> Response:
         """Answers `left`, `tie` or `right` by dimension. They are on disk before the response."""
         annotator, body, pair = await self._read(request)
+        answers = body.get("answers")
+        if not isinstance(answers, dict):
+            raise HTTPException(400, "`answers` must be a mapping.")
+        event = self._labels(answers, annotator, pair)
+        event |= {"ms": _number(body, "ms"), "plays": _number(body, "plays")}
+        return await self._write("vote", annotator, body, pair, event)
+
+    def _labels(self, answers: dict[str, Any], annotator: str, pair: Pair) -> dict[str, Any]:
+        """What a person answered, by medium instead of side."""
         left = left_medium(self.study.seed, annotator, pair)
         of_sides = {"left": SECOND if left else FIRST, "tie": TIE, "right": FIRST if left else SECOND}
-        answers = body.get("answers")
-        if not isinstance(answers, dict) or any(answer not in of_sides for answer in answers.values()):
+        if any(answer not in of_sides for answer in answers.values()):
             raise HTTPException(400, "`answers` must be left, tie or right by dimension.")
-        event = {
-            "labels": {name: of_sides[answer] for name, answer in answers.items()},
-            "left": left,
-            "ms": _number(body, "ms"),
-            "plays": _number(body, "plays"),
-        }
-        return await self._write("vote", annotator, body, pair, event)
+        return {"labels": {name: of_sides[answer] for name, answer in answers.items()}, "left": left}
 
     async def skip(self, request: Request) -> Response:
         """A pair that cannot be judged, with a `reason`."""
@@ -169,7 +181,7 @@ class AnnotationPage:
         event = {"id": body.get("id"), "kind": kind, "annotator": annotator, "pair_id": pair.pair_id, **more}
         event |= {"guideline": self.study.guideline_hash, "time": round(self.clock(), 3)}
         try:
-            check_event(event, self.study.dimension_names)
+            self._check(event, pair)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         try:
@@ -182,6 +194,9 @@ class AnnotationPage:
                 self.assignment.hold(annotator, pair)
         return self._state(annotator)
 
+    def _check(self, event: dict[str, Any], pair: Pair) -> None:
+        check_event(event, self.study.dimension_names)
+
     async def medium(self, request: Request) -> Response:
         """An image or a video, in parts if the browser asks for them."""
         self._annotator(request)
@@ -190,6 +205,54 @@ class AnnotationPage:
             raise HTTPException(404, "There is no such file.")
         file = await run_in_threadpool(viewed_file, self.study, medium)
         return FileResponse(file, headers={**HEADERS, "Cache-Control": "private, max-age=3600"})
+
+
+class LivePage(AnnotationPage):
+    """
+    The page of live votes: the best and the worst of the samples of a prompt, see [`~human.live.HumanReward`].
+
+    Args:
+        folder (`Path`): Folder of the samples.
+        store ([`AppendLog`]): The choices.
+        access ([`Access`]): People.
+    """
+
+    waits = True
+
+    def __init__(self, folder: Path, store: AppendLog, access: Access, clock: Callable[[], float] = time.time):
+        study = Study(
+            title="Which is best?", dimensions=[Dimension("best", "The best"), Dimension("worst", "The worst")]
+        )
+        study.folder = folder
+        super().__init__(study, store, access, clock)
+
+    def _assignment(self) -> LiveGroups:
+        return LiveGroups(self.study.folder, self.store.rows)
+
+    def _shown(self, pair: Group, annotator: str) -> dict[str, Any]:
+        numbers = [str(number + 1) for number in range(len(pair.media))]
+        self.media |= {self.access.media_name(medium): medium for medium in pair.media}
+        return {
+            "pair_id": pair.pair_id,
+            "prompt": pair.prompt,
+            "is_video": is_video(pair.media[0]),
+            "media": [f"/media/{self.access.media_name(medium)}" for medium in pair.media],
+            "captions": numbers,
+            "rows": [
+                {"name": entry.name, "question": entry.question, "choices": numbers} for entry in self.study.dimensions
+            ],
+        }
+
+    def _labels(self, answers: dict[str, Any], annotator: str, pair: Group) -> dict[str, Any]:
+        numbers = {str(number + 1): number for number in range(len(pair.media))}
+        if set(answers) != {"best", "worst"} or any(answer not in numbers for answer in answers.values()):
+            raise HTTPException(400, "`answers` must be the numbers of the best and the worst.")
+        return {name: numbers[answer] for name, answer in answers.items()}
+
+    def _check(self, event: dict[str, Any], pair: Group) -> None:
+        if pair.is_used:
+            raise ValueError("Training has gone on with the choice from these samples.")
+        check_choice(event, len(pair.media))
 
 
 def _number(body: dict[str, Any], name: str) -> int:

@@ -57,31 +57,48 @@ class VoteStore(AppendLog):
         super().__init__(file, "id", required=("kind", "annotator", "pair_id"))
 
 
-def read_events(file: str | Path, dimensions: Iterable[str]) -> list[dict[str, Any]]:
+def read_event_lines(file: str | Path) -> list[dict[str, Any]]:
     """
-    The events of a file of votes, also while a server writes it. A last line without its end, which a killed process leaves, was never acknowledged
-    and is left out.
+    The rows of a file of events, also while a server writes it. A last line without its end, which a killed process leaves, was never
+    acknowledged and is left out.
 
     Args:
         file (`str` or `Path`): The file.
-        dimensions (`Iterable[str]`): The questions.
 
     Raises:
-        ValueError: if another line is damaged or an event cannot be used; names the line.
+        ValueError: if another line is damaged; names the line.
     """
-    file, dimensions = Path(file), list(dimensions)
-    content = file.read_bytes() if file.exists() else b""
-    lines = content.split(b"\n")
+    file = Path(file)
+    lines = (file.read_bytes() if file.exists() else b"").split(b"\n")
     if lines.pop():
         logger.warning(f"{file}: the last line is incomplete. It was never acknowledged, and is left out.")
     events = []
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            check_event(event if isinstance(event, dict) else {}, dimensions)
         except ValueError as error:
             raise ValueError(f"{file}, line {number}, is no vote: {error}") from error
-        events.append(event)
+        events.append(event if isinstance(event, dict) else {})
+    return events
+
+
+def read_events(file: str | Path, dimensions: Iterable[str]) -> list[dict[str, Any]]:
+    """
+    The votes, skips and undos of a study, see [`read_event_lines`].
+
+    Args:
+        file (`str` or `Path`): The file.
+        dimensions (`Iterable[str]`): The questions.
+
+    Raises:
+        ValueError: if a line is damaged or an event cannot be used; names the line.
+    """
+    dimensions, events = list(dimensions), read_event_lines(file)
+    for number, event in enumerate(events, 1):
+        try:
+            check_event(event, dimensions)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}, is no vote: {error}") from error
     return events
 
 

@@ -33,18 +33,29 @@ def make_parser():
 
 def make_trainer(script_args, training_args, model_args):
     """Load the data and the reward functions and make the [`OnlineDiffusionDPOTrainer`]."""
+    from pathlib import Path
+
     from tapo_trl import OnlineDiffusionDPOTrainer
-    from tapo_trl.scripts.utils import build_callbacks, load_prompt_dataset, load_reward_models, model_init_kwargs
+    from tapo_trl.human.live import HumanReward
+    from tapo_trl.scripts.utils import (
+        HUMAN,
+        build_callbacks,
+        load_prompt_dataset,
+        load_reward_models,
+        model_init_kwargs,
+    )
     from tapo_trl.trainer.model_config import get_lora_config
 
     # Load
+    is_live = HUMAN in (script_args.reward_model or [])
+    human = HumanReward(Path(training_args.output_dir) / "people") if is_live else None
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     train_dataset, eval_dataset = load_prompt_dataset(script_args, training_args)
 
     # Trainer
     return OnlineDiffusionDPOTrainer(
         model=model_args.require_model(),
-        reward_model=load_reward_models(script_args.reward_model),
+        reward_model=load_reward_models(script_args.reward_model, human),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

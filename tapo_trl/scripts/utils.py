@@ -27,6 +27,9 @@ from ..rewards.pretrained import check_reward_name, is_reward_name
 from ..trainer.model_config import DiffusionModelConfig
 
 
+HUMAN = "human"  # the reward of live votes, which only online DPO can wait for
+
+
 DRY_RUN = "Print shapes, tokens, parameters, forwards and an estimate of the memory, and stop."
 
 
@@ -194,13 +197,16 @@ def load_function(spec: str, option: str) -> Callable:
     return function
 
 
-def load_reward_models(specs: list[str] | None) -> str | Callable | list[str | Callable]:
+def load_reward_models(
+    specs: list[str] | None, human: Callable | None = None
+) -> str | Callable | list[str | Callable]:
     """
     The reward models for [`RolloutTrainer`].
 
     Args:
         specs (`list[str]`, *optional*): Names of pretrained rewards, folders or Hub ids of reward models, and
             `package.module:function` callables.
+        human (`Callable`, *optional*): What the word `human` stands for, live votes. Only online DPO can wait for them.
 
     Returns:
         One reward model, or a list of several, to be combined with `reward_weights`.
@@ -210,7 +216,7 @@ def load_reward_models(specs: list[str] | None) -> str | Callable | list[str | C
             "`reward_model` is missing: give the folder or Hub id of an SLRM (train one with `tapo-trl slrm`), the name of a "
             "pretrained reward (`tapo-trl rewards` lists them), or `package.module:function`."
         )
-    rewards = [load_functions([spec])[spec] for spec in specs]
+    rewards = [human if spec == HUMAN and human is not None else load_functions([spec])[spec] for spec in specs]
     return rewards[0] if len(rewards) == 1 else rewards
 
 
@@ -218,6 +224,11 @@ def load_functions(specs: list[str]) -> dict[str, str | Callable]:
     """Rewards by what they are called on the command line, functions imported and other names checked."""
     rewards = {}
     for spec in specs:
+        if spec == HUMAN:
+            raise ValueError(
+                "`human`, live votes on the samples, is a reward of `tapo-trl online_dpo` alone, and of no dry run. A folder of that name is "
+                "`./human`."
+            )
         rewards[spec] = load_function(spec, "reward_model") if is_function(spec) else spec
         if not is_function(spec):
             check_reward_name(spec)

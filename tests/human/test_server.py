@@ -81,7 +81,7 @@ class TestVoting:
     def test_what_is_shown_tells_nothing_of_the_source(self, site):
         response = site.client.get("/api/next")
         pair = response.json()["pair"]
-        assert set(pair) == {"pair_id", "prompt", "is_video", "media"}
+        assert set(pair) == {"pair_id", "prompt", "is_video", "media", "captions", "rows"}
         text = response.text + site.client.get("/").text
         for medium in ("media/a", "media/b", "source_0", "source_1"):
             assert medium not in text
