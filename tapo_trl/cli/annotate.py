@@ -42,15 +42,15 @@ def main(args) -> None:
         folder = Path(args.folder)
         is_live = (folder / "groups").is_dir()
         study = None if is_live else Study.load(folder)
-        access = Access(folder)
-        tokens = access.add(args.annotators or [])
-        if args.host not in LOOPBACK and not access.hashes:
-            raise ValueError(f"`host={args.host}` can be reached by others: name `annotators`, who get secret links.")
         store = VoteStore(folder / (CHOICES if is_live else "votes.jsonl"))
+        access = Access(folder)
+        if args.host not in LOOPBACK and not (access.hashes or args.annotators):
+            raise ValueError(f"`host={args.host}` can be reached by others: name `annotators`, who get secret links.")
         page = LivePage(folder, store, access) if is_live else AnnotationPage(study, store, access)
         server = socket.create_server(
             (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
         )
+        tokens = access.add(args.annotators or [])  # last: they are printed once
     except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"tapo-trl annotate: error: {error}") from error
     address = f"http://{args.host}:{server.getsockname()[1]}/"

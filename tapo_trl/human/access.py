@@ -27,7 +27,10 @@ class Access:
 
     def __init__(self, folder: str | Path):
         self.file = Path(folder) / "tokens.json"
-        content = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        try:
+            content = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{self.file} is damaged ({error}). Without it, all need new links.") from error
         self.hashes: dict[str, str] = content.get("annotators", {})
         self.secret: str = content.get("secret") or secrets.token_hex(32)
         if not content:

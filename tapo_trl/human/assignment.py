@@ -50,17 +50,20 @@ class Assignment:
     ):
         self.study, self.clock = study, clock
         self.pairs = {pair.pair_id: pair for pair in pairs}
+        self.open = set(self.pairs)  # pairs that more people are to see
         self.done: dict[str, dict[str, str]] = {}  # kind of the last event, by annotator and pair
         self.history: dict[str, list[str]] = {}  # pairs that count, oldest first, by annotator
         self.votes: Counter = Counter()
         self.leases: dict[tuple[str, str], float] = {}
-        self._orders: dict[str, list[str]] = {}
+        self._orders: dict[str, tuple[list[Pair], list[Pair], list[Pair]]] = {}
         for event in events:
             self.record(event)
 
     def record(self, event: dict[str, Any]) -> None:
-        """Take note of an event that has been written."""
+        """Take note of an event that has been written. One on a pair that the study does not have changes nothing."""
         annotator, pair_id = event["annotator"], event["pair_id"]
+        if pair_id not in self.pairs:
+            return
         done = self.done.setdefault(annotator, {})
         history = self.history.setdefault(annotator, [])
         self.leases.pop((annotator, pair_id), None)
@@ -73,10 +76,15 @@ class Assignment:
             done[pair_id] = event["kind"]
             history.append(pair_id)
             self.votes[pair_id] += event["kind"] == "vote"
+        needed = self.study.votes_per_pair
+        if needed is None or self.votes[pair_id] < needed or self.pairs[pair_id].gold:
+            self.open.add(pair_id)
+        else:
+            self.open.discard(pair_id)
 
     def last(self, annotator: str) -> Pair | None:
         """The pair that a person voted on, or skipped, last."""
-        history = [pair_id for pair_id in self.history.get(annotator, []) if pair_id in self.pairs]
+        history = self.history.get(annotator)
         return self.pairs[history[-1]] if history else None
 
     def next(self, annotator: str) -> Pair | None:
@@ -95,17 +103,9 @@ class Assignment:
         self.leases[annotator, pair.pair_id] = self.clock() + LEASE_SECONDS
 
     def _choose(self, annotator: str, done: dict[str, str]) -> Pair | None:
-        waiting = [self.pairs[pair_id] for pair_id in self._order(annotator) if pair_id not in done]
-        gold = [pair for pair in waiting if pair.gold]
-        repeats = [pair for pair in waiting if pair.repeat_of and done.get(pair.repeat_of) == "vote"]
-        leased = Counter(pair_id for _, pair_id in self.leases)
-        counts = {pair.pair_id: self.votes[pair.pair_id] + leased[pair.pair_id] for pair in waiting}
-        needed = self.study.votes_per_pair
-        fresh = [
-            pair
-            for pair in waiting
-            if not pair.gold and not pair.repeat_of and (needed is None or counts[pair.pair_id] < needed)
-        ]
+        plain, gold, repeats = self._order(annotator)
+        gold = [pair for pair in gold if pair.pair_id not in done]
+        repeats = [pair for pair in repeats if pair.pair_id not in done and done.get(pair.repeat_of) == "vote"]
         place, every = (len(done) + 1) % self.study.gold_every, self.study.gold_every
         recent = set(self.history.get(annotator, [])[-REPEAT_DISTANCE:])
         old = [pair for pair in repeats if pair.repeat_of not in recent]
@@ -113,24 +113,35 @@ class Assignment:
             return gold[0]
         if old and place == every // 2:
             return old[0]
-        if fresh:  # the first in the person's order, of those with the fewest votes
-            return fresh[0] if needed is None else min(fresh, key=lambda pair: counts[pair.pair_id])
-        return next(iter([*gold, *old, *repeats]), None)
+        return self._fresh(plain, done) or next(iter([*gold, *old, *repeats]), None)
+
+    def _fresh(self, plain: Sequence[Pair], done: dict[str, str]) -> Pair | None:
+        """The first of the pairs with the fewest votes, if not all need to see all."""
+        leased = Counter(pair_id for _, pair_id in self.leases)
+        needed = self.study.votes_per_pair
+        best, fewest = None, needed
+        for pair in plain:
+            if pair.pair_id in done:
+                continue
+            if needed is None:
+                return pair
+            count = self.votes.get(pair.pair_id, 0) + leased.get(pair.pair_id, 0)
+            if count < fewest:
+                best, fewest = pair, count
+            if fewest == 0:
+                break
+        return best
 
     def progress(self, annotator: str) -> tuple[int, int]:
         """Pairs that a person has done, and those that are theirs to do in all, as far as that is known."""
         done = self.done.get(annotator, {})
-        if self.study.votes_per_pair is None:
-            return len(done), len(self.pairs)
-        left = sum(
-            1
-            for pair_id, pair in self.pairs.items()
-            if pair_id not in done and (pair.gold or self.votes[pair_id] < self.study.votes_per_pair)
-        )
-        return len(done), len(done) + left
+        return len(done), len(done) + len(self.open) - sum(pair_id in self.open for pair_id in done)
 
-    def _order(self, annotator: str) -> list[str]:
+    def _order(self, annotator: str) -> tuple[list[Pair], list[Pair], list[Pair]]:
+        """The pairs in the order of a person: new ones, those with known answers, and repetitions."""
         if annotator not in self._orders:
-            seed = self.study.seed
-            self._orders[annotator] = sorted(self.pairs, key=lambda pair_id: _hash(seed, "order", annotator, pair_id))
+            seed, kinds = self.study.seed, ([], [], [])
+            for pair in sorted(self.pairs.values(), key=lambda pair: _hash(seed, "order", annotator, pair.pair_id)):
+                kinds[1 if pair.gold else 2 if pair.repeat_of else 0].append(pair)
+            self._orders[annotator] = kinds
         return self._orders[annotator]

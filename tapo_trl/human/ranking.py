@@ -4,7 +4,7 @@
 """Win rates and Bradley-Terry scores of the models of a study, with intervals that resample people and prompts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -43,13 +43,18 @@ def contests_of(votes: Sequence[dict[str, Any]], pairs: Sequence[Pair], dimensio
     ]
 
 
-def _weights(contests: Sequence[Contest], rng: np.random.Generator) -> np.ndarray:
+def _resampled_weights(contests: Sequence[Contest], samples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each vote counts when people and prompts are drawn with replacement, independently of each other."""
-    weights = np.ones(len(contests))
-    for names in ([contest.annotator for contest in contests], [contest.prompt_id for contest in contests]):
-        values, inverse = np.unique(names, return_inverse=True)
-        weights *= np.bincount(rng.integers(0, len(values), len(values)), minlength=len(values))[inverse]
-    return weights
+    rng = np.random.default_rng(seed)
+    groups = [
+        np.unique(names, return_inverse=True)
+        for names in ([contest.annotator for contest in contests], [contest.prompt_id for contest in contests])
+    ]
+    for _ in range(samples):
+        weights = np.ones(len(contests))
+        for values, inverse in groups:
+            weights *= np.bincount(rng.integers(0, len(values), len(values)), minlength=len(values))[inverse]
+        yield weights
 
 
 def win_shares(contests: Sequence[Contest], samples: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
@@ -73,12 +78,11 @@ def win_shares(contests: Sequence[Contest], samples: int = 1000, seed: int = 0) 
             continue
         labels = np.array([c.label if c.sources[0] == first else 1 - c.label for c in own])
         wins, ties, losses = (int((labels == level).sum()) for level in (FIRST, TIE, SECOND))
-        rng = np.random.default_rng(seed)
-        shares = []
-        for _ in range(samples):
-            weights = _weights(own, rng)
-            if weights.sum():
-                shares.append((weights * labels).sum() / weights.sum())
+        shares = [
+            (weights * labels).sum() / weights.sum()
+            for weights in _resampled_weights(own, samples, seed)
+            if weights.sum()
+        ]
         low, high = np.quantile(shares, [0.025, 0.975]).tolist() if shares else (math.nan, math.nan)
         rows.append(
             {
@@ -160,8 +164,7 @@ def rank_sources(
 
     if not sources:
         return []
-    rng = np.random.default_rng(seed)
-    resampled = np.array([scores(_weights(contests, rng)) for _ in range(samples)])
+    resampled = np.array([scores(weights) for weights in _resampled_weights(contests, samples, seed)])
     low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
     values = scores(np.ones(len(contests)))
     rows = [

@@ -51,7 +51,9 @@ def study_report(
     """
     pairs = study.read_pairs()
     names = {pair.pair_id for pair in pairs}
-    votes = [vote for vote in current_votes(events) if vote["pair_id"] in names]
+    given = current_votes(events)
+    votes = [vote for vote in given if vote["pair_id"] in names]
+    lost = [vote["pair_id"] for vote in given if vote["pair_id"] not in names]
     agreement, wins, scores = {}, [], []
     for dimension in study.dimension_names:
         table = label_table(votes, dimension)
@@ -78,14 +80,21 @@ def study_report(
         "annotators": people,
         "wins": wins,
         "scores": scores,
-        "warnings": _warnings(people, wins, agreement),
+        "warnings": _warnings(people, wins, agreement, lost),
     }
 
 
 def _warnings(
-    people: dict[str, dict[str, Any]], wins: Sequence[dict[str, Any]], agreement: dict[str, dict[str, float]]
+    people: dict[str, dict[str, Any]],
+    wins: Sequence[dict[str, Any]],
+    agreement: dict[str, dict[str, float]],
+    lost: Sequence[str],
 ) -> list[str]:
     found = []
+    if lost:
+        found.append(
+            f"{len(lost)} votes are on pairs that pairs.jsonl does not have, such as {lost[0]}. They do not count."
+        )
     for name, person in people.items():
         who = "All people together" if name == "all" else name
         if person["left"]["p"] < 0.01:

@@ -15,7 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
+from transformers.utils import logging
 
+from ..data.images import BadFileError
 from .access import Access
 from .assignment import Assignment, left_medium
 from .live import Group, LiveGroups, check_choice
@@ -24,6 +26,8 @@ from .media import viewed_file
 from .study import Dimension, Pair, Study, is_video
 from .votes import FIRST, SECOND, SKIP_REASONS, TIE, VoteStore, check_event
 
+
+logger = logging.get_logger(__name__)
 
 PAGE = Path(__file__).with_name("page.html")
 COOKIE = "tapo_trl_token"
@@ -131,8 +135,8 @@ class AnnotationPage:
         """Answers `left`, `tie` or `right` by dimension. They are on disk before the response."""
         annotator, body, pair = await self._read(request)
         answers = body.get("answers")
-        if not isinstance(answers, dict):
-            raise HTTPException(400, "`answers` must be a mapping.")
+        if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
+            raise HTTPException(400, "`answers` must be a mapping of texts.")
         event = self._labels(answers, annotator, pair)
         event |= {"ms": _number(body, "ms"), "plays": _number(body, "plays")}
         return await self._write("vote", annotator, body, pair, event)
@@ -164,7 +168,7 @@ class AnnotationPage:
             raise HTTPException(413, f"A request may have at most {MAX_BODY} bytes.")
         try:
             body = json.loads(await request.body())
-        except ValueError:
+        except (ValueError, RecursionError):
             raise HTTPException(400, "This is no JSON.") from None
         if not isinstance(body, dict):
             raise HTTPException(400, "Send a JSON object.")
@@ -203,7 +207,11 @@ class AnnotationPage:
         medium = self.media.get(request.path_params["name"])
         if medium is None or not (self.study.folder / medium).is_file():
             raise HTTPException(404, "There is no such file.")
-        file = await run_in_threadpool(viewed_file, self.study, medium)
+        try:
+            file = await run_in_threadpool(viewed_file, self.study, medium)
+        except BadFileError as error:
+            logger.warning(f"A pair cannot be shown: {error}")
+            raise HTTPException(404, "This file cannot be read.") from error
         return FileResponse(file, headers={**HEADERS, "Cache-Control": "private, max-age=3600"})
 
 

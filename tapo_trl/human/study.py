@@ -5,7 +5,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,11 @@ class View:
     width: int
     num_frames: int | None = None
     fps: float = 16.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -226,15 +232,22 @@ class Study:
         pairs = [_build(Pair, row, f"{file}, line {line}") for line, row in enumerate(read_jsonl(file, required), 1)]
         if not pairs:
             raise ValueError(f"{self.folder} has no pairs: `tapo-trl pairs {self.folder} ...` writes them.")
-        names = [pair.pair_id for pair in pairs]
-        doubled = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+        counts = Counter(pair.pair_id for pair in pairs)
+        doubled = [name for name, number in counts.items() if number > 1]
         if doubled:
-            raise ValueError(f"{file} has a `pair_id` twice: {sorted(doubled)[:3]}.")
+            raise ValueError(f"{file} has a `pair_id` twice: {doubled[:3]}.")
         for pair in pairs:
-            self._check_pair(pair, set(names), file)
+            self._check_pair(pair, counts, file)
         return pairs
 
-    def _check_pair(self, pair: Pair, names: set[str], file: Path) -> None:
+    def _check_pair(self, pair: Pair, names: Container[str], file: Path) -> None:
+        for name, value in vars(pair).items():
+            if name != "gold" and value is not None and not isinstance(value, str):
+                raise ValueError(
+                    f"{file}, pair {pair.pair_id}: `{name}` must be text in quotation marks, but is {value!r}."
+                )
+        if self.view is not None and self.view.num_frames is None and any(map(is_video, pair.media)):
+            raise ValueError(f"{self.folder / 'study.yaml'}: `view` needs `num_frames`, since the study has videos.")
         for medium in pair.media:
             path = Path(medium)
             if path.is_absolute() or ".." in path.parts or path.suffix.lower() not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
@@ -292,7 +305,8 @@ def read_jsonl(file: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
     if not file.exists():
         return []
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Not `splitlines`, which also splits at characters that a prompt may have, such as U+2028
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

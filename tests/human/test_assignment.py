@@ -117,3 +117,23 @@ class TestUndo:
         assert assignment.votes[last.pair_id] == 0
         assert assignment.last("p01").pair_id == seen[0]
         assert assignment.progress("p01") == (1, 4)
+
+
+def test_votes_on_pairs_that_are_gone_change_nothing(tmp_path):
+    study = make_study(tmp_path, 3)
+    assignment = Assignment(study, study.read_pairs(), [vote("p01", "renamed"), vote("p01", "0000")])
+    assert assignment.progress("p01") == (1, 3)
+    assert assignment.last("p01").pair_id == "0000"
+    assert sorted(work(assignment, "p01")) == ["0001", "0002"]
+
+
+def test_progress_counts_what_others_have_done(tmp_path):
+    study = make_study(tmp_path, 4, gold=1, votes_per_pair=1)
+    assignment = Assignment(study, study.read_pairs(), [])
+    assert assignment.progress("p01") == (0, 4)
+    assignment.record(vote("p02", "0000"))
+    assignment.record(vote("p02", "0003"))  # the known answer: all see it
+    assert assignment.progress("p01") == (0, 3)
+    assert assignment.progress("p02") == (2, 4)
+    assignment.record(vote("p02", "0000", kind="undo"))
+    assert assignment.progress("p01") == (0, 4)

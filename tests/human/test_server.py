@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import os
+import socket
 
 import pytest
 
@@ -10,6 +11,8 @@ pytest.importorskip("starlette", reason="the annotation page needs `tapo-trl[ann
 
 from starlette.testclient import TestClient
 
+from tapo_trl.cli.annotate import main as annotate
+from tapo_trl.cli.human_arguments import AnnotateArguments
 from tapo_trl.human.access import Access
 from tapo_trl.human.assignment import left_medium
 from tapo_trl.human.server import COOKIE, AnnotationPage
@@ -137,6 +140,7 @@ class TestRefusals:
             ({"answers": {"visual_quality": "left"}}, 400),
             ({"answers": {"visual_quality": "best", "text_alignment": "tie"}}, 400),
             ({"answers": None}, 400),
+            ({"answers": {"visual_quality": [], "text_alignment": "tie"}}, 400),
             ({"id": None}, 400),
             ({"ms": "many"}, 400),
             ({"plays": -1}, 400),
@@ -158,6 +162,7 @@ class TestRefusals:
         headers = {"content-type": "application/json"}
         assert site.client.post("/api/vote", content="{", headers=headers).status_code == 400
         assert site.client.post("/api/vote", content="[]", headers=headers).status_code == 400
+        assert site.client.post("/api/vote", content="[" * 16_000, headers=headers).status_code == 400
 
     @pytest.mark.parametrize("name", ["study.yaml", "..%2fvotes.jsonl", "%2e%2e/votes.jsonl", "0000.png"])
     def test_only_media_are_served_under_their_secret_names(self, site, name):
@@ -214,3 +219,38 @@ class TestMedia:
         for medium in site.page.assignment.pairs[pair["pair_id"]].media:
             (site.study.folder / medium).unlink()
         assert site.client.get(pair["media"][0]).status_code == 404
+
+    def test_a_file_that_cannot_be_cut_is_404_and_others_are_shown(self, tmp_path):
+        site = Site(tmp_path / "study", num_pairs=1, videos=True, view=View(16, 24, 4, 8))
+        pair = site.pair()
+        shown = site.page.assignment.pairs[pair["pair_id"]]
+        left = left_medium(site.study.seed, "local", shown)
+        (site.study.folder / shown.media[left]).write_bytes(b"no video")
+        assert [site.client.get(address).status_code for address in pair["media"]] == [404, 200]
+        site.store.close()
+
+
+class TestCommand:
+    def test_a_second_server_says_so_and_gives_out_no_links(self, site):
+        with pytest.raises(SystemExit, match="in use by another process"):
+            annotate(AnnotateArguments(folder=str(site.study.folder), annotators=["p01"]))
+        assert "p01" not in Access(site.study.folder).hashes
+
+    def test_a_port_in_use_gives_out_no_links(self, tmp_path):
+        study = make_study(tmp_path, 1)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(SystemExit, match="in use"):
+                annotate(AnnotateArguments(folder=str(tmp_path), annotators=["p01"], port=port))
+        assert "p01" not in Access(study.folder).hashes
+
+    def test_others_need_links(self, tmp_path):
+        make_study(tmp_path, 1)
+        with pytest.raises(SystemExit, match="name `annotators`"):
+            annotate(AnnotateArguments(folder=str(tmp_path), host="0.0.0.0"))
+
+    def test_damaged_tokens(self, tmp_path):
+        make_study(tmp_path, 1)
+        (tmp_path / "tokens.json").write_text("{")
+        with pytest.raises(SystemExit, match="tokens.json is damaged"):
+            annotate(AnnotateArguments(folder=str(tmp_path)))

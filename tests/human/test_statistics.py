@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -190,3 +191,20 @@ class TestReport:
         old, new = vote("p01", "0000", guideline="other"), vote("p01", "0001", guideline=study.guideline_hash)
         assert select_guidelines(study, [old, new]) == ([new], 1)
         assert select_guidelines(study, [old, new], "all") == ([old, new], 0)
+
+    def test_votes_on_pairs_that_are_gone_are_named(self, tmp_path):
+        study = make_study(tmp_path, 2)
+        report = study_report(study, [vote("p01", "0000"), vote("p01", "renamed")], samples=10)
+        assert report["votes"] == 1
+        assert any(
+            "1 votes are on pairs that pairs.jsonl does not have, such as renamed" in w for w in report["warnings"]
+        )
+
+
+def test_a_large_study_takes_seconds():
+    contests = [Contest(f"p{n % 3}", f"prompt {n // 3}", ("a", "b"), (n % 7) / 6 // 0.4 / 2) for n in range(30_000)]
+    start = time.process_time()
+    row = win_shares(contests, samples=100)[0]
+    assert row["wins"] + row["ties"] + row["losses"] == 30_000
+    assert row["p"] == sign_test(row["wins"], row["wins"] + row["losses"])
+    assert time.process_time() - start < 10  # minutes where each sample looks the names up again
