@@ -33,6 +33,7 @@ PARSERS = {
     "diagnose": diagnose.make_parser,
     "reproduce": command_module("reproduce").make_parser,
     "bench": bench.make_parser,
+    **{name: command_module(name).make_parser for name in ("prompts", "pairs", "annotate", "votes", "study")},
 }
 SERVER_FLAGS = {"host", "port"}  # of tapo_trl/rewards/reward_server.py
 LAUNCHER_FLAGS = {  # of accelerate, torchrun and Slurm

@@ -52,18 +52,50 @@ def main(args) -> None:
 
     Args:
         args ([`PromptsArguments`]): Options of the command.
+
+    Raises:
+        SystemExit: if they cannot be written; says why.
+    """
+    from ..human.elements import Elements
+
+    try:
+        elements = Elements.load(args.elements)
+        if args.prompts is None:
+            write(args, elements)
+        else:
+            take(args)
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        raise SystemExit(f"tapo-trl prompts: error: {error}") from error
+
+
+def take(args) -> None:
+    """
+    Takes prompts of one's own into a study.
+
+    Args:
+        args ([`PromptsArguments`]): Options of the command.
     """
     from ..data.loading import read_prompts
-    from ..human.elements import Elements
+    from ..human.prompts import import_prompts
+
+    prompts = read_prompts(args.prompts, "prompts")
+    study = open_study(args)
+    new = import_prompts(study, prompts)
+    print(f"{new} new prompts; {len(study.read_prompts())} in {study.folder / 'prompts.jsonl'}.")
+
+
+def write(args, elements) -> None:
+    """
+    Writes prompts from meta elements into a study.
+
+    Args:
+        args ([`PromptsArguments`]): Options of the command.
+        elements ([`Elements`]): The elements.
+    """
     from ..human.figures import plot_elements
-    from ..human.prompts import distinct_2, import_prompts, write_prompts
+    from ..human.prompts import distinct_2, write_prompts
 
     study = open_study(args)
-    if args.prompts is not None:
-        new = import_prompts(study, read_prompts(args.prompts, "prompts"))
-        print(f"{new} new prompts; {len(study.read_prompts())} in {study.folder / 'prompts.jsonl'}.")
-        return
-    elements = Elements.load(args.elements)
     report = write_prompts(
         study,
         elements,

@@ -121,12 +121,16 @@ def main(args) -> None:
 
     try:
         study, events, others = read_study(args)
-        report = study_report(study, events, args.prior)
         if others:
             print(
                 f"{others} votes on earlier questions or guidelines are left out (`--guidelines all` counts them).\n"
             )
+        if not events:
+            raise ValueError(f"{study.folder} has no votes: `tapo-trl annotate {study.folder}` collects them.")
+        report = study_report(study, events, args.prior)
         print(format_report(report))
+        for file in filter(None, (args.output_file, args.figure)):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
         if args.output_file is not None:
             Path(args.output_file).write_text(json.dumps(report, indent=2, allow_nan=True) + "\n", encoding="utf-8")
         if args.figure is not None:

@@ -51,6 +51,7 @@ class Elements:
             raise ValueError(f"`elements`: {file} needs a mapping `elements` from names to lists of values.")
         values = {name: _weights(name, entry, file) for name, entry in lists.items()}
         templates = content.get("templates") or [", ".join(f"{{{name}}}" for name in values)]
+        templates = [templates] if isinstance(templates, str) else templates
         for template in templates:
             try:
                 template.format(**dict.fromkeys(values, ""))

@@ -182,8 +182,7 @@ class Study:
         file = Path(folder) / "study.yaml"
         if not file.is_file():
             raise ValueError(
-                f"{folder} is no study: it has no study.yaml. `tapo-trl prompts {folder} ...` or `tapo-trl pairs {folder} ...` "
-                "starts one."
+                f"{folder} is no study: it has no study.yaml. `tapo-trl prompts {folder} ...` starts one."
             )
         try:
             settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -304,9 +303,13 @@ def read_jsonl(file: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
     """
     if not file.exists():
         return []
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text: {error}") from error
     rows = []
     # Not `splitlines`, which also splits at characters that a prompt may have, such as U+2028
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -24,11 +24,14 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import tapo_trl
 from tapo_trl import GradientShareCallback, SLRMModel, TAPOConfig, TAPOTrainer, load_policy
 from tapo_trl.cli.main import COMMANDS, command_module
+from tapo_trl.human import Study, VoteStore, export_preferences
+from tapo_trl.human.prompts import import_prompts
 from tapo_trl.policies.flux import FluxPolicy
 from tapo_trl.rewards.pretrained.clip import CLIPReward, PickScoreReward
 from tests.data.preference_pairs import color_pairs
 from tests.data.video_files import grey_clip, write_video
 from tests.documentation.substitutions import AFTER, BEFORE, LARGEST, SCRIPTS, SMALL, VARIABLES, replace_text
+from tests.human.studies import make_study, vote
 from tests.testing_utils import save_tiny_clip, tiny_sd3_pipeline, tiny_wan_pipeline
 
 
@@ -111,6 +114,7 @@ def build(folder: Path) -> None:
     pick_a_pic(color_pairs(8)).save_to_disk(folder / "tiny" / "pick_a_pic")
     video_pairs(folder).to_parquet(folder / "video_pairs.parquet")
     video_pairs(folder).to_csv(folder / "pairs.csv")
+    human_studies(folder)
     genai_bench(video_pairs(folder)).save_to_disk(folder / "tiny" / "genai_bench")
     videogen_rewardbench(video_pairs(folder)).to_csv(folder / "VideoGen-RewardBench" / "videogen-rewardbench.csv")
     reward_places = ("slrm", "sd35-slrm", "outputs/sd35-slrm")
@@ -213,6 +217,22 @@ def benchmark_files() -> dict[str, str]:
         "vbench-samples/evaluation_results/scene_eval_results.json": '{"scene": [0.5, []]}',
         "parti/PartiPrompts.tsv": "Prompt\tCategory\na cup\tThings\n",
     }
+
+
+def human_studies(folder: Path) -> None:
+    """A study with votes and its export, and one that has only prompts; the methods that docs/annotation.md compares."""
+    study = make_study(folder / "study", 12)
+    with VoteStore(folder / "study" / "votes.jsonl") as store:
+        for pair in study.read_pairs():
+            for annotator in ("p01", "p02"):
+                store.append(vote(annotator, pair.pair_id, int(pair.pair_id) % 2))
+    export_preferences(study, folder / "preferences", store.rows)
+    prompted = Study()
+    prompted.save(folder / "prompted")
+    import_prompts(prompted, ["a fox", "a boat"])
+    blocks = blocks_of(ROOT / "docs" / "annotation.md")
+    methods = next(block.text for block in blocks if block.language == "yaml" and "methods:" in block.text)
+    (folder / "methods.yaml").write_text(replace_text(methods))
 
 
 # Running

@@ -34,6 +34,8 @@ TEXT = {
     r"--accelerate_config\n\w+": "--accelerate_config\ncpu",
     r"/tmp/": "scratch/",
     r"--(\w*minutes)\n[\d.]+": r"--\1\n0.01",  # words stand in lines of their own
+    r"(pairs|study)\nstudy\n(--model_a|--methods)": r"\1\nprompted\n\2",  # a study without votes
+    r'"height": 480, "width": 832, "num_frames": 81': '"height": 32, "width": 32, "num_frames": 5',
     r"latent_shape\(512, 512\)": "latent_shape(32, 32)",
     r"torch\.randn\(1, 16, 64, 64\)": "torch.randn(1, 4, 8, 8)",
 }
@@ -91,6 +93,13 @@ BEFORE = {
 from datasets import Dataset
 VOTES = {"prompt": ["a fox"], "left_video": ["a.mp4"], "right_video": ["b.mp4"], "vote_type": ["leftvote"]}
 """,
+    "docs/annotation.md": """
+import json
+given = [{"from_name": name, "value": {"choices": ["left"]}} for name in ("visual_quality", "text_alignment")]
+task = {"data": {"pair_id": "0000"}, "annotations": [{"id": 1, "completed_by": 7, "result": given}]}
+open("label_studio.json", "w").write(json.dumps([task]))
+open("votes.csv", "w").write("annotator,pair_id,visual_quality,text_alignment\\np08,0001,0.5,0\\n")
+""",
     "docs/reproduction.md": "def judge(samples, prompts): return {}",
     "examples/emoji/README.md": """
 import sys, torch
@@ -104,6 +113,12 @@ clips, prompts = 2 * torch.rand(2, 3, 9, 48, 48) - 1, ["panda face moving left"]
 """,
 }
 AFTER = {
+    "docs/annotation.md": """
+added = read_events("study/votes.jsonl", study.dimension_names)[-2:]
+assert [(vote["annotator"], vote["labels"]) for vote in added] == [
+    ("p7", {"visual_quality": 1.0, "text_alignment": 1.0}), ("p08", {"visual_quality": 0.5, "text_alignment": 0.0})
+]
+""",
     "docs/diagnostics.md": "diagnose('outputs/sd35-slrm', 'tiny/sd3', 'pairs.parquet'); curve('outputs/sd35-tapo')",
     "docs/rewards.md": "trainer.train()",
     "docs/callbacks.md": "trainer.train()",
@@ -115,6 +130,8 @@ EXEMPT = {
     r"make (install|test|lint|format)": "what runs these tests",
     r"tapo-trl rewards --prepare": "downloads; tests/rewards/pretrained/test_instructions.py",
     r"python reward_server\.py": "serves until it is stopped; tests/rewards/test_remote.py starts it",
+    r"tapo-trl annotate": "serves until it is stopped; tests/human/test_browser.py starts it",
+    r"tapo-trl prompts .*--(llm|endpoint)": "needs a language model; tests/human/test_prompts.py has a tiny one",
     r"tapo-trl tapo .*http://": "needs a server; tests/trainer/test_remote_reward.py trains with one",
     r"git clone ": "downloads",
     r"tapo-trl grpo .*--reward_model geneval": "needs weights; tests/rewards/pretrained/test_geneval.py trains with tiny ones",

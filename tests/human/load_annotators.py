@@ -69,7 +69,7 @@ class Person(threading.Thread):
         state, _ = self.send("GET", "/api/next")
         for number in range(self.votes):
             pair_id, name = state["pair"]["pair_id"], f"{self.person}-{number}"
-            answers = {row["name"]: rng.choice(["left", "tie", "right"]) for row in state["dimensions"]}
+            answers = {row["name"]: rng.choice(["left", "tie", "right"]) for row in state["pair"]["rows"]}
             body = {"id": name, "pair_id": pair_id, "answers": answers, "ms": 4000, "plays": 2}
             state, seconds = self.send("POST", "/api/vote", body)
             self.acknowledged[name] = pair_id
@@ -109,6 +109,7 @@ def measure(folder: Path, votes: int, kills: int, pairs: int) -> dict:
     wall = time.perf_counter() - start
     server.kill()
     server.join()
+    assert all(len(person.acknowledged) == votes for person in people), "somebody stopped"
     events = read_events(folder / "votes.jsonl", study.dimension_names)
     on_disk = Counter(event["id"] for event in events)
     acknowledged = {name: pair for person in people for name, pair in person.acknowledged.items()}

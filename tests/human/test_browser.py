@@ -3,10 +3,12 @@
 
 """
 The annotation page in Chromium. `make test-browser` runs this. With the environment variable SCREENSHOTS, a folder, pictures of the page
-are kept there.
+are kept there: `annotate_clips.png` and `annotate_clips_phone.png` are those of docs/assets.
 """
 
 import os
+import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,8 +16,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from tapo_trl.human.study import View
+from tapo_trl.data.videos import write_video
+from tapo_trl.human.study import Pair, Study, View
 from tapo_trl.human.votes import read_events
 
 from .studies import make_study
@@ -23,6 +28,7 @@ from .studies import make_study
 
 pytestmark = pytest.mark.browser
 
+ROOT = Path(__file__).parents[2]
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 
 
@@ -196,6 +202,39 @@ def test_phone_and_dark(browser, servers, tmp_path):
         page.locator(".row").nth(row).locator("text=Tie").click()
     page.click("#next")
     count(page, "1 / 2")
+
+
+def moving_emoji_study(folder):
+    """Clean clips against those with a fault, of the moving-emoji world, enlarged."""
+    clips = runpy.run_path(str(ROOT / "examples/moving_emoji/clips.py"))
+    study = Study(title="Moving emoji")
+    study.save(folder)
+    pairs, rng = [], random.Random(0)
+    for number, (subject, kind) in enumerate((("panda face", "jerky"), ("penguin", "distorted"))):
+        media = []
+        for source in ("clean", kind):
+            frames = clips["draw_clip"](clips["load_subjects"]()[subject], "left", source, rng)
+            video = F.interpolate(torch.from_numpy(frames).movedim(-1, 1) / 255, scale_factor=6, mode="bicubic")
+            medium = folder / "media" / source / f"{number}.mp4"
+            medium.parent.mkdir(parents=True, exist_ok=True)
+            write_video(medium, video.clamp(0, 1).transpose(0, 1), clips["FPS"])
+            media.append(str(medium.relative_to(folder)))
+        pairs.append(Pair(f"{number}", f"{number}", f"a {subject} moving left", *media, "clean", "faulty"))
+    study.write_pairs(pairs)
+    return study
+
+
+def test_three_questions_on_clips_need_no_scrolling(browser, servers, tmp_path):
+    server = servers(moving_emoji_study(tmp_path / "study").folder)
+    page = open_page(browser, server.address)
+    for name, width, height in (("annotate_clips", 1200, 860), ("annotate_clips_phone", 390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        page.wait_for_function("[...document.querySelectorAll('video')].every((v) => v.currentTime > 0.4)")
+        if name == "annotate_clips":
+            page.keyboard.press("ArrowLeft")
+        shoot(page, name)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")
 
 
 def test_a_prompt_and_a_question_are_text(browser, servers, tmp_path):
