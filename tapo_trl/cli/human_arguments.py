@@ -163,6 +163,9 @@ class PairsArguments(MediaArguments):
     kwargs_b: dict[str, Any] | str | None = option(
         "Arguments of the call of the second pipeline; the first's by default."
     )
+    seed_b: int = option(
+        "Added to the seeds of the second model. With another one, a model can be paired with itself.", 0
+    )
     fps: float = option("Frames per second of videos.", 16.0)
     dtype: str = option("Precision of the weights.", "bfloat16")
     same_source: int = option("Pairs of each model with itself, with two seeds, for this many prompts.", 0)
@@ -175,13 +178,16 @@ class PairsArguments(MediaArguments):
             raise ValueError("`model_a` is missing: name a pipeline.")
         if self.name_a == self.name_b:
             raise ValueError("`name_a` and `name_b` must differ.")
-        if (self.model_b or self.model_a, self.lora_b) == (self.model_a, self.lora_a) and self.kwargs_b in (
-            None,
-            self.kwargs_a,
-        ):
-            raise ValueError(
-                "Both models are the same: give `model_b`, `lora_b` or `kwargs_b`, or use `same_source` beside another model."
+        if (
+            self.seed_b == 0
+            and (self.model_b or self.model_a, self.lora_b) == (self.model_a, self.lora_a)
+            and self.kwargs_b
+            in (
+                None,
+                self.kwargs_a,
             )
+        ):
+            raise ValueError("Both models are the same: give `model_b`, `lora_b`, `kwargs_b` or `seed_b`.")
 
 
 @dataclass
@@ -194,3 +200,27 @@ class StudyArguments(MediaArguments):
     )
     figure: str | None = option("Draw the win rates to this PNG file. Needs matplotlib.")
     output_file: str | None = option("Write the results to this .json file.")
+
+
+@dataclass
+class RoundsArguments(StudyFolder):
+    """Arguments of `tapo-trl rounds`."""
+
+    model_name_or_path: str | None = option("Pipeline that the first round starts from.")
+    prompts: list[str] | None = option("Prompts, or a .txt file with one per line.")
+    rounds: int = option("Number of rounds.", 1)
+    media: Literal["images", "videos"] = option("What the pipeline makes.", "videos")
+    slrm: str = option("Flags of `tapo-trl slrm` in each round, such as '--config slrm.yaml'.", "")
+    tapo: str = option("Flags of `tapo-trl tapo` in each round.", "")
+    pairs: str = option("Further flags of `tapo-trl pairs`, such as '--dtype float32'.", "")
+    votes: str = option("Further flags of `tapo-trl votes`, such as '--min_votes 2'.", "")
+    annotate: str | None = option(
+        "Command that gives the votes, with {study} for the folder of the study. By default the loop stops until people have voted."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model_name_or_path is None or not self.prompts:
+            raise ValueError("`model_name_or_path` and `prompts` are both needed.")
+        if self.rounds < 1:
+            raise ValueError(f"`rounds` must be at least 1, but it is {self.rounds}.")

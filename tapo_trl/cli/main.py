@@ -31,6 +31,7 @@ COMMANDS = {
     "study": "compare several methods in a blind user study, and print its results",
     "annotate": "serve the page on which people compare the pairs of a study",
     "votes": "report agreement and win rates of a study, and export its votes as preference pairs",
+    "rounds": "sample, annotate, train a reward model and align with it, round after round",
 }
 
 USAGE = """usage: tapo-trl COMMAND [--config recipe.yaml] [--any_field value ...]

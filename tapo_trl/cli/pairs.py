@@ -96,7 +96,9 @@ def main(args) -> None:
         options_b = args.kwargs_a if args.kwargs_b is None else args.kwargs_b
         common = {"fps": args.fps, "dtype": args.dtype}
         first = Source(args.name_a, args.model_a, args.lora_a, dict(args.kwargs_a or {}), **common)
-        second = Source(args.name_b, args.model_b or args.model_a, args.lora_b, dict(options_b or {}), **common)
+        second = Source(
+            args.name_b, args.model_b or args.model_a, args.lora_b, dict(options_b or {}), seed=args.seed_b, **common
+        )
         sources, matches, limits = [first, second], [(first.name, second.name)], {}
         if args.same_source:
             again = [replace(source, name=f"{source.name}.again", seed=source.seed + 1) for source in sources]

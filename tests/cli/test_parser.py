@@ -238,7 +238,7 @@ class TestMain:
 
     @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"reproduce", "rewards"}))
     def test_every_command_refuses_a_misspelt_flag(self, capsys, command):
-        of_studies = command in ("prompts", "pairs", "study", "annotate", "votes")
+        of_studies = command in ("prompts", "pairs", "study", "annotate", "votes", "rounds")
         wrong, right = ("--foldr", "--folder") if of_studies else ("--model_name_or_pth", "--model_name_or_path")
         with pytest.raises(SystemExit) as error:
             main([command, wrong, "x"])
