@@ -210,10 +210,12 @@ class RoundsArguments(StudyFolder):
     prompts: list[str] | None = option("Prompts, or a .txt file with one per line.")
     rounds: int = option("Number of rounds.", 1)
     media: Literal["images", "videos"] = option("What the pipeline makes.", "videos")
-    slrm: str = option("Flags of `tapo-trl slrm` in each round, such as '--config slrm.yaml'.", "")
-    tapo: str = option("Flags of `tapo-trl tapo` in each round.", "")
-    pairs: str = option("Further flags of `tapo-trl pairs`, such as '--dtype float32'.", "")
-    votes: str = option("Further flags of `tapo-trl votes`, such as '--min_votes 2'.", "")
+    slrm_config: str | None = option("YAML recipe of `tapo-trl slrm`. Model, data and folder are those of the round.")
+    tapo_config: str | None = option(
+        "YAML recipe of `tapo-trl tapo`. Model, reward and folder are those of the round."
+    )
+    pairs_config: str | None = option("YAML recipe of `tapo-trl pairs`, such as with `kwargs_a` and `dtype`.")
+    votes_config: str | None = option("YAML recipe of `tapo-trl votes`, such as with `min_votes`.")
     annotate: str | None = option(
         "Command that gives the votes, with {study} for the folder of the study. By default the loop stops until people have voted."
     )
@@ -222,5 +224,7 @@ class RoundsArguments(StudyFolder):
         super().__post_init__()
         if self.model_name_or_path is None or not self.prompts:
             raise ValueError("`model_name_or_path` and `prompts` are both needed.")
+        if self.slrm_config is None or self.tapo_config is None:
+            raise ValueError("`slrm_config` and `tapo_config` are both needed.")
         if self.rounds < 1:
             raise ValueError(f"`rounds` must be at least 1, but it is {self.rounds}.")

@@ -21,16 +21,15 @@ def main(args) -> None:
     Raises:
         SystemExit: with status 3 if people have to vote first, with status 1 if a step fails.
     """
-    import shlex
     import subprocess
     from pathlib import Path
 
     from ..human.rounds import Rounds, WaitForVotes
 
-    flags = {name: shlex.split(getattr(args, name)) for name in ("slrm", "tapo", "pairs", "votes")}
-    rounds = Rounds(
-        Path(args.folder), args.model_name_or_path, args.prompts, annotate=args.annotate, media=args.media, **flags
-    )
+    configs = {name: getattr(args, f"{name}_config") for name in ("slrm", "tapo", "pairs", "votes")}
+    configs = {name: config for name, config in configs.items() if config is not None}
+    folder = Path(args.folder)
+    rounds = Rounds(folder, args.model_name_or_path, args.prompts, configs, annotate=args.annotate, media=args.media)
     for number in range(1, args.rounds + 1):
         try:
             rounds.do(number)

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,7 @@ class Rounds:
         folder (`Path`): Folder of the rounds.
         model (`str`): Pipeline that the first round starts from. Each later one starts from the one before with its LoRA merged.
         prompts (`list[str]`): Prompts, or a .txt file.
-        slrm (`list[str]`): Flags of `tapo-trl slrm`, such as `["--config", "slrm.yaml"]`.
-        tapo (`list[str]`): Flags of `tapo-trl tapo`.
-        pairs (`list[str]`, *optional*): Further flags of `tapo-trl pairs`.
-        votes (`list[str]`, *optional*): Further flags of `tapo-trl votes`.
+        configs (`dict[str, str]`): YAML recipes of the commands `slrm` and `tapo`, and optionally of `pairs` and `votes`.
         annotate (`str`, *optional*): A command that gives the votes, with `{study}` for the folder of the study. By default the loop
             stops until people have voted.
         media (`str`, *optional*, defaults to `"videos"`): `"images"` or `"videos"`, which gives the questions.
@@ -43,10 +40,7 @@ class Rounds:
     folder: Path
     model: str
     prompts: list[str]
-    slrm: list[str]
-    tapo: list[str]
-    pairs: list[str] = field(default_factory=list)
-    votes: list[str] = field(default_factory=list)
+    configs: dict[str, str]
     annotate: str | None = None
     media: str = "videos"
     run: Callable[[Sequence[str]], Any] = lambda command: subprocess.run(command, check=True)
@@ -57,40 +51,24 @@ class Rounds:
         study, data, slrm, tapo = (str(here / name) for name in ("study", "data", "slrm", "tapo"))
         model = self.model if number == 1 else str(self.folder / f"round_{number - 1}" / "model")
         seed = ["--seed", str(number)]  # other samples in each round
-        yield "prompts", [*_command("prompts"), study, "--prompts", *self.prompts, "--media", self.media, *seed]
+        yield (
+            "prompts",
+            [*self._command("prompts"), "--folder", study, "--prompts", *self.prompts, "--media", self.media, *seed],
+        )
         # The model against itself, with two seeds: the votes then tell samples apart, and not models
         again = ["--model_a", model, "--model_b", model, "--seed_b", "1"]
-        yield "pairs", [*_command("pairs"), study, *again, *self.pairs]
+        yield "pairs", [*self._command("pairs"), "--folder", study, *again]
         yield "annotate", [part.format(study=study) for part in self.annotate.split()] if self.annotate else []
-        yield "votes", [*_command("votes"), study, "--output_dir", data, *self.votes]
-        yield (
-            "slrm",
-            [
-                *_command("slrm"),
-                *self.slrm,
-                "--model_name_or_path",
-                model,
-                "--dataset_name",
-                data,
-                "--output_dir",
-                slrm,
-            ],
-        )
-        yield (
-            "tapo",
-            [
-                *_command("tapo"),
-                *self.tapo,
-                "--model_name_or_path",
-                model,
-                "--reward_model",
-                slrm,
-                "--output_dir",
-                tapo,
-            ],
-        )
+        yield "votes", [*self._command("votes"), "--folder", study, "--output_dir", data]
+        of_model = ["--model_name_or_path", model]
+        yield "slrm", [*self._command("slrm"), *of_model, "--dataset_name", data, "--output_dir", slrm]
+        yield "tapo", [*self._command("tapo"), *of_model, "--reward_model", slrm, "--output_dir", tapo]
         merged = str(here / "model")
-        yield "merge", [*_command("merge"), "--model_name_or_path", model, "--lora", tapo, "--output_dir", merged]
+        yield "merge", [*self._command("merge"), *of_model, "--lora", tapo, "--output_dir", merged]
+
+    def _command(self, name: str) -> list[str]:
+        config = ["--config", self.configs[name]] if name in self.configs else []
+        return [sys.executable, "-m", "tapo_trl.cli", name, *config]
 
     def do(self, number: int) -> None:
         """
@@ -122,10 +100,6 @@ class Rounds:
             raise WaitForVotes(
                 f"{len(missing)} pairs of {folder} have no vote yet. `tapo-trl annotate {folder}` shows them. Then run this command again."
             )
-
-
-def _command(name: str) -> list[str]:
-    return [sys.executable, "-m", "tapo_trl.cli", name]
 
 
 def _resume(folder: Path) -> list[str]:

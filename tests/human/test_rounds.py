@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tapo_trl.cli.main import main
@@ -32,7 +33,7 @@ class Runner:
         if name == self.fails:
             raise subprocess.CalledProcessError(1, command)
         if name == "pairs":
-            make_study(Path(command[4]), 2)
+            make_study(Path(command[command.index("--folder") + 1]), 2)
         if name == "vote":
             answer(Path(command[1]))
 
@@ -45,7 +46,7 @@ def answer(folder):
 
 
 def rounds(folder, run, **options):
-    return Rounds(folder, "base", ["a prompt"], ["--max_steps", "1"], [], run=run, **options)
+    return Rounds(folder, "base", ["a prompt"], {"slrm": "slrm.yaml", "tapo": "tapo.yaml"}, run=run, **options)
 
 
 class TestSteps:
@@ -98,7 +99,16 @@ class TestSteps:
 
 def test_waiting_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda command, check: Runner(tmp_path)(command))
-    flags = ["--model_name_or_path", "base", "--prompts", "a prompt"]
+    flags = [
+        "--model_name_or_path",
+        "base",
+        "--prompts",
+        "a prompt",
+        "--slrm_config",
+        "a.yaml",
+        "--tapo_config",
+        "b.yaml",
+    ]
     with pytest.raises(SystemExit) as error:
         main(["rounds", str(tmp_path), *flags])
     assert error.value.code == 3
@@ -108,19 +118,27 @@ def test_waiting_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_whole_loop_by_one_command(tmp_path):
     """On the words world, with somebody who prefers darker pictures."""
-    training = (
-        "--height 32 --width 96 --max_sequence_length 1 --max_steps 1 --bf16 false --use_cpu true --report_to none --save_strategy no "
-        "--per_device_train_batch_size 2"
-    )
-    flags = [
-        "rounds", str(tmp_path), "--model_name_or_path", "examples/words/pipeline", "--prompts", *[f'"{word}"' for word in ("milk", "sea", "stone")],
-        "--media", "images", "--annotate", f"{sys.executable} -m tests.human.test_rounds {{study}}",
-        "--pairs", "--dtype float32 --kwargs_a " + "'" + '{"num_inference_steps": 2, "height": 32, "width": 96, "max_sequence_length": 1}' + "'",
-        "--votes", "--splits '{\"train\": 1.0}'",
-        "--slrm", training + " --num_task_tokens 2",
-        "--tapo", training + " --use_peft true --lora_r 2 --num_inference_steps 3 --num_sde_steps 1 --num_candidates 2 --guidance_scale 1.0 "
-        "--dataset_name examples/words/prompts/validation.txt",
-    ]  # fmt: skip
+    training = {
+        "height": 32, "width": 96, "max_sequence_length": 1, "max_steps": 1, "bf16": False, "use_cpu": True, "report_to": "none",
+        "save_strategy": "no", "per_device_train_batch_size": 2,
+    }  # fmt: skip
+    rollout = {
+        "use_peft": True, "lora_r": 2, "num_inference_steps": 3, "num_sde_steps": 1, "num_candidates": 2, "guidance_scale": 1.0,
+        "dataset_name": "examples/words/prompts/validation.txt",
+    }  # fmt: skip
+    call = {"num_inference_steps": 2, "height": 32, "width": 96, "max_sequence_length": 1}
+    recipes = {
+        "slrm": training | {"num_task_tokens": 2},
+        "tapo": training | rollout,
+        "pairs": {"dtype": "float32", "kwargs_a": call},
+        "votes": {"splits": {"train": 1.0}},
+    }
+    flags = ["rounds", str(tmp_path), "--model_name_or_path", "examples/words/pipeline", "--media", "images"]
+    flags += ["--prompts", *[f'"{word}"' for word in ("milk", "sea", "stone")]]
+    flags += ["--annotate", f"{sys.executable} -m tests.human.test_rounds {{study}}"]
+    for name, fields in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(fields))
+        flags += [f"--{name}_config", str(tmp_path / f"{name}.yaml")]
     assert main(flags) == 0
     made = tmp_path / "round_1"
     assert (made / "model/model_index.json").exists()
