@@ -86,7 +86,7 @@ class TestVoting:
         pair = response.json()["pair"]
         assert set(pair) == {"pair_id", "prompt", "is_video", "media", "captions", "rows"}
         text = response.text + site.client.get("/").text
-        for medium in ("media/a", "media/b", "source_0", "source_1"):
+        for medium in ("media/a/", "media/b/", "source_0", "source_1"):
             assert medium not in text
 
     def test_the_same_vote_sent_twice_is_there_once(self, site):
