@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import tapo_trl
-from tapo_trl.cli import bench, diagnose, evaluate, merge, rewards, sample
+from tapo_trl.cli import bench, diagnose, evaluate, merge, rewards, rounds, sample
 from tapo_trl.cli.main import command_module
 from tapo_trl.scripts import dpo, grpo, online_dpo, refl, slrm, tapo
 
@@ -220,7 +220,7 @@ class TestDocumentation:
             command: make()._field_names()
             for command, make in {
                 **PARSERS,
-                **{own.__name__: own.make_parser for own in (merge, rewards, sample)},
+                **{own.__name__: own.make_parser for own in (merge, rewards, rounds, sample)},
             }.items()
         }
         known = set().union(*fields.values()) | {"config"} | LAUNCHER_FLAGS | SERVER_FLAGS

@@ -131,6 +131,8 @@ EXEMPT = {
     r"tapo-trl rewards --prepare": "downloads; tests/rewards/pretrained/test_instructions.py",
     r"python reward_server\.py": "serves until it is stopped; tests/rewards/test_remote.py starts it",
     r"tapo-trl annotate": "serves until it is stopped; tests/human/test_browser.py starts it",
+    r"tapo-trl rounds": "people vote in it; tests/human/test_rounds.py runs a loop",
+    r"tapo-trl online_dpo .*--reward_model human": "waits for people; tests/human/test_live.py has some",
     r"tapo-trl prompts .*--(llm|endpoint)": "needs a language model; tests/human/test_prompts.py has a tiny one",
     r"tapo-trl tapo .*http://": "needs a server; tests/trainer/test_remote_reward.py trains with one",
     r"git clone ": "downloads",
