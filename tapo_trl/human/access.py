@@ -72,6 +72,11 @@ class Access:
                 return name
         return None
 
+    @property
+    def cookie(self) -> str:
+        """Name of the cookie with the token. Browsers share cookies between ports, and thus between studies on one machine."""
+        return "tapo_trl_" + self.media_name("cookie")[:12]
+
     def media_name(self, medium: str) -> str:
         """The name under which a medium is served."""
         return hmac.new(self.secret.encode(), medium.encode(), hashlib.sha256).hexdigest()[:32] + Path(medium).suffix

@@ -30,7 +30,6 @@ from .votes import FIRST, SECOND, SKIP_REASONS, TIE, VoteStore, check_event
 logger = logging.get_logger(__name__)
 
 PAGE = Path(__file__).with_name("page.html")
-COOKIE = "tapo_trl_token"
 SIDES = ("left", "tie", "right")
 MAX_BODY = 16_384  # bytes of a request
 HEADERS = {
@@ -80,7 +79,7 @@ class AnnotationPage:
         )
 
     def _annotator(self, request: Request) -> str:
-        annotator = self.access.annotator_of(request.cookies.get(COOKIE))
+        annotator = self.access.annotator_of(request.cookies.get(self.access.cookie))
         if annotator is None:
             raise HTTPException(401, "Open the link that you were given: this page does not know you.")
         return annotator
@@ -92,7 +91,7 @@ class AnnotationPage:
             if self.access.annotator_of(token) is None:
                 raise HTTPException(401, "This link is not valid. Ask for a new one.")
             response = RedirectResponse("/", 303, HEADERS)
-            response.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=90 * 24 * 3600)
+            response.set_cookie(self.access.cookie, token, httponly=True, samesite="strict", max_age=90 * 24 * 3600)
             return response
         self._annotator(request)
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=HEADERS)

@@ -27,7 +27,7 @@ import uvicorn  # noqa: F401
 from tapo_trl.cli.annotate import main as annotate
 from tapo_trl.cli.human_arguments import AnnotateArguments
 from tapo_trl.human.access import Access
-from tapo_trl.human.server import COOKIE
+from tapo_trl.human.server import AnnotationPage  # noqa: F401
 from tapo_trl.human.study import Pair, Study
 from tapo_trl.human.votes import read_events
 
@@ -38,10 +38,10 @@ FORK = multiprocessing.get_context("fork")  # a server starts at once: all is im
 class Person(threading.Thread):
     """Votes like the page: what is not answered is sent again, with the same id."""
 
-    def __init__(self, name: str, token: str, port: int, votes: int):
+    def __init__(self, name: str, cookie: str, port: int, votes: int):
         super().__init__()
         self.person, self.port, self.votes = name, port, votes
-        self.headers = {"Content-Type": "application/json", "Cookie": f"{COOKIE}={token}"}
+        self.headers = {"Content-Type": "application/json", "Cookie": cookie}
         self.acknowledged: dict[str, str] = {}  # pair by the id of its vote
         self.seconds: list[float] = []
         self.retries = 0
@@ -87,10 +87,11 @@ def measure(folder: Path, votes: int, kills: int, pairs: int) -> dict:
     study.write_pairs(
         [Pair(f"{n}", f"p{n}", f"prompt {n}", f"a/{n}.mp4", f"b/{n}.mp4", "a", "b") for n in range(pairs)]
     )
-    tokens = Access(folder).add(["p01", "p02", "p03", "p04"])
+    access = Access(folder)
+    tokens = access.add(["p01", "p02", "p03", "p04"])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    people = [Person(name, token, port, votes) for name, token in tokens.items()]
+    people = [Person(name, f"{access.cookie}={token}", port, votes) for name, token in tokens.items()]
     start, rng, killed, server = time.perf_counter(), random.Random(0), 0, None
     for person in people:
         person.start()

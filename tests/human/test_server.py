@@ -15,7 +15,7 @@ from tapo_trl.cli.annotate import main as annotate
 from tapo_trl.cli.human_arguments import AnnotateArguments
 from tapo_trl.human.access import Access
 from tapo_trl.human.assignment import left_medium
-from tapo_trl.human.server import COOKIE, AnnotationPage
+from tapo_trl.human.server import AnnotationPage
 from tapo_trl.human.study import View
 from tapo_trl.human.votes import VoteStore, read_events
 
@@ -186,7 +186,19 @@ class TestPeople:
                 "/api/vote", json=body | {"id": name, "pair_id": state["pair"]["pair_id"], "annotator": "other"}
             )
         assert [event["annotator"] for event in site.events()] == ["p01", "p02"]
-        assert person.cookies.get(COOKIE) == tokens["p02"]
+        assert person.cookies.get(site.access.cookie) == tokens["p02"]
+
+    def test_two_studies_on_one_machine_know_a_browser_at_once(self, tmp_path):
+        sites = [Site(tmp_path / name) for name in ("first", "second")]
+        browser = TestClient(sites[0].page.app())
+        for site in sites:
+            other = TestClient(site.page.app(), cookies=browser.cookies)
+            other.get(f"/?token={site.access.add(['p01'])['p01']}")
+            browser.cookies.update(other.cookies)
+        for site in sites:
+            page = TestClient(site.page.app(), cookies=browser.cookies)
+            assert page.get("/api/next").json()["annotator"] == "p01"
+            site.store.close()
 
     def test_tokens_are_hashed_and_their_file_is_private(self, site):
         token = site.access.add(["p01"])["p01"]
