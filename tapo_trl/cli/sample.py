@@ -32,7 +32,7 @@ def load_sampling_policy(model_args, args):
     from ..trainer.policy_setup import set_vae_options
 
     policy = load_policy(model_args.require_model(), torch_dtype=model_args.dtype, revision=model_args.model_revision)
-    policy.configure_experts(guidance_scale_2=args.guidance_scale_2)
+    policy.configure_experts(None, args.guidance_scale_2, args.guidance_scale)
     if args.lora is not None:
         policy.load_lora_weights(args.lora)
     set_vae_options(policy, args)

@@ -247,7 +247,7 @@ def dry_run_rollouts(
 
 def _policy_to_train(args: Any, model_args: DiffusionModelConfig) -> tuple[FlowPolicy, str]:
     policy, source = load_meta_policy(model_args.require_model(), model_args.model_revision)
-    policy.configure_experts(args.expert, args.guidance_scale_2)
+    policy.configure_experts(args.expert, args.guidance_scale_2, args.guidance_scale)
     return policy, source
 
 
@@ -258,7 +258,7 @@ def _policy_memory(
     parameters, dtype = {"policy": count_parameters(policy.transformer)}, model_args.known_dtype
     lora_config = get_lora_config(model_args, policy)
     if lora_config is not None:
-        leave_out_experts(policy, lora_config)
+        lora_config = leave_out_experts(policy, lora_config)
     memory = policy_memory(policy, lora_config, dtype, layerwise_casting)
     if lora_config is not None:
         parameters["LoRA"] = memory[-1].value // TRAINED_BYTES

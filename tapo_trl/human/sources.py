@@ -22,6 +22,8 @@ from ..evaluation.baselines import Baseline
 from ..evaluation.scores import find_samples
 from ..files import atomic_write
 from ..media.pictures import images_to_pil
+from ..policies import load_policy
+from ..policies.loading import family_of
 from .study import Study
 
 
@@ -140,7 +142,10 @@ def _draw(
     model = Baseline(source.name, source.model, getattr(torch, source.dtype), source.options)
     model.load(device)
     if source.lora is not None:
-        model.pipeline.load_lora_weights(source.lora, use_safetensors=True)
+        if family_of(model.pipeline) is None:
+            model.pipeline.load_lora_weights(source.lora, use_safetensors=True)
+        else:  # of some families it is in two files, or another method loads it
+            load_policy(model.pipeline).load_lora_weights(source.lora)
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         if _draw_batch(study, source, folder, batch, model, device) or len(batch) == 1:

@@ -247,16 +247,19 @@ class FlowPolicy(OdeMixin, LoraFilesMixin, ABC):
         """Those that a training changes."""
         return list(self.experts)
 
-    def configure_experts(self, expert: str | None = None, guidance_scale_2: float | None = None) -> None:
+    def configure_experts(
+        self, expert: str | None = None, guidance_scale_2: float | None = None, guidance_scale: float | None = None
+    ) -> None:
         """
         Choose what is done with two experts.
 
         Args:
             expert (`str`, *optional*): train this one alone, `"high"` or `"low"`, by the noise levels that it is for.
             guidance_scale_2 (`float`, *optional*): guidance scale of that for low noise levels.
+            guidance_scale (`float`, *optional*): the other one, if it is known. Without guidance, there is no second scale either.
 
         Raises:
-            ValueError: if there are no two.
+            ValueError: if there are no two, or if `guidance_scale_2` would have no effect.
         """
         for name, value in (("expert", expert), ("guidance_scale_2", guidance_scale_2)):
             if value is not None:

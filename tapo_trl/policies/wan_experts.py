@@ -8,7 +8,7 @@ import os
 import torch
 from diffusers import WanPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..files import local_file
 from .base import Defaults
@@ -62,7 +62,12 @@ class WanExpertsPolicy(WanPolicy):
     def trained_experts(self):
         return list(self.experts) if self._expert is None else [EXPERTS[self._expert]]
 
-    def configure_experts(self, expert=None, guidance_scale_2=None):
+    def configure_experts(self, expert=None, guidance_scale_2=None, guidance_scale=None):
+        if None not in (guidance_scale, guidance_scale_2) and not self.is_guided(guidance_scale):
+            raise ValueError(
+                f"`guidance_scale_2={guidance_scale_2:g}` has no effect with `guidance_scale={guidance_scale:g}`, which turns guidance "
+                "off: leave it unset, or set the latter to more than 1."
+            )
         self._expert, self.guidance_scale_2 = expert, guidance_scale_2
 
     def only(self, expert: str) -> WanPolicy:
@@ -101,10 +106,14 @@ class WanExpertsPolicy(WanPolicy):
         for expert, file in LORA_FILES.items():
             try:
                 path = local_file(name_or_path, file)
+            except LocalEntryNotFoundError:  # unreachable, which says nothing of the repository
+                raise
             except EntryNotFoundError:
                 continue
             if os.path.isfile(path):
-                self.pipeline.load_lora_weights(path, load_into_transformer_2=expert == "transformer_2")
+                self.pipeline.load_lora_weights(
+                    path, use_safetensors=True, load_into_transformer_2=expert == "transformer_2"
+                )
                 found += 1
         if not found:
             raise ValueError(f"`{name_or_path}` has no LoRA weights: there is none of {list(LORA_FILES.values())}.")

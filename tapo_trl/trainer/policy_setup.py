@@ -29,7 +29,7 @@ from ..networks.float8 import store_base_in_float8
 from ..policies import FlowPolicy, load_policy
 from ..policies.loading import pop_dtype
 from ..rewards.scoring import LatentReward, PixelReward
-from ..runs.checks import autocast_dtype, check_without_effect
+from ..runs.checks import autocast_dtype, check_without_effect, uses_fsdp
 from .rollout_config import RolloutConfig
 
 
@@ -146,9 +146,19 @@ def policy_init_kwargs(args: TrainingArguments, peft_config: PeftConfig | None) 
 def load_trained_policy(
     model: str | DiffusionPipeline | FlowPolicy, args: TrainingArguments, peft_config: PeftConfig | None
 ) -> FlowPolicy:
-    """The policy to train, with the configuration's choice of experts."""
+    """
+    The policy to train, with the configuration's choice of experts.
+
+    Raises:
+        ValueError: if it cannot be trained so.
+    """
     policy = load_policy(model, **policy_init_kwargs(args, peft_config))
-    policy.configure_experts(args.expert, args.guidance_scale_2)
+    policy.configure_experts(args.expert, args.guidance_scale_2, args.guidance_scale)
+    if len(policy.trained_experts) > 1 and (args.deepspeed_plugin is not None or uses_fsdp(args)):
+        raise ValueError(
+            "DeepSpeed and FSDP need the same layers in each process, but of two experts each process trains the one of its own "
+            "noise levels: set `expert`, or use DDP."
+        )
     return policy
 
 
@@ -193,7 +203,7 @@ def make_trainable(
     if peft_config is not None:
         if peft_config.target_modules is None:
             peft_config.target_modules = policy.lora_target_modules
-        leave_out_experts(policy, peft_config)
+        peft_config = leave_out_experts(policy, peft_config)
         set_seed(args.seed)  # LoRA starts at random
         transformer = get_peft_model(transformer, peft_config)
     else:
@@ -224,9 +234,9 @@ def make_trainable(
     return transformer, ref_model
 
 
-def leave_out_experts(policy: FlowPolicy, peft_config: LoraConfig) -> None:
+def leave_out_experts(policy: FlowPolicy, peft_config: LoraConfig) -> LoraConfig:
     """
-    Let a LoRA leave out experts that are not trained.
+    The configuration of a LoRA that leaves out experts that are not trained.
 
     Raises:
         ValueError: if it leaves out other layers already.
@@ -235,7 +245,9 @@ def leave_out_experts(policy: FlowPolicy, peft_config: LoraConfig) -> None:
     if left_out:
         if peft_config.exclude_modules is not None:
             raise ValueError("`expert` and `exclude_modules` of `peft_config` exclude each other: leave one unset.")
+        peft_config = copy.copy(peft_config)
         peft_config.exclude_modules = rf"({'|'.join(left_out)})\..*"
+    return peft_config
 
 
 def trained_levels(policy: FlowPolicy, sigma: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from tapo_trl.cli.main import main
@@ -20,6 +21,9 @@ from tapo_trl.human.prompts import import_prompts
 from tapo_trl.human.sources import Source, find_medium, make_media
 from tapo_trl.human.study import TEXT_ALIGNMENT, Study, View
 from tapo_trl.human.votes import VoteStore
+from tapo_trl.policies import load_policy
+from tapo_trl.policies.wan_experts import WanExpertsPolicy
+from tapo_trl.trainer.policy_setup import leave_out_experts
 
 from .studies import vote
 
@@ -103,6 +107,16 @@ class TestMedia:
         make(study, "a")
         with pytest.raises(ValueError, match="other settings"):
             make_media(study, Source("a", "model a", lora="new"), study.read_prompts())
+
+    def test_a_lora_is_put_on_the_expert_that_it_is_for(self, study, tmp_path, monkeypatch):
+        policy = load_policy(WanExpertsPolicy.tiny())
+        policy.configure_experts("low")
+        peft_config = leave_out_experts(policy, LoraConfig(r=2, target_modules=policy.lora_target_modules))
+        policy.save_lora_weights(tmp_path, get_peft_model(policy.transformer, peft_config))
+        pipeline = WanExpertsPolicy.tiny()
+        monkeypatch.setattr(StandIn, "load", lambda self, device: setattr(self, "pipeline", pipeline))
+        make_media(study, Source("a", "model a", lora=str(tmp_path)), study.read_prompts())
+        assert hasattr(pipeline.transformer_2, "peft_config") and not hasattr(pipeline.transformer, "peft_config")
 
     def test_a_folder_of_files(self, study, tmp_path):
         names = [row["prompt_id"] for row in study.read_prompts()]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import WanPipeline
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ from tapo_trl.cli.main import main
 from tapo_trl.policies import WanPolicy, load_policy
 from tapo_trl.policies.wan_experts import WanExpertsPolicy
 from tapo_trl.runs.hub import collect_upload
+from tapo_trl.trainer.policy_setup import leave_out_experts, load_trained_policy
 from tests.data.preference_pairs import latent_pairs
 
 
@@ -131,6 +133,11 @@ class TestNetwork:
         torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
         assert not torch.allclose(latents, other, atol=1e-2)
 
+    def test_no_second_scale_without_guidance(self, folder, tmp_path):
+        args = tapo_trl.TAPOConfig(str(tmp_path), **options(tmp_path, guidance_scale=1.0, guidance_scale_2=3.0))
+        with pytest.raises(ValueError, match="`guidance_scale_2=3` has no effect with `guidance_scale=1`"):
+            load_trained_policy(folder, args, LoraConfig(r=2))
+
     def test_only_for_models_with_two_experts(self, tmp_path):
         policy = load_policy(WanPolicy.tiny())
         for changed in ({"expert": "high"}, {"guidance_scale_2": 3.0}):
@@ -188,6 +195,30 @@ class TestTraining:
         assert adapted == {component}
         with pytest.raises(ValueError, match="has no LoRA weights"):
             policy.load_lora_weights(str(tmp_path))
+
+    def test_a_file_that_cannot_be_reached_is_no_missing_one(self, folder, monkeypatch):
+        def local_file(name, file):
+            raise {FILES[0]: EntryNotFoundError, FILES[1]: LocalEntryNotFoundError}[file]("no network")
+
+        monkeypatch.setattr("tapo_trl.policies.wan_experts.local_file", local_file)
+        with pytest.raises(LocalEntryNotFoundError, match="no network"):
+            load_policy(folder).load_lora_weights("someone/lora")
+
+    def test_one_lora_configuration_for_both_in_turn(self, folder):
+        policy, peft_config = load_policy(folder), LoraConfig(r=2)
+        for expert, left_out in (("high", "transformer_2"), ("low", "transformer")):
+            policy.configure_experts(expert)
+            assert leave_out_experts(policy, peft_config).exclude_modules == rf"({left_out})\..*"
+        assert peft_config.exclude_modules is None
+
+    def test_engines_that_need_the_same_layers_in_each_process(self, folder, tmp_path):
+        for expert in (None, "high"):
+            args = tapo_trl.TAPOConfig(str(tmp_path), **options(tmp_path, fsdp="full_shard", expert=expert))
+            if expert is None:
+                with pytest.raises(ValueError, match="set `expert`, or use DDP"):
+                    load_trained_policy(folder, args, LoraConfig(r=2))
+            else:
+                load_trained_policy(folder, args, LoraConfig(r=2))
 
     def test_steps_that_do_not_reach_an_expert(self, folder, tmp_path, caplog):
         tapo(folder, tmp_path, num_sde_steps=1)
