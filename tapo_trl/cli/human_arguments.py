@@ -3,7 +3,8 @@
 
 """Arguments of the commands that people's preferences are collected with. `tapo-trl COMMAND --help` describes the fields."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ..data.dimensions import check_dimension_weights
@@ -107,22 +108,9 @@ class VotesArguments(StudyFolder):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], but it is {value}.")
         if self.output_dir is None:
-            unused = [
-                name
-                for name in (
-                    "min_agreement",
-                    "min_gold_accuracy",
-                    "dimension_weights",
-                    "splits",
-                    "license",
-                    "push_to_hub",
-                    "parquet_dir",
-                )
-                if getattr(self, name) is not None
-            ]
-            unused += ["drop_ties"] if self.drop_ties else []
-            if unused:
-                raise ValueError(f"`{unused[0]}` is of exports, and has no effect without `output_dir`.")
+            filters = ("min_votes", "min_seconds", "min_gold_accuracy", "min_agreement", "drop_ties")
+            others = ("dimension_weights", "splits", "license", "push_to_hub", "parquet_dir")
+            _refuse(self, [*filters, *others], "is of exports, and has no effect without `output_dir`")
 
 
 @dataclass
@@ -201,6 +189,14 @@ class StudyArguments(MediaArguments):
     figure: str | None = option("Draw the win rates to this PNG file. Needs matplotlib.")
     output_file: str | None = option("Write the results to this .json file.")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.methods is not None:
+            _refuse(self, ["figure", "output_file"], "is of the results, which are printed without `methods`")
+        else:
+            own = [field.name for field in fields(MediaArguments) if field.name != "folder"]
+            _refuse(self, [*own, "compare"], "has no effect without `methods`")
+
 
 @dataclass
 class RoundsArguments(StudyFolder):
@@ -228,3 +224,10 @@ class RoundsArguments(StudyFolder):
             raise ValueError("`slrm_config` and `tapo_config` are both needed.")
         if self.rounds < 1:
             raise ValueError(f"`rounds` must be at least 1, but it is {self.rounds}.")
+
+
+def _refuse(args: Any, names: Iterable[str], reason: str) -> None:
+    defaults = {field.name: field.default for field in fields(args)}
+    for name in names:
+        if getattr(args, name) != defaults[name]:
+            raise ValueError(f"`{name}` {reason}.")

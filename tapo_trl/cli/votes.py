@@ -99,7 +99,8 @@ def read_study(args) -> tuple:
     from ..human.votes import read_events
 
     study = Study.load(args.folder)
-    events = read_events(study.folder / "votes.jsonl", study.dimension_names)
+    guideline = study.guideline_hash if args.guidelines == "current" else None
+    events = read_events(study.folder / "votes.jsonl", study.dimension_names, guideline)
     return study, *select_guidelines(study, events, args.guidelines)
 
 

@@ -55,6 +55,8 @@ class Access:
                 raise ValueError(
                     f"`annotators`: {name!r} is no name: use letters, digits and underscores, such as p07."
                 )
+            if name == "all":
+                raise ValueError(f"`annotators`: {name!r} stands for all people in results. Take another name.")
             if name not in self.hashes:
                 tokens[name] = secrets.token_urlsafe(24)
                 self.hashes[name] = hashlib.sha256(tokens[name].encode()).hexdigest()

@@ -48,6 +48,10 @@ class VoteFilter:
     min_agreement: float | None = None
     drop_ties: bool = False
 
+    def __post_init__(self):
+        if self.min_votes < 1:
+            raise ValueError(f"`min_votes` must be at least 1, but it is {self.min_votes}.")
+
 
 def filter_votes(
     study: Study, pairs: Sequence[Pair], events: Sequence[dict[str, Any]], rules: VoteFilter
@@ -228,23 +232,27 @@ def export_preferences(
     of_splits: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
     for row in rows:
         of_splits[split_of(row["prompt_id"], study.seed, splits)].append(row)
-    for split, own in of_splits.items():
-        for row in own:
-            for column in ("chosen_file_name", "rejected_file_name"):
-                _place_file(study.folder / row[column], output_dir / split / row[column])
-        if own:
-            write_jsonl(output_dir / split / "metadata.jsonl", own)
     report = {"rows": {name: len(own) for name, own in of_splits.items()}, "dropped": dropped}
+    # First what `_clear` knows an export by, so that one that was killed can be replaced
     (output_dir / "README.md").write_text(
         dataset_card(study, rows, report, events, license, name or str(output_dir)), encoding="utf-8"
     )
+    for split, own in of_splits.items():
+        if own:
+            (output_dir / split).mkdir()
+            write_jsonl(output_dir / split / "metadata.jsonl", own)
+        for row in own:
+            for column in ("chosen_file_name", "rejected_file_name"):
+                _place_file(study.folder / row[column], output_dir / split / row[column])
     return report
 
 
 def _clear(folder: Path) -> None:
     """Remove an earlier export; refuse a folder that somebody else filled."""
-    others = [path for path in folder.iterdir() if not (path / "metadata.jsonl").exists()] if folder.exists() else []
-    if any(path.name != "README.md" or MARK not in path.read_text(encoding="utf-8") for path in others):
+    card, files = folder / "README.md", list(folder.iterdir()) if folder.exists() else []
+    is_ours = card.is_file() and MARK in card.read_text(encoding="utf-8")
+    others = [path for path in files if path != card and not (path / "metadata.jsonl").exists()]
+    if others or (files and not is_ours):
         raise ValueError(f"{folder} has files that are no earlier export: give a new or an empty folder.")
     for file in folder.glob("*/metadata.jsonl"):
         shutil.rmtree(file.parent)

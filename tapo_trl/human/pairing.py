@@ -103,7 +103,7 @@ def _check_votes(study: Study, pairs: Sequence[Pair]) -> None:
     file = study.folder / "pairs.jsonl"
     if not file.exists() or not (study.folder / "votes.jsonl").exists():
         return
-    votes = current_votes(read_events(study.folder / "votes.jsonl", study.dimension_names))
+    votes = current_votes(read_events(study.folder / "votes.jsonl", study.dimension_names, study.guideline_hash))
     kept = {pair.pair_id: pair for pair in pairs}
     lost = {vote["pair_id"] for vote in votes if vote["pair_id"] not in kept}
     if lost:

@@ -93,9 +93,11 @@ class Rounds:
 
     def _check_votes(self, folder: Path) -> None:
         study = Study.load(folder)
-        events = read_events(folder / "votes.jsonl", study.dimension_names)
+        events = read_events(folder / "votes.jsonl", study.dimension_names, study.guideline_hash)
         answered = {event["pair_id"] for event in current_votes(events, ("vote", "skip"))}
-        missing = [pair for pair in study.read_pairs() if pair.pair_id not in answered]
+        # A repetition does not come up for people who skipped its original, and is not exported
+        pairs = [pair for pair in study.read_pairs() if pair.repeat_of is None]
+        missing = [pair for pair in pairs if pair.pair_id not in answered]
         if missing:
             raise WaitForVotes(
                 f"{len(missing)} pairs of {folder} have no vote yet. `tapo-trl annotate {folder}` shows them. Then run this command again."

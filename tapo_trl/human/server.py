@@ -91,7 +91,8 @@ class AnnotationPage:
             if self.access.annotator_of(token) is None:
                 raise HTTPException(401, "This link is not valid. Ask for a new one.")
             response = RedirectResponse("/", 303, HEADERS)
-            response.set_cookie(self.access.cookie, token, httponly=True, samesite="strict", max_age=90 * 24 * 3600)
+            # Not strict: who comes from a link on another site, such as a mail, would be unknown after the redirection
+            response.set_cookie(self.access.cookie, token, httponly=True, samesite="lax", max_age=90 * 24 * 3600)
             return response
         self._annotator(request)
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=HEADERS)

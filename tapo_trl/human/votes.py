@@ -82,21 +82,24 @@ def read_event_lines(file: str | Path) -> list[dict[str, Any]]:
     return events
 
 
-def read_events(file: str | Path, dimensions: Iterable[str]) -> list[dict[str, Any]]:
+def read_events(file: str | Path, dimensions: Iterable[str], guideline: str | None = None) -> list[dict[str, Any]]:
     """
     The votes, skips and undos of a study, see [`read_event_lines`].
 
     Args:
         file (`str` or `Path`): The file.
         dimensions (`Iterable[str]`): The questions.
+        guideline (`str`, *optional*): Hash of the present questions and guidelines. Votes under another one may then answer other questions.
 
     Raises:
         ValueError: if a line is damaged or an event cannot be used; names the line.
     """
     dimensions, events = list(dimensions), read_event_lines(file)
     for number, event in enumerate(events, 1):
+        is_earlier = guideline is not None and event.get("guideline", guideline) != guideline
+        labels = event.get("labels")
         try:
-            check_event(event, dimensions)
+            check_event(event, labels if is_earlier and isinstance(labels, dict) else dimensions)
         except ValueError as error:
             raise ValueError(f"{file}, line {number}, is no vote: {error}") from error
     return events

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from tapo_trl.data.videos import write_video
+from tapo_trl.human.live import HumanReward
 from tapo_trl.human.study import Pair, Study, View
 from tapo_trl.human.votes import read_events
 
@@ -163,6 +164,54 @@ def test_voting_by_keys_survives_reload_kill_and_retry(browser, servers, tmp_pat
     assert second["labels"] == dict.fromkeys(study.dimension_names, 1 - better[second["left"]])
     assert again["labels"] == dict.fromkeys(study.dimension_names, better[again["left"]])
     assert all(url.startswith((server.address, "data:")) for url in page.requests), page.requests
+
+
+def test_a_link_on_another_site_opens_the_page(browser, servers, tmp_path):
+    server = servers(make_study(tmp_path / "study", 1).folder, 0, "--annotators", "p01")
+    page = browser.new_context().new_page()
+    mail = f'<a href="{server.links["p01"]}">vote</a>'
+    page.route("http://mail.test/", lambda route: route.fulfill(body=mail, content_type="text/html"))
+    page.goto("http://mail.test/")
+    page.click("text=vote")
+    count(page, "0 / 1")
+
+
+def test_an_answer_that_changes_after_a_lost_response_counts(browser, servers, tmp_path):
+    from playwright.sync_api import expect
+
+    study = make_study(tmp_path / "study", 1)
+    page = open_page(browser, servers(study.folder).address)
+    count(page, "0 / 1")
+
+    def lose(route):
+        route.fetch()  # the server takes it
+        route.abort()
+
+    page.route("**/api/vote", lose, times=1)
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    expect(page.locator("#message")).to_contain_text("Not saved")
+    page.locator(".row").nth(0).get_by_text("Tie").click()
+    page.keyboard.press("Enter")
+    count(page, "1 / 1")
+    events = read_events(study.folder / "votes.jsonl", study.dimension_names)
+    assert [event["labels"]["visual_quality"] == 0.5 for event in events] == [False, True]
+
+
+def test_live_page_goes_on_after_the_server_is_restarted(browser, servers, tmp_path):
+    from playwright.sync_api import expect
+
+    reward = HumanReward(tmp_path)
+    server = servers(tmp_path)
+    page = open_page(browser, server.address)
+    expect(page.locator("#finished")).to_contain_text("Waiting")
+    server.kill()
+    expect(page.locator("#lost")).to_contain_text("does not answer")
+    servers(tmp_path, server.port)
+    reward._offer(torch.rand(2, 3, 16, 16), "a prompt")
+    expect(page.locator("#prompt")).to_have_text("a prompt", timeout=10_000)
+    expect(page.locator("#lost")).to_be_hidden()
 
 
 def test_two_people_at_once_see_and_vote_for_themselves(browser, servers, tmp_path):

@@ -6,9 +6,11 @@ import json
 import pytest
 from datasets import Image, Video, load_dataset
 
+from tapo_trl.cli.human_arguments import StudyArguments, VotesArguments
 from tapo_trl.data.images import ImageReader
 from tapo_trl.data.preferences import PreferencePairs, check_preference_dataset
 from tapo_trl.data.videos import VideoReader
+from tapo_trl.human import export
 from tapo_trl.human.export import VoteFilter, export_preferences, split_of, write_parquet
 
 from .studies import make_study, vote
@@ -94,6 +96,24 @@ class TestFilters:
         dropped = export_preferences(study, tmp_path / "data", events, VoteFilter(drop_ties=True), splits=ONE_SPLIT)
         assert dropped["rows"] == {"train": 1}
 
+    def test_a_pair_without_votes_has_no_label(self):
+        with pytest.raises(ValueError, match="`min_votes` must be at least 1"):
+            VoteFilter(min_votes=0)
+
+    @pytest.mark.parametrize(
+        "options", [{"min_votes": 2}, {"min_seconds": 1.0}, {"drop_ties": True}, {"license": "mit"}]
+    )
+    def test_without_an_export_they_are_refused(self, options):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` is of exports"):
+            VotesArguments("study", **options)
+
+    @pytest.mark.parametrize(
+        "options", [{"gold": 20}, {"compare": "first"}, {"methods": "methods.yaml", "figure": "wins.png"}]
+    )
+    def test_options_of_the_other_half_of_study_are_refused(self, options):
+        with pytest.raises(ValueError, match=f"`{list(options)[-1]}` .* without `methods`"):
+            StudyArguments("study", **options)
+
     def test_nothing_left_is_an_error_with_the_reasons(self, tmp_path):
         study = make_study(tmp_path / "study", 2)
         with pytest.raises(ValueError, match="2 pairs with fewer than 1 votes"):
@@ -125,6 +145,26 @@ class TestFolder:
         with pytest.raises(ValueError, match="no earlier export"):
             export_preferences(study, tmp_path / "data", [vote("p01", "0001")])
         assert (tmp_path / "data" / "mine.txt").exists()
+
+    def test_a_data_set_of_somebody_else_is_not_removed(self, tmp_path):
+        study = make_study(tmp_path / "study", 1)
+        (tmp_path / "data/train").mkdir(parents=True)
+        (tmp_path / "data/train/metadata.jsonl").write_text("mine")
+        with pytest.raises(ValueError, match="no earlier export"):
+            export_preferences(study, tmp_path / "data", [vote("p01", "0000")], splits=ONE_SPLIT)
+        assert (tmp_path / "data/train/metadata.jsonl").read_text() == "mine"
+
+    def test_an_export_that_was_killed_is_replaced(self, tmp_path, monkeypatch):
+        study, events = make_study(tmp_path / "study", 1), [vote("p01", "0000")]
+
+        def kill(*files):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(export, "_place_file", kill)
+            export_preferences(study, tmp_path / "data", events, splits=ONE_SPLIT)
+        export_preferences(study, tmp_path / "data", events, splits=ONE_SPLIT)
+        assert len(list((tmp_path / "data/train").rglob("*.png"))) == 2
 
     def test_card_says_what_was_asked_and_left_out(self, tmp_path):
         study = make_study(tmp_path / "study", 2)

@@ -68,6 +68,16 @@ class TestSteps:
         loop.do(1)
         assert first[:-1] + run.names == [name if name != "annotate" else "vote" for name in STEPS]
 
+    def test_a_repetition_of_a_skipped_pair_is_not_waited_for(self, tmp_path):
+        study = make_study(tmp_path / "round_1/study", 2, repeats=1)
+        loop = rounds(tmp_path, Runner(tmp_path))
+        with VoteStore(study.folder / "votes.jsonl") as store:
+            store.append(vote("p01", "0000", kind="skip", reason="broken"))
+            with pytest.raises(WaitForVotes, match="1 pairs"):
+                loop._check_votes(study.folder)
+            store.append(vote("p01", "0001"))
+        loop._check_votes(study.folder)
+
     def test_it_waits_for_people(self, tmp_path):
         run = Runner(tmp_path)
         loop = rounds(tmp_path, run)

@@ -208,6 +208,8 @@ class TestPeople:
         again = Access(site.study.folder)
         assert again.add(["p01"]) == {}
         assert again.annotator_of(token) == "p01"
+        with pytest.raises(ValueError, match="all people in results"):
+            site.access.add(["all"])
         with pytest.raises(ValueError, match="no name"):
             again.add(["p 01"])
 

@@ -32,6 +32,17 @@ class TestStore:
             assert not store.append(event)
             assert store.rows == [event]
 
+    def test_votes_on_earlier_questions_may_answer_others(self, tmp_path):
+        file = tmp_path / "votes.jsonl"
+        with VoteStore(file) as store:
+            store.append(vote("p01", "0001", {"beauty": 1.0}, guideline="old"))
+            store.append(vote("p01", "0002", guideline="new"))
+        assert len(read_events(file, DIMENSIONS, "new")) == 2
+        with pytest.raises(ValueError, match="line 2, is no vote"):
+            read_events(file, ["beauty"], "new")
+        with pytest.raises(ValueError, match="line 1, is no vote"):
+            read_events(file, DIMENSIONS)
+
     def test_a_torn_line_is_cut_off_at_the_start(self, tmp_path):
         file = tmp_path / "votes.jsonl"
         first, second = vote("p01", "0001"), vote("p01", "0002")
