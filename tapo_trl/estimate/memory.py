@@ -150,7 +150,7 @@ def policy_activations(
         prompts = prompts_of_shapes(policy, batch_size, max_sequence_length, "cpu")
         latents, sigma = torch.empty(batch_size, *latent_shape), torch.empty(batch_size)
         inputs = policy.model_inputs(network.config, latents, sigma, prompts)
-        return network(**cast_inputs(inputs, network.dtype), return_dict=False)[0]
+        return network(**cast_inputs(inputs, network.dtype, policy.float32_inputs), return_dict=False)[0]
 
     # A sample goes through one transformer of two
     return measure_activations(policy.experts[policy.trained_experts[0]], forward, dtype)

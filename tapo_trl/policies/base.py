@@ -21,19 +21,21 @@ from .lora_files import LoraFilesMixin
 from .ode import OdeMixin
 
 
-# Times, guidance and positions, which a transformer reads in float32
+# Times, guidance and positions, which most transformers read in float32
 FLOAT32_INPUTS = ("timestep", "t", "guidance", "img_ids", "txt_ids")
 
 
-def cast_inputs(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Cast the floating-point arguments of a transformer, and lists of them, but for [`FLOAT32_INPUTS`]."""
+def cast_inputs(
+    inputs: Mapping[str, Any], dtype: torch.dtype, float32_inputs: Sequence[str] = FLOAT32_INPUTS
+) -> dict[str, Any]:
+    """Cast the floating-point arguments of a transformer, and lists of them, but for `float32_inputs`."""
 
     def cast(value: Any) -> Any:
         if isinstance(value, list):
             return [cast(part) for part in value]
         return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    return {name: value if name in FLOAT32_INPUTS else cast(value) for name, value in inputs.items()}
+    return {name: value if name in float32_inputs else cast(value) for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class FlowPolicy(OdeMixin, LoraFilesMixin, ABC):
             of the network. `"none"`: it has no effect.
         guidance_off (`float`): largest `guidance_scale` that turns classifier-free guidance off.
         joint_text (`bool`): whether blocks transform the prompt's tokens beside those of the latents.
+        float32_inputs (`tuple[str, ...]`): arguments of the transformer that stay in float32 when it is in half precision.
         component_dtypes (`dict[str, torch.dtype]`): precision of components that lose detail in half precision.
         comfyui_knows_layers (`bool`): whether ComfyUI finds the layers of a LoRA by their names in diffusers.
         known_configs (`dict[str, dict]`): for released repositories, class and configuration of each component.
@@ -94,6 +97,7 @@ class FlowPolicy(OdeMixin, LoraFilesMixin, ABC):
     guidance_off: float = 1.0
     joint_text: bool = True
     comfyui_knows_layers: bool = False
+    float32_inputs: tuple[str, ...] = FLOAT32_INPUTS
     component_dtypes: ClassVar[dict[str, torch.dtype]] = {}
     known_configs: ClassVar[dict[str, dict[str, tuple[str, dict[str, Any]]]]] = {}
     licenses: ClassVar[dict[str, tuple[str, str | None]]] = {}
@@ -314,7 +318,8 @@ class FlowPolicy(OdeMixin, LoraFilesMixin, ABC):
         """Call `model` once. Arguments are those of [`~FlowPolicy.model_inputs`]."""
         config = self.transformer.config
         inputs = self.model_inputs(config, latents, sigma, prompt_embeds, guidance_scale)
-        output = model(**cast_inputs(inputs, self.transformer.dtype), return_dict=False)[0]
+        inputs = cast_inputs(inputs, self.transformer.dtype, self.float32_inputs)
+        output = model(**inputs, return_dict=False)[0]
         return self.velocity_of(config, output, latents).float()
 
     def is_guided(self, guidance_scale: float | None) -> bool:

@@ -68,6 +68,7 @@ class HunyuanVideo15Policy(HunyuanVideoPolicy):
 
     guidance = "classifier_free"
     max_sequence_length = 1000
+    float32_inputs = ()  # the embedding of the timestep takes the timestep's precision
     known_configs = {
         # The defaults of the classes in diffusers, with which the transformer would be for image to video
         f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{name}": {

@@ -110,7 +110,8 @@ class LatentRewardModel(StepRewardModel):
         """What the backbone returns for noisy latents."""
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
         inputs = self.policy_class.model_inputs(self.transformer.config, latents, sigma, prompts)
-        return self.transformer(**cast_inputs(inputs, self.transformer.backbone_dtype), **kwargs)
+        inputs = cast_inputs(inputs, self.transformer.backbone_dtype, self.policy_class.float32_inputs)
+        return self.transformer(**inputs, **kwargs)
 
     def score(
         self,

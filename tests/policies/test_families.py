@@ -209,6 +209,17 @@ class TestVelocity:
         torch.testing.assert_close(policy.to_latents(encoded), world.latents, rtol=0, atol=1e-6)
         assert policy.encode(policy.decode(world.latents)).shape == world.latents.shape
 
+    def test_weights_in_half_precision(self, world, family):
+        """Without autocast, as `tapo-trl sample` runs them."""
+        policy = load_policy(family.policy_class.tiny())
+        base = reward_base(policy)
+        slrm = tapo_trl.SLRMModel.from_policy(base, num_task_tokens=2)
+        policy.transformer.to(torch.bfloat16)
+        found, expected = (velocity(p, p.transformer, world) for p in (policy, world.policy))
+        assert (found - expected).abs().mean() < 0.3 * expected.abs().mean()  # noise levels are rounded, too
+        scores = slrm.to(torch.bfloat16).score(world.latents, world.sigma, **world.prompts.tensors)
+        assert scores.isfinite().all()
+
     def test_save_and_load(self, world, family, tmp_path):
         world.policy.pipeline.save_pretrained(tmp_path)
         loaded = load_policy(str(tmp_path))
