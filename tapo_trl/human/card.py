@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from .study import Study, is_video
-from .votes import current_votes
 
 
 MARK = "made with `tapo-trl votes`"
@@ -64,7 +63,7 @@ def dataset_card(
     study: Study,
     rows: Sequence[dict[str, Any]],
     report: dict[str, Any],
-    events: Sequence[dict[str, Any]],
+    people: int,
     license: str | None = None,
     name: str = "NAME",
 ) -> str:
@@ -75,7 +74,7 @@ def dataset_card(
         study ([`Study`]): The study.
         rows (`Sequence[dict]`): All rows of the data set.
         report (`dict`): `rows` and `dropped` of [`export_preferences`].
-        events (`Sequence[dict]`): Events of the study.
+        people (`int`): Number of people whose votes are in it.
         license (`str`, *optional*): Licence, as the Hub names it.
         name (`str`, *optional*, defaults to `"NAME"`): Hub id, or folder, of the data set.
     """
@@ -94,7 +93,7 @@ def dataset_card(
         name=name,
         pairs=len(rows),
         votes=sum(row["num_votes"] for row in rows),
-        people=len({vote["annotator"] for vote in current_votes(events)}),
+        people=people,
         splits="\n".join(f"| {split} | {number} |" for split, number in report["rows"].items()),
         labels="\n".join(
             f"| `label_{name}` | mean answer to *{dimension.question}*: 1 `chosen`, 0.5 tie, 0 `rejected` |"

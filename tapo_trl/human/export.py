@@ -233,9 +233,10 @@ def export_preferences(
     for row in rows:
         of_splits[split_of(row["prompt_id"], study.seed, splits)].append(row)
     report = {"rows": {name: len(own) for name, own in of_splits.items()}, "dropped": dropped}
+    people = len({vote["annotator"] for row in rows for vote in by_pair[row["pair_id"]]})
     # First what `_clear` knows an export by, so that one that was killed can be replaced
     (output_dir / "README.md").write_text(
-        dataset_card(study, rows, report, events, license, name or str(output_dir)), encoding="utf-8"
+        dataset_card(study, rows, report, people, license, name or str(output_dir)), encoding="utf-8"
     )
     for split, own in of_splits.items():
         if own:

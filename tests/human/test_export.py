@@ -169,7 +169,13 @@ class TestFolder:
     def test_card_says_what_was_asked_and_left_out(self, tmp_path):
         study = make_study(tmp_path / "study", 2)
         export_preferences(
-            study, tmp_path / "data", [vote("p01", "0001")], splits=ONE_SPLIT, license="cc0-1.0", name="me/pairs"
+            study,
+            tmp_path / "data",
+            [vote("p01", "0001", ms=5000), vote("fast", "0000", ms=1)],
+            VoteFilter(min_seconds=1.0),
+            splits=ONE_SPLIT,
+            license="cc0-1.0",
+            name="me/pairs",
         )
         card = (tmp_path / "data" / "README.md").read_text()
         for text in (
@@ -178,6 +184,7 @@ class TestFolder:
             "Which looks better?",
             "1 pairs with fewer than 1 votes",
             "a: preferred in 1 of 1",
+            "1 votes of 1 people",
         ):
             assert text in card
 
