@@ -24,7 +24,7 @@ from ..files import atomic_write
 from ..media.pictures import images_to_pil
 from ..policies import load_policy
 from ..policies.loading import family_of
-from .study import Study
+from .study import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Study
 
 
 @dataclass
@@ -94,7 +94,7 @@ def check_source(study: Study, source: Source) -> Path:
 
 def find_medium(folder: Path, prompt_id: str) -> Path | None:
     """The finished file of a prompt, if there is one."""
-    for suffix in (".mp4", ".png", ".jpg", ".jpeg", ".webp"):
+    for suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
         if (folder / (prompt_id + suffix)).exists():
             return folder / (prompt_id + suffix)
     return None
@@ -191,6 +191,11 @@ def _take_files(
     source: Source, folder: Path, prompts: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]
 ) -> None:
     files = find_samples(source.folder)
+    unshown = [file.name for file in files if file.suffix.lower() not in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)]
+    if unshown:
+        raise ValueError(
+            f"The source {source.name}: the page cannot show {unshown[0]}, only {', '.join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))}."
+        )
     by_name = {file.stem: file for file in files}
     names = [row["prompt_id"] for row in prompts]
     if not set(names) <= set(by_name):

@@ -118,6 +118,19 @@ class TestMedia:
         make_media(study, Source("a", "model a", lora=str(tmp_path)), study.read_prompts())
         assert hasattr(pipeline.transformer_2, "peft_config") and not hasattr(pipeline.transformer, "peft_config")
 
+    @pytest.mark.parametrize("suffix", [".mov", ".avi"])
+    def test_a_folder_of_clips_in_other_containers(self, study, tmp_path, suffix):
+        prompts = study.read_prompts()
+        for row in prompts:
+            (tmp_path / f"{row['prompt_id']}{suffix}").write_bytes(b"a clip")
+        source = Source("other", folder=str(tmp_path))
+        if suffix == ".avi":
+            with pytest.raises(ValueError, match="cannot show .*avi"):
+                make_media(study, source, prompts)
+        else:
+            make_media(study, source, prompts)
+            assert find_medium(study.folder / "media/other", prompts[0]["prompt_id"]).suffix == suffix
+
     def test_a_folder_of_files(self, study, tmp_path):
         names = [row["prompt_id"] for row in study.read_prompts()]
         (tmp_path / "others").mkdir()
