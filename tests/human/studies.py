@@ -4,7 +4,6 @@
 """Small studies, and people who vote with a known accuracy."""
 
 import itertools
-import random
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from PIL import Image
 
 from tapo_trl.data.videos import write_video
-from tapo_trl.human.assignment import left_medium
 from tapo_trl.human.study import Dimension, Pair, Study
 
 
@@ -65,25 +63,3 @@ def vote(annotator: str, pair_id: str, label: float | dict = 1.0, kind: str = "v
 
 
 _NUMBERS = itertools.count()
-
-
-class SimulatedPerson:
-    """
-    Answers left without looking, says tie, or is right, with given probabilities.
-    """
-
-    def __init__(self, name: str, seed: int, accuracy: float, ties: float = 0.0, left_bias: float = 0.0):
-        self.name, self.accuracy, self.ties, self.left_bias = name, accuracy, ties, left_bias
-        self.rng = random.Random(f"{seed} {name}")
-
-    def label(self, study: Study, pair: Pair, truth: float) -> float:
-        left = left_medium(study.seed, self.name, pair)
-        if self.rng.random() < self.ties:
-            return 0.5
-        if self.rng.random() < self.left_bias:
-            return 1.0 if left == 0 else 0.0
-        return truth if self.rng.random() < self.accuracy else 1 - truth
-
-    def vote(self, study: Study, pair: Pair, truth: float) -> dict:
-        labels = {name: self.label(study, pair, truth) for name in study.dimension_names}
-        return vote(self.name, pair.pair_id, labels, left=left_medium(study.seed, self.name, pair), ms=2000)

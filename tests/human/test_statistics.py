@@ -18,8 +18,9 @@ from tapo_trl.human.agreement import (
 )
 from tapo_trl.human.ranking import Contest, bradley_terry, holm, rank_sources, win_shares
 from tapo_trl.human.report import select_guidelines, study_report
+from tapo_trl.human.simulate import SimulatedPerson
 
-from .studies import SimulatedPerson, make_study, vote
+from .studies import make_study, vote
 
 
 NAN = math.nan
@@ -156,7 +157,7 @@ class TestReport:
             for i in range(500)
         ]
         study.write_pairs(pairs)
-        people = [SimulatedPerson(f"p{number:02d}", 0, 0.8, ties=0.1, left_bias=0.2) for number in range(4)]
+        people = [SimulatedPerson(f"p{number:02d}", 0.8, ties=0.1, left_bias=0.2) for number in range(4)]
         events = [person.vote(study, pair, float(pair.gold["visual_quality"])) for person in people for pair in pairs]
         return study, events
 
