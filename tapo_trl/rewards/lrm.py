@@ -123,8 +123,8 @@ class LRMModel(LatentRewardModel):
         base_revision: str | None = None,
         base_variant: str | None = None,
         base_fingerprint: str = "",
-        base_subfolder: str = "transformer",
         trained: bool = True,
+        base_subfolder: str = "transformer",
     ):
         super().__init__()
         backbone_class = self.backbone_class(transformer_class)
