@@ -132,5 +132,5 @@ def test_trainers_take_prompts_of_different_lengths(tmp_path, trainer_class, mak
         train_dataset=Dataset.from_dict({"prompt": ["a", "a red fox", "a cat", "an old blue dog"]}),
     )
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, abs=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, abs=1e-4)
     assert set(lengths) == {1, 2, 3, 4}
