@@ -106,7 +106,7 @@ def main(args) -> None:
             limits = {source.name: args.same_source for source in again}
             sources += again
         failures = make_study_pairs(study, sources, matches, args, limits)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a model that is not found
         raise SystemExit(f"tapo-trl pairs: error: {error}") from error
     if failures:
         raise SystemExit(1)

@@ -36,6 +36,6 @@ def main(args) -> None:
         except WaitForVotes as wait:
             print(f"Round {number}: {wait}")
             raise SystemExit(3) from wait
-        except (subprocess.CalledProcessError, ValueError) as error:
+        except (subprocess.CalledProcessError, ValueError, OSError) as error:
             raise SystemExit(f"tapo-trl rounds: error: round {number}: {error}") from error
         print(f"Round {number} is done: {rounds.folder / f'round_{number}' / 'model'}", flush=True)

@@ -59,7 +59,7 @@ def main(args) -> None:
         study, sources = load_study(args), read_methods(args.methods)
         matches = matches_of([source.name for source in sources], args.compare)
         failures = make_study_pairs(study, sources, matches, args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a model that is not found
         raise SystemExit(f"tapo-trl study: error: {error}") from error
     if failures:
         raise SystemExit(1)

@@ -126,7 +126,7 @@ def describe_people(
 
     Returns:
         `dict`: By person `votes`, `fast`, `seconds` (median), and shares with intervals over all answers: `ties`, `left` (of the
-        answers that are no tie, with `p`), `gold` (right answers, of known ones), `same` (same answers to repeated pairs).
+        answers that are no tie; its `p` is a sign test that counts each vote once, by the side of most of its answers), `gold` (right answers, of known ones), `same` (same answers to repeated pairs).
     """
     by_id = {pair.pair_id: pair for pair in pairs}
     votes = [vote for vote in votes if vote["pair_id"] in by_id]
@@ -138,16 +138,19 @@ def describe_people(
 def _describe(
     votes: Sequence[dict[str, Any]], by_id: dict[str, Pair], seed: int, min_seconds: float
 ) -> dict[str, Any]:
-    answers = left = ties = gold = right = repeats = same = 0
+    answers = left = ties = gold = right = repeats = same = left_votes = right_votes = 0
     labels = {(vote["annotator"], vote["pair_id"]): vote["labels"] for vote in votes}
     for vote in votes:
         pair = by_id[vote["pair_id"]]
         shown_left = vote.get("left", left_medium(seed, vote["annotator"], pair))
         original = labels.get((vote["annotator"], pair.repeat_of))
+        on_left = [(label == FIRST) == (shown_left == 0) for label in vote["labels"].values() if label != TIE]
+        left += sum(on_left)
+        left_votes += 2 * sum(on_left) > len(on_left)
+        right_votes += 2 * sum(on_left) < len(on_left)
         for name, label in vote["labels"].items():
             answers += 1
             ties += label == TIE
-            left += label != TIE and (label == FIRST) == (shown_left == 0)
             if pair.gold and name in pair.gold:
                 gold += 1
                 right += label == pair.gold[name]
@@ -160,7 +163,7 @@ def _describe(
         "fast": sum(value < min_seconds for value in seconds),
         "seconds": float(np.median(seconds)) if seconds else math.nan,
         "ties": share_with_interval(ties, answers),
-        "left": {**share_with_interval(left, answers - ties), "p": sign_test(left, answers - ties)},
+        "left": {**share_with_interval(left, answers - ties), "p": sign_test(left_votes, left_votes + right_votes)},
         "gold": share_with_interval(right, gold),
         "same": share_with_interval(same, repeats),
     }

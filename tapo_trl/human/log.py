@@ -25,7 +25,7 @@ class AppendLog:
 
     A row is written with one system call and synchronised to the disk before [`~AppendLog.append`] returns. A row whose key
     is known is not written again, so that a sender without an answer can send it again. What a killed process left of a line is cut off:
-    it was never acknowledged.
+    it was never acknowledged. A whole last line without its end stays.
 
     Args:
         file (`str` or `Path`): The file. Made if it does not exist.
@@ -47,7 +47,7 @@ class AppendLog:
                 raise RuntimeError(
                     f"{self.file} is in use by another process, such as a second server. Stop it first."
                 ) from None
-            self._cut_torn_line()
+            self._mend_last_line()
             _sync_folder(self.file.parent)
             self.rows = read_jsonl(self.file, required=(key, *required))
         except BaseException:
@@ -56,15 +56,21 @@ class AppendLog:
         self._keys = {row[key] for row in self.rows}
         self._lock = threading.Lock()
 
-    def _cut_torn_line(self) -> None:
+    def _mend_last_line(self) -> None:
+        """End a last line that is whole, as an editor may leave it, and cut off one that is not."""
         content = self.file.read_bytes()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        if whole == len(content):
+            return
+        try:
+            json.loads(content[whole:])
+            os.write(self._descriptor, b"\n")
+        except ValueError:
             logger.warning(
                 f"{self.file} ends with {len(content) - whole} bytes of a row that was never acknowledged. They are cut off."
             )
             os.ftruncate(self._descriptor, whole)
-            os.fsync(self._descriptor)
+        os.fsync(self._descriptor)
 
     def __contains__(self, key: str) -> bool:
         return key in self._keys

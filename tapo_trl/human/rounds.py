@@ -4,6 +4,7 @@
 """Rounds of the loop: samples, votes, reward model, alignment."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +59,7 @@ class Rounds:
         # The model against itself, with two seeds: the votes then tell samples apart, and not models
         again = ["--model_a", model, "--model_b", model, "--seed_b", "1"]
         yield "pairs", [*self._command("pairs"), "--folder", study, *again]
-        yield "annotate", [part.format(study=study) for part in self.annotate.split()] if self.annotate else []
+        yield "annotate", [part.replace("{study}", study) for part in shlex.split(self.annotate or "")]
         yield "votes", [*self._command("votes"), "--folder", study, "--output_dir", data]
         of_model = ["--model_name_or_path", model]
         yield "slrm", [*self._command("slrm"), *of_model, "--dataset_name", data, "--output_dir", slrm]

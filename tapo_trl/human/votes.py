@@ -59,8 +59,8 @@ class VoteStore(AppendLog):
 
 def read_event_lines(file: str | Path) -> list[dict[str, Any]]:
     """
-    The rows of a file of events, also while a server writes it. A last line without its end, which a killed process leaves, was never
-    acknowledged and is left out.
+    The rows of a file of events, also while a server writes it. Part of a last line, which a killed process leaves, was never acknowledged
+    and is left out.
 
     Args:
         file (`str` or `Path`): The file.
@@ -69,14 +69,15 @@ def read_event_lines(file: str | Path) -> list[dict[str, Any]]:
         ValueError: if another line is damaged; names the line.
     """
     file = Path(file)
-    lines = (file.read_bytes() if file.exists() else b"").split(b"\n")
-    if lines.pop():
-        logger.warning(f"{file}: the last line is incomplete. It was never acknowledged, and is left out.")
+    *lines, last = (file.read_bytes() if file.exists() else b"").split(b"\n")
     events = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate([*lines, last] if last else lines, 1):
         try:
             event = json.loads(line)
         except ValueError as error:
+            if number > len(lines):
+                logger.warning(f"{file}: the last line is incomplete. It was never acknowledged, and is left out.")
+                break
             raise ValueError(f"{file}, line {number}, is no vote: {error}") from error
         events.append(event if isinstance(event, dict) else {})
     return events

@@ -16,6 +16,7 @@ from tapo_trl.human.agreement import (
     sign_test,
     wilson_interval,
 )
+from tapo_trl.human.assignment import left_medium
 from tapo_trl.human.ranking import Contest, bradley_terry, holm, rank_sources, win_shares
 from tapo_trl.human.report import select_guidelines, study_report
 from tapo_trl.human.simulate import SimulatedPerson
@@ -170,6 +171,15 @@ class TestReport:
             assert values["low"] < truth < values["high"], name
             assert values["high"] - values["low"] < 0.035
         assert person["left"]["p"] < 0.01
+
+    def test_several_answers_of_a_vote_are_one_for_the_bias(self, tmp_path):
+        study = make_study(tmp_path, 40)
+        events = []
+        for number, pair in enumerate(study.read_pairs()):  # 26 of 40 times left, in both dimensions
+            left = left_medium(study.seed, "p01", pair)
+            events.append(vote("p01", pair.pair_id, float((left == 0) == (number < 26)), left=left))
+        left = study_report(study, events, samples=10)["annotators"]["p01"]["left"]
+        assert (left["share"], left["n"], left["p"]) == (26 / 40, 80, sign_test(26, 40))
 
     def test_warnings(self, tmp_path):
         study = make_study(tmp_path, 12, gold=1)

@@ -1,6 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
+import json
 import os
 import signal
 import subprocess
@@ -51,6 +52,13 @@ class TestStore:
         with file.open("a") as torn:
             torn.write('{"id": "x", "kind": "vo')
         assert read_events(file, DIMENSIONS) == [first]
+        with VoteStore(file) as store:
+            store.append(second)
+        assert read_events(file, DIMENSIONS) == [first, second]
+
+    def test_a_whole_last_line_without_its_end_stays(self, tmp_path):
+        file, first, second = tmp_path / "votes.jsonl", vote("p01", "0001"), vote("p01", "0002")
+        file.write_text(json.dumps(first))  # as an editor may leave it
         with VoteStore(file) as store:
             store.append(second)
         assert read_events(file, DIMENSIONS) == [first, second]
