@@ -79,6 +79,11 @@ class Access:
         """Name of the cookie with the token. Browsers share cookies between ports, and thus between studies on one machine."""
         return "tapo_trl_" + self.media_name("cookie")[:12]
 
+    @property
+    def study_name(self) -> str:
+        """Name of the study for its page, which tells nothing. Browsers keep the drafts of all studies at one address together."""
+        return self.media_name("study")[:12]
+
     def media_name(self, medium: str) -> str:
         """The name under which a medium is served."""
         return hmac.new(self.secret.encode(), medium.encode(), hashlib.sha256).hexdigest()[:32] + Path(medium).suffix

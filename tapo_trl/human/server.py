@@ -105,6 +105,7 @@ class AnnotationPage:
         study, pair = self.study, self.assignment.next(annotator)
         done, total = self.assignment.progress(annotator)
         state = {
+            "study": self.access.study_name,
             "title": study.title,
             "guidelines": study.guidelines,
             "questions": [[entry.question, entry.guideline] for entry in study.dimensions],
@@ -156,10 +157,23 @@ class AnnotationPage:
 
     async def undo(self, request: Request) -> Response:
         """Take the last vote or skip back: the pair is shown again."""
-        annotator, body, pair = await self._read(request, last=True)
+        annotator, body = await self._body(request)
+        if str(body.get("id")) in self.store:  # sent again, since the response was lost: it has been done
+            return self._state(annotator)
+        pair = self.assignment.pairs.get(str(body.get("pair_id"))) or self.assignment.last(annotator)
+        if pair is None:
+            raise HTTPException(404, "There is nothing to take back.")
         return await self._write("undo", annotator, body, pair, {})
 
-    async def _read(self, request: Request, last: bool = False) -> tuple[str, dict[str, Any], Pair]:
+    async def _read(self, request: Request) -> tuple[str, dict[str, Any], Pair]:
+        """Who sends what, and about which pair."""
+        annotator, body = await self._body(request)
+        pair = self.assignment.pairs.get(str(body.get("pair_id")))
+        if pair is None:
+            raise HTTPException(404, "This study has no such pair.")
+        return annotator, body, pair
+
+    async def _body(self, request: Request) -> tuple[str, dict[str, Any]]:
         annotator = self._annotator(request)
         # Other sites cannot send this type without being asked for permission
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
@@ -172,12 +186,7 @@ class AnnotationPage:
             raise HTTPException(400, "This is no JSON.") from None
         if not isinstance(body, dict):
             raise HTTPException(400, "Send a JSON object.")
-        pair = self.assignment.pairs.get(str(body.get("pair_id")))
-        if last and pair is None:
-            pair = self.assignment.last(annotator)
-        if pair is None:
-            raise HTTPException(404, "This study has no such pair." if not last else "There is nothing to take back.")
-        return annotator, body, pair
+        return annotator, body
 
     async def _write(
         self, kind: str, annotator: str, body: dict[str, Any], pair: Pair, more: dict[str, Any]

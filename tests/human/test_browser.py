@@ -166,6 +166,58 @@ def test_voting_by_keys_survives_reload_kill_and_retry(browser, servers, tmp_pat
     assert all(url.startswith((server.address, "data:")) for url in page.requests), page.requests
 
 
+def test_media_that_the_server_did_not_send_are_loaded_once_it_answers_again(browser, servers, tmp_path):
+    from playwright.sync_api import expect
+
+    study = make_study(tmp_path / "study", 2, videos=True)
+    server = servers(study.folder)
+    page = open_page(browser, server.address)
+    count(page, "0 / 2")
+    page.wait_for_function("[...document.querySelectorAll('video')].every((v) => v.readyState >= 3)")
+
+    page.route("**/media/*", lambda route: route.abort())  # of the next pair, no clip comes
+    for _ in range(2):
+        page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    count(page, "1 / 2")
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
+    server.kill()
+    page.keyboard.press("Enter")
+    expect(page.locator("#message")).to_contain_text("Not saved")
+    expect(page.locator("#unshown")).to_contain_text('"Left", "Right" cannot be shown. The server does not answer')
+    expect(page.locator("#message")).to_contain_text("Not saved")
+    shoot(page, "annotate_not_shown")
+
+    page.unroute("**/media/*")
+    servers(study.folder, server.port)
+    expect(page.locator("#unshown")).to_be_hidden(timeout=20_000)
+    page.wait_for_function("[...document.querySelectorAll('video')].every((v) => v.readyState >= 3 && !v.paused)")
+    expect(page.locator("#message")).to_contain_text("Not saved")  # until Next is pressed
+    page.keyboard.press("Enter")
+    expect(page.locator("#finished")).to_be_visible()
+    first, second = read_events(study.folder / "votes.jsonl", study.dimension_names)
+    for event, left in ((first, True), (second, False)):
+        better = 1.0 if (event["left"] == 0) == left else 0.0
+        assert event["labels"] == dict.fromkeys(study.dimension_names, better)
+
+
+def test_two_studies_at_one_address_have_drafts_of_their_own(browser, servers, tmp_path):
+    from playwright.sync_api import expect
+
+    server = servers(make_study(tmp_path / "first", 1).folder)
+    page = open_page(browser, server.address)
+    count(page, "0 / 1")
+    page.keyboard.press("ArrowLeft")
+    page.reload()
+    expect(page.locator("[aria-pressed=true]")).to_have_text("Left")
+    server.kill()
+    servers(make_study(tmp_path / "second", 1).folder, server.port)
+    page.reload()
+    count(page, "0 / 1")
+    expect(page.locator("[aria-pressed=true]")).to_have_count(0)
+
+
 def test_a_link_on_another_site_opens_the_page(browser, servers, tmp_path):
     server = servers(make_study(tmp_path / "study", 1).folder, 0, "--annotators", "p01")
     page = browser.new_context().new_page()
@@ -303,4 +355,7 @@ def test_a_file_that_cannot_be_shown_says_what_to_do(browser, servers, tmp_path)
     for medium in study.read_pairs()[0].media:
         (study.folder / medium).write_bytes(b"no picture")
     page = open_page(browser, servers(study.folder).address)
-    expect(page.locator("#message")).to_contain_text("Skip this pair")
+    expect(page.locator("#unshown")).to_contain_text('"Left", "Right" cannot be shown. Skip this pair')
+    page.click("#skip")
+    page.click("#reason_buttons >> text=broken")
+    expect(page.locator("#finished")).to_be_visible()

@@ -104,6 +104,15 @@ class TestVoting:
         assert site.vote(pair["pair_id"], id="4").json()["done"] == 1
         assert [event["kind"] for event in site.events()] == ["vote", "undo", "vote"]
 
+    def test_an_undo_sent_twice_is_done_once(self, site):
+        pair = site.pair()
+        site.vote(pair["pair_id"])
+        first = site.client.post("/api/undo", json={"id": "2"})
+        assert first.json() == site.client.post("/api/undo", json={"id": "2"}).json()
+        site.reopen()
+        assert first.json() == site.client.post("/api/undo", json={"id": "2"}).json()
+        assert [event["kind"] for event in site.events()] == ["vote", "undo"]
+
     def test_skip_needs_a_known_reason(self, site):
         pair = site.pair()
         body = {"id": "1", "pair_id": pair["pair_id"]}
