@@ -9,11 +9,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HOME
+
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -67,14 +71,14 @@ def update_with_weights(digest: "hashlib._Hash", model: torch.nn.Module) -> None
         digest.update(parameter.flatten()[:16].float().cpu().numpy().tobytes())
 
 
-def weights_fingerprint(model: ModelMixin) -> str:
+def weights_fingerprint(model: "ModelMixin") -> str:
     """Short hash of a configuration, a precision and weights."""
     digest = hashlib.sha256(f"{json.dumps(_config(model), sort_keys=True, default=str)} {model.dtype}".encode())
     update_with_weights(digest, model)
     return digest.hexdigest()[:16]
 
 
-def signs_fingerprint(model: ModelMixin) -> str:
+def signs_fingerprint(model: "ModelMixin") -> str:
     """Short hash of a configuration and the signs of all weights, which no change of precision moves."""
     digest = hashlib.sha256(json.dumps(_config(model), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -83,5 +87,5 @@ def signs_fingerprint(model: ModelMixin) -> str:
     return digest.hexdigest()[:16]
 
 
-def _config(model: ModelMixin) -> dict:
+def _config(model: "ModelMixin") -> dict:
     return {key: value for key, value in model.config.items() if not key.startswith("_")}

@@ -4,9 +4,6 @@
 from .parser import FolderParser, RecipeParser
 
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
 def make_parser() -> RecipeParser:
     """Parser of `tapo-trl annotate`."""
     from .human_arguments import AnnotateArguments
@@ -33,7 +30,7 @@ def main(args) -> None:
     import socket
     from pathlib import Path
 
-    from ..human.access import Access
+    from ..human.access import LOOPBACK, Access
     from ..human.live import CHOICES
     from ..human.study import Study
     from ..human.votes import VoteStore
@@ -43,7 +40,9 @@ def main(args) -> None:
         is_live = (folder / "groups").is_dir()
         study = None if is_live else Study.load(folder)
         store = VoteStore(folder / (CHOICES if is_live else "votes.jsonl"))
-        access = Access(folder)
+        access = Access(folder, args.allowed_hosts or ())
+        if access.hashes and args.allowed_hosts:
+            raise ValueError(f"`allowed_hosts` has no effect: the people in {access.file} have links.")
         if args.host not in LOOPBACK and not (access.hashes or args.annotators):
             raise ValueError(f"`host={args.host}` can be reached by others: name `annotators`, who get secret links.")
         page = LivePage(folder, store, access) if is_live else AnnotationPage(study, store, access)

@@ -3,6 +3,7 @@
 
 """Arguments of the commands that people's preferences are collected with. `tapo-trl COMMAND --help` describes the fields."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -49,8 +50,14 @@ class PromptsArguments(StudyFolder):
                 raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")
         if self.temperature <= 0:
             raise ValueError(f"`temperature` must be positive, but it is {self.temperature}.")
-        if self.prompts is not None and (self.elements or self.llm or self.endpoint):
-            raise ValueError("`prompts` are your own: leave out `elements`, `llm` and `endpoint`.")
+        of_endpoints, of_models = ["api_key_env"], ["temperature", "batch_size", "attempts"]
+        if self.prompts is not None:
+            others = ["elements", "num", "llm", "endpoint", *of_endpoints, "max_words", *of_models, "figure"]
+            _refuse(self, others, "has no effect on `prompts`, which are your own: leave one of the two out")
+        if self.llm is None and self.endpoint is None:
+            _refuse(self, of_models, "is of language models, and has no effect without `llm` or `endpoint`")
+        if self.endpoint is None:
+            _refuse(self, of_endpoints, "is of endpoints, and has no effect without `endpoint`")
 
 
 @dataclass
@@ -62,9 +69,14 @@ class AnnotateArguments(StudyFolder):
     annotators: list[str] | None = option(
         "Names of people, such as p01 p02. Each gets a secret link, printed once. By default one person without a link."
     )
+    allowed_hosts: list[str] | None = option(
+        "Names, besides localhost, under which the page answers without links, such as that of a proxy."
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.annotators:
+            _refuse(self, ["allowed_hosts"], "is for a page without links, and has no effect with `annotators`")
         if not 0 <= self.port < 65536:
             raise ValueError(f"`port` must be in [0, 65535], but it is {self.port}.")
 
@@ -101,8 +113,13 @@ class VotesArguments(StudyFolder):
         super().__post_init__()
         for name in ("dimension_weights", "splits"):
             read_mapping(self, name)
-            if getattr(self, name) is not None:
-                check_dimension_weights(getattr(self, name))
+        if self.dimension_weights is not None:
+            check_dimension_weights(self.dimension_weights)
+        if self.splits is not None:
+            check_splits(self.splits)
+        for name in ("min_seconds", "prior"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be at least 0, but it is {getattr(self, name)}.")
         for name in ("min_gold_accuracy", "min_agreement"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -164,6 +181,10 @@ class PairsArguments(MediaArguments):
             read_mapping(self, name)
         if self.model_a is None:
             raise ValueError("`model_a` is missing: name a pipeline.")
+        if self.same_source < 0:
+            raise ValueError(f"`same_source` must be at least 0, but it is {self.same_source}.")
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"`fps` must be positive, but it is {self.fps}.")
         if self.name_a == self.name_b:
             raise ValueError("`name_a` and `name_b` must differ.")
         if (
@@ -224,6 +245,22 @@ class RoundsArguments(StudyFolder):
             raise ValueError("`slrm_config` and `tapo_config` are both needed.")
         if self.rounds < 1:
             raise ValueError(f"`rounds` must be at least 1, but it is {self.rounds}.")
+
+
+def check_splits(splits: Any) -> None:
+    """
+    Raises:
+        ValueError: if there are no splits, or the share of one is not a positive number.
+    """
+    shares = splits.values() if isinstance(splits, dict) else ()
+    numbers = (
+        isinstance(share, (int, float)) and not isinstance(share, bool) and 0 < share < math.inf for share in shares
+    )
+    if not shares or not all(numbers):
+        raise ValueError(
+            f"`splits` must give a positive share per split, such as `{{'train': 0.9, 'test': 0.1}}`, but it is {splits}. Leave "
+            "out a split to have none."
+        )
 
 
 def _refuse(args: Any, names: Iterable[str], reason: str) -> None:

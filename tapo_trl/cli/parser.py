@@ -78,12 +78,6 @@ class RecipeParser(TrlParser):
         if is_dry_run:
             # It needs no accelerator, without which `bf16: true` would be refused.
             args += ["--use_cpu", "true"]
-        from transformers import TrainingArguments
-
-        from ..runs.checkpoints import check_start
-        from ..runs.checks import check_precision
-        from ..trainer.model_config import DiffusionModelConfig
-
         try:
             parsed = super().parse_args_and_config(args, **kwargs)
             for part in parsed:
@@ -91,15 +85,27 @@ class RecipeParser(TrlParser):
                 for name in FOLDERS & vars(part).keys():
                     if getattr(part, name) is not None:
                         check_folder_name(getattr(part, name), name)
-                if isinstance(part, TrainingArguments) and not is_dry_run:
-                    check_start(part)
-            training = [part for part in parsed if isinstance(part, TrainingArguments)]
-            for part in parsed:
-                if training and isinstance(part, DiffusionModelConfig):
-                    check_precision(training[0], torch_dtype=part.dtype)
+            if "resume_from_checkpoint" in self._field_names():
+                self._check_training(parsed, is_dry_run)
         except ValueError as error:
             self.error(" ".join(str(error).split()))
         return parsed
+
+    @staticmethod
+    def _check_training(parsed: Iterable[Any], is_dry_run: bool) -> None:
+        """What the parts of a training command must agree on. Imported here, for other commands start faster without."""
+        from transformers import TrainingArguments
+
+        from ..runs.checkpoints import check_start
+        from ..runs.checks import check_precision
+        from ..trainer.model_config import DiffusionModelConfig
+
+        training = [part for part in parsed if isinstance(part, TrainingArguments)]
+        for part in training if not is_dry_run else ():
+            check_start(part)
+        for part in parsed:
+            if training and isinstance(part, DiffusionModelConfig):
+                check_precision(training[0], torch_dtype=part.dtype)
 
     def _is_dry_run(self, args: list[str], config: dict[str, Any]) -> bool:
         if "dry_run" not in self._field_names():

@@ -32,13 +32,30 @@ def make_writer(args, elements):
 
 
 def open_study(args):
-    """The study in the folder, or a new one with the title and seed of the command."""
+    """
+    The study in the folder, or a new one with the title and seed of the command.
+
+    Args:
+        args ([`PromptsArguments`]): Options of the command.
+
+    Raises:
+        ValueError: if there is a study with another title or seed than the command gives.
+    """
+    from dataclasses import fields
     from pathlib import Path
 
     from ..human.study import IMAGE_DIMENSIONS, VIDEO_DIMENSIONS, Study
 
     if (Path(args.folder) / "study.yaml").exists():
-        return Study.load(args.folder)
+        study = Study.load(args.folder)
+        defaults = {field.name: field.default for field in fields(args)}
+        for name in ("title", "seed"):
+            given, own = getattr(args, name), getattr(study, name)
+            if given not in (defaults[name], own):
+                raise ValueError(
+                    f"`{name}` is of new studies, but {study.folder} is one already, with {own!r}: leave it out."
+                )
+        return study
     study = Study(
         title=args.title, seed=args.seed, dimensions=VIDEO_DIMENSIONS if args.media == "videos" else IMAGE_DIMENSIONS
     )

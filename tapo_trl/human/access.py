@@ -8,12 +8,14 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..files import atomic_write
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LOCAL_ANNOTATOR = "local"  # who votes on a page without tokens
 
 
@@ -23,9 +25,11 @@ class Access:
 
     Args:
         folder (`str` or `Path`): Folder of the study. `tokens.json` in it is readable by its owner alone, and is never exported.
+        allowed_hosts (`Sequence[str]`, *optional*): Names of the server under which it answers without tokens, besides those of loopback.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, allowed_hosts: Sequence[str] = ()):
+        self.allowed_hosts = {*LOOPBACK, *(name.lower() for name in allowed_hosts)}
         self.file = Path(folder) / "tokens.json"
         try:
             content = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
@@ -73,6 +77,17 @@ class Access:
             if hmac.compare_digest(digest, known):
                 return name
         return None
+
+    def allows_host(self, header: str | None) -> bool:
+        """
+        Whether a request was meant for this page, by its `Host`. Without tokens, another site could reach the page by a name of its own that
+        leads to this machine (DNS rebinding).
+        """
+        try:
+            name = urlsplit(f"//{header or ''}").hostname
+        except ValueError:
+            name = None
+        return bool(self.hashes) or name in self.allowed_hosts
 
     @property
     def cookie(self) -> str:

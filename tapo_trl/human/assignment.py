@@ -50,7 +50,8 @@ class Assignment:
     ):
         self.study, self.clock = study, clock
         self.pairs = {pair.pair_id: pair for pair in pairs}
-        self.open = set(self.pairs)  # pairs that more people are to see
+        self.repeats = [pair for pair in pairs if pair.repeat_of is not None]
+        self.open = {pair.pair_id for pair in pairs if pair.repeat_of is None}  # pairs that more people are to see
         self.done: dict[str, dict[str, str]] = {}  # kind of the last event, by annotator and pair
         self.history: dict[str, list[str]] = {}  # pairs that count, oldest first, by annotator
         self.votes: Counter = Counter()
@@ -77,6 +78,8 @@ class Assignment:
             history.append(pair_id)
             self.votes[pair_id] += event["kind"] == "vote"
         needed = self.study.votes_per_pair
+        if self.pairs[pair_id].repeat_of is not None:  # it comes to whoever voted on the pair that it repeats
+            return
         if needed is None or self.votes[pair_id] < needed or self.pairs[pair_id].gold:
             self.open.add(pair_id)
         else:
@@ -135,7 +138,12 @@ class Assignment:
     def progress(self, annotator: str) -> tuple[int, int]:
         """Pairs that a person has done, and those that are theirs to do in all, as far as that is known."""
         done = self.done.get(annotator, {})
-        return len(done), len(done) + len(self.open) - sum(pair_id in self.open for pair_id in done)
+        again = sum(
+            repeat.pair_id not in done
+            and (done[repeat.repeat_of] == "vote" if repeat.repeat_of in done else repeat.repeat_of in self.open)
+            for repeat in self.repeats
+        )
+        return len(done), len(done) + len(self.open) - sum(pair_id in self.open for pair_id in done) + again
 
     def _order(self, annotator: str) -> tuple[list[Pair], list[Pair], list[Pair]]:
         """The pairs in the order of a person: new ones, those with known answers, and repetitions."""

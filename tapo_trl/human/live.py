@@ -5,9 +5,10 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,13 @@ class Group:
     is_used: bool  # training has taken the choice, which cannot be undone any more
 
 
+def _read_group(folder: Path) -> tuple[float, Group]:
+    """The time at which a group came, and the group."""
+    content = json.loads((folder / "group.json").read_text(encoding="utf-8"))
+    media = tuple(str(Path("groups", folder.name, name)) for name in content["media"])
+    return content["time"], Group(folder.name, content["prompt"], media, is_used=False)
+
+
 class LiveGroups:
     """
     Hands out groups as [`~human.assignment.Assignment`] hands out pairs: to whoever comes first, each to one person.
@@ -188,19 +196,24 @@ class LiveGroups:
         self.done: dict[str, dict[str, Any]] = {}  # last event that counts, by group
         self.history: dict[str, list[str]] = {}
         self.leases: dict[str, tuple[str, float]] = {}
+        self._groups: dict[str, tuple[float, Group]] = {}  # with the time at which they came
         for event in events:
             self.record(event)
 
     @property
     def pairs(self) -> dict[str, Group]:
         """The groups that are there now, oldest first."""
-        groups = []
-        for file in (self.folder / "groups").glob("*/group.json"):
-            content = json.loads(file.read_text(encoding="utf-8"))
-            media = tuple(str(Path("groups", file.parent.name, name)) for name in content["media"])
-            is_used = (file.parent / "used.json").exists()
-            groups.append((content["time"], Group(file.parent.name, content["prompt"], media, is_used)))
-        return {group.pair_id: group for _, group in sorted(groups, key=lambda entry: (entry[0], entry[1].pair_id))}
+        folder = self.folder / "groups"
+        names = os.listdir(folder)
+        # A group never changes, but that training takes its choice: each is read once
+        groups = {name: self._groups[name] for name in names if name in self._groups}
+        for name in names:
+            if name not in groups and (folder / name / "group.json").exists():
+                groups[name] = _read_group(folder / name)
+            if name in groups and not groups[name][1].is_used and (folder / name / "used.json").exists():
+                groups[name] = groups[name][0], replace(groups[name][1], is_used=True)
+        self._groups = dict(sorted(groups.items(), key=lambda entry: (entry[1][0], entry[0])))
+        return {name: group for name, (_, group) in self._groups.items()}
 
     def record(self, event: dict[str, Any]) -> None:
         """Take note of an event that has been written."""

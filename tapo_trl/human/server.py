@@ -79,6 +79,11 @@ class AnnotationPage:
         )
 
     def _annotator(self, request: Request) -> str:
+        if not self.access.allows_host(request.headers.get("host")):
+            raise HTTPException(
+                403,
+                "This page answers to localhost only. Start it with `--allowed_hosts` and the name in your address bar, or with `--annotators`.",
+            )
         annotator = self.access.annotator_of(request.cookies.get(self.access.cookie))
         if annotator is None:
             raise HTTPException(401, "Open the link that you were given: this page does not know you.")

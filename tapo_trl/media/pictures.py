@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..data.videos import write_video
@@ -32,8 +30,8 @@ def images_to_pil(images: torch.Tensor) -> list[Image.Image]:
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"`images` must have the shape [B, 3, H, W], but it has the shape {list(images.shape)}.")
-    array = VaeImageProcessor.pt_to_numpy(images.detach().float().clamp(0, 1))
-    return VaeImageProcessor.numpy_to_pil(array)
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in pixels]
 
 
 def images_to_grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
@@ -58,8 +56,11 @@ def images_to_grid(images: torch.Tensor, columns: int | None = None) -> Image.Im
         cells = [cell.resize((width * factor, height * factor), Image.Resampling.NEAREST) for cell in cells]
     columns = columns or _square_columns(len(cells))
     rows = -(-len(cells) // columns)
-    blank = Image.new("RGB", cells[0].size, "white")
-    return make_image_grid(cells + [blank] * (rows * columns - len(cells)), rows=rows, cols=columns)
+    width, height = cells[0].size
+    grid = Image.new("RGB", (columns * width, rows * height), "white")
+    for number, cell in enumerate(cells):
+        grid.paste(cell, (number % columns * width, number // columns * height))
+    return grid
 
 
 def videos_to_strip(videos: torch.Tensor, columns: int | None = None) -> Image.Image:

@@ -44,6 +44,42 @@ class TestPrompts:
             run("prompts", tmp_path / "study", "--prompts", "missing.txt")
         assert not (tmp_path / "study").exists()
 
+    def test_title_and_seed_are_of_new_studies(self, tmp_path):
+        flags = ["prompts", tmp_path, "--prompts", "one"]
+        run(*flags, "--title", "Mine", "--seed", "3")
+        run(*flags, "two", "--title", "Mine", "--seed", "3")
+        run(*flags, "three")
+        for flag, value in (("title", "Other"), ("seed", "4")):
+            with pytest.raises(SystemExit, match=f"`{flag}` is of new studies"):
+                run(*flags, f"--{flag}", value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prompts", "--prompts", "a", "--num", "3"], "`num` has no effect on `prompts`"),
+        (["prompts", "--prompts", "a", "--max_words", "3"], "`max_words` has no effect on `prompts`"),
+        (["prompts", "--prompts", "a", "--figure", "false"], "`figure` has no effect on `prompts`"),
+        (["prompts", "--attempts", "5"], "`attempts` is of language models"),
+        (["prompts", "--llm", "a", "--api_key_env", "KEY"], "`api_key_env` is of endpoints"),
+        (["votes", "--prior", "-1"], "`prior` must be at least 0, but it is -1.0"),
+        (["votes", "--prior", "nan"], "`prior`"),
+        (["votes", "--min_seconds", "-1", "--output_dir", "a"], "`min_seconds` must be at least 0"),
+        (["votes", "--output_dir", "a", "--splits", '{"train": -1}'], "`splits` must give a positive share"),
+        (["votes", "--output_dir", "a", "--splits", '{"train": "all"}'], "`splits` must give a positive share"),
+        (["votes", "--output_dir", "a", "--splits", "{}"], "`splits` must give a positive share"),
+        (["votes", "--output_dir", "a", "--splits", "[1]"], "`splits` must be a mapping"),
+        (["votes", "--output_dir", "a", "--splits", "{train: 1}"], "`splits` must be a mapping"),
+        (["votes", "--output_dir", "a", "--dimension_weights", '{"motion": 0}'], "`dimension_weights` must give"),
+        (["pairs", "--model_a", "a", "--lora_b", "b", "--same_source", "-1"], "`same_source` must be at least 0"),
+        (["pairs", "--model_a", "a", "--lora_b", "b", "--fps", "0"], "`fps` must be positive"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(capsys, words, message):
+    with pytest.raises(SystemExit):
+        run(words[0], "study", *words[1:])
+    assert message in capsys.readouterr().err
+
 
 class TestVotes:
     def test_without_votes_it_says_how_to_get_them(self, tmp_path):

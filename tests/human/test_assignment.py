@@ -137,3 +137,20 @@ def test_progress_counts_what_others_have_done(tmp_path):
     assert assignment.progress("p02") == (2, 4)
     assignment.record(vote("p02", "0000", kind="undo"))
     assert assignment.progress("p01") == (0, 4)
+
+
+def test_progress_counts_only_repetitions_that_come(tmp_path):
+    study = make_study(tmp_path, 3, repeats=2, votes_per_pair=1)
+    assignment = Assignment(study, study.read_pairs(), [])
+    assert assignment.progress("p01") == (0, 5)
+    assignment.record(vote("p02", "0000"))  # its repetition comes to p02 alone
+    assert assignment.progress("p01") == (0, 3)
+    assert assignment.progress("p02") == (1, 5)
+    assignment.record(vote("p01", "0001", kind="skip", reason="broken"))  # no repetition of what was skipped
+    assert assignment.progress("p01") == (1, 2)
+    seen = work(assignment, "p02")
+    assert sorted(seen) == ["0001", "0002", "r0000", "r0001"]
+    assert assignment.progress("p02") == (5, 5)
+    assert assignment.next("p01") is None and assignment.progress("p01") == (1, 1)
+    assignment.record(vote("p02", "r0000", kind="undo"))
+    assert assignment.progress("p02") == (4, 5)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tapo_trl.cli.main import main
+from tapo_trl.human import live
 from tapo_trl.human.live import CHOICES, HumanReward, LiveGroups
 from tapo_trl.human.votes import VoteStore
 
@@ -103,6 +104,22 @@ class TestReward:
         assert {first.prompt, second.prompt} == {"a", "b"}
         assert groups.next("p01") == first and groups.next("p03") is None
 
+    def test_a_group_is_read_once_and_its_use_is_seen(self, tmp_path, samples, monkeypatch):
+        with pytest.raises(TimeoutError):
+            HumanReward(tmp_path, timeout=0)(samples, PROMPTS)
+        groups, read = LiveGroups(tmp_path, []), []
+        whole = live._read_group
+        monkeypatch.setattr(live, "_read_group", lambda folder: read.append(folder.name) or whole(folder))
+        for _ in range(3):
+            assert groups.progress("p01") == (0, 2)
+        assert sorted(read) == sorted(groups.pairs)
+        HumanReward(tmp_path, sleep=Person(tmp_path))(samples, PROMPTS)
+        assert all(group.is_used for group in groups.pairs.values())
+        assert list(groups.pairs) == list(LiveGroups(tmp_path, []).pairs)
+        with pytest.raises(TimeoutError):
+            HumanReward(tmp_path, timeout=0)(samples.flip(2), PROMPTS)
+        assert groups.progress("p01") == (2, 4) and not list(groups.pairs.values())[-1].is_used
+
 
 class TestPage:
     def test_best_and_worst_by_number(self, tmp_path, samples):
@@ -114,7 +131,8 @@ class TestPage:
 
         reward = HumanReward(tmp_path, timeout=0)
         with VoteStore(tmp_path / CHOICES) as store:
-            client = TestClient(LivePage(tmp_path, store, Access(tmp_path)).app())
+            page = LivePage(tmp_path, store, Access(tmp_path))
+            client = TestClient(page.app(), base_url="http://localhost")
             state = client.get("/api/next").json()
             assert state["pair"] is None and state["waits"]
             with pytest.raises(TimeoutError):

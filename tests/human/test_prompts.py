@@ -238,7 +238,7 @@ class TestCommand:
     def test_contradictions(self, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["prompts", str(tmp_path), "--prompts", "a", "--llm", "b"])
-        assert "leave out" in capsys.readouterr().err
+        assert "leave one of the two out" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             main(["prompts"])
         assert "`folder` is missing" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -22,6 +24,11 @@ from tapo_trl.human.votes import VoteStore, read_events
 from .studies import make_study
 
 
+def client_of(page, **options):
+    """A browser on the same machine."""
+    return TestClient(page.app(), base_url="http://localhost:8200", **options)
+
+
 class Site:
     """A study that is served, and what a browser sends."""
 
@@ -33,7 +40,7 @@ class Site:
         self.store = VoteStore(self.study.folder / "votes.jsonl")
         self.access = Access(self.study.folder)
         self.page = AnnotationPage(self.study, self.store, self.access)
-        self.client = TestClient(self.page.app())
+        self.client = client_of(self.page)
 
     def reopen(self):
         self.store.close()
@@ -173,6 +180,38 @@ class TestRefusals:
         assert site.client.post("/api/vote", content="[]", headers=headers).status_code == 400
         assert site.client.post("/api/vote", content="[" * 16_000, headers=headers).status_code == 400
 
+    @pytest.mark.parametrize(
+        ("host", "status"),
+        [
+            ("localhost:8200", 200),
+            ("127.0.0.1:8200", 200),
+            ("[::1]:8200", 200),
+            ("LocalHost", 200),
+            ("Proxy.test", 200),
+            ("evil.test:8200", 403),
+            ("localhost.evil.test", 403),
+            ("localhost@evil.test", 403),
+            ("127.0.0.1.evil.test", 403),
+            ("[::1", 403),
+            ("", 403),
+        ],
+    )
+    def test_a_page_without_tokens_answers_to_names_of_this_machine(self, site, host, status):
+        site.access.allowed_hosts |= Access(site.study.folder, ["proxy.test"]).allowed_hosts
+        medium = site.pair()["media"][0]
+        for address in ("/", "/api/next", medium):
+            response = site.client.get(address, headers={"host": host})
+            assert response.status_code == status
+            assert ("--allowed_hosts" in response.text) == (status == 403)
+        body = {"id": "1", "pair_id": site.pair()["pair_id"], "reason": "broken"}
+        assert site.client.post("/api/skip", json=body, headers={"host": host}).status_code == status
+
+    def test_a_page_with_tokens_needs_no_host(self, site):
+        token = site.access.add(["p01"])["p01"]
+        client = TestClient(site.page.app(), base_url="http://votes.test")
+        assert client.get(f"/?token={token}").status_code == 200
+        assert client.get("/api/next").json()["annotator"] == "p01"
+
     @pytest.mark.parametrize("name", ["study.yaml", "..%2fvotes.jsonl", "%2e%2e/votes.jsonl", "0000.png"])
     def test_only_media_are_served_under_their_secret_names(self, site, name):
         assert site.client.get(f"/media/{name}").status_code == 404
@@ -184,7 +223,7 @@ class TestPeople:
         assert site.client.get("/api/next").status_code == 401
         assert site.client.get("/?token=wrong").status_code == 401
         for name, token in tokens.items():
-            person = TestClient(site.page.app())
+            person = client_of(site.page)
             response = person.get(f"/?token={token}")
             assert response.status_code == 200 and token not in str(response.url)
             assert "HttpOnly" in response.history[0].headers["set-cookie"]
@@ -199,13 +238,13 @@ class TestPeople:
 
     def test_two_studies_on_one_machine_know_a_browser_at_once(self, tmp_path):
         sites = [Site(tmp_path / name) for name in ("first", "second")]
-        browser = TestClient(sites[0].page.app())
+        browser = client_of(sites[0].page)
         for site in sites:
-            other = TestClient(site.page.app(), cookies=browser.cookies)
+            other = client_of(site.page, cookies=browser.cookies)
             other.get(f"/?token={site.access.add(['p01'])['p01']}")
             browser.cookies.update(other.cookies)
         for site in sites:
-            page = TestClient(site.page.app(), cookies=browser.cookies)
+            page = client_of(site.page, cookies=browser.cookies)
             assert page.get("/api/next").json()["annotator"] == "p01"
             site.store.close()
 
@@ -271,6 +310,23 @@ class TestCommand:
         make_study(tmp_path, 1)
         with pytest.raises(SystemExit, match="name `annotators`"):
             annotate(AnnotateArguments(folder=str(tmp_path), host="0.0.0.0"))
+
+    def test_hosts_have_no_effect_where_people_have_links(self, tmp_path):
+        make_study(tmp_path, 1)
+        with pytest.raises(ValueError, match="`allowed_hosts` is for a page without links"):
+            AnnotateArguments(folder=str(tmp_path), annotators=["p01"], allowed_hosts=["proxy.test"])
+        Access(tmp_path).add(["p01"])
+        with pytest.raises(SystemExit, match="`allowed_hosts` has no effect: the people in .*tokens.json have links"):
+            annotate(AnnotateArguments(folder=str(tmp_path), allowed_hosts=["proxy.test"]))
+
+    def test_starts_without_the_libraries_of_models(self, tmp_path):
+        code = (
+            "import sys, tapo_trl.human.server, tapo_trl.cli.annotate as cli\n"
+            "cli.make_parser().parse_args_and_config(['study'])\n"
+            "print([name for name in ('diffusers', 'peft', 'accelerate') if name in sys.modules])"
+        )
+        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert output == "[]\n"
 
     def test_damaged_tokens(self, tmp_path):
         make_study(tmp_path, 1)
