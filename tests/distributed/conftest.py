@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from tapo_trl import SLRMModel, load_policy
+from tapo_trl.policies.flux import FluxPolicy
+from tapo_trl.policies.qwen_image import QwenImagePolicy
 from tests.data.preference_pairs import color_pairs
 from tests.distributed.launching import ENGINES, Engine, compile_deepspeed, launch
 from tests.testing_utils import tiny_sd3_pipeline
@@ -53,6 +55,22 @@ SLRM_PARITY = {
         "evaluate": True,
         "args": {"max_steps": 4, "learning_rate": 0.1},
     },
+}
+# Other families with a pixel reward. Of Qwen-Image's last block, a layer of the prompt has no gradient
+FAMILY_PARITY = {
+    family: {
+        "trainer": "tapo",
+        "global_batch": 4,
+        "family": family,
+        "args": {
+            "max_steps": 2,
+            "learning_rate": 0.1,
+            "beta": 100.0,
+            "max_sequence_length": 8,
+            "ddp_find_unused_parameters": True,
+        },
+    }
+    for family in ("flux1", "qwen_image")
 }
 # The second update of three is skipped, by whichever process saw that a reward is not finite
 SKIPPED = {"skipped": {"trainer": "tapo", "global_batch": 4, "args": PARITY["tapo"]["args"]}}
@@ -108,12 +126,28 @@ NOT_SHARDED = {
 }
 
 RUNS = {
-    "single": PARITY | SLRM_PARITY | SKIPPED_ALONE,
-    "ddp": PARITY | SLRM_PARITY | SKIPPED_BY_ONE | GAVE_UP | EMA_RESUME | BF16_RESUME | SLRM_RESUME | UNEVEN,
+    "single": PARITY | FAMILY_PARITY | SLRM_PARITY | SKIPPED_ALONE,
+    "ddp": PARITY
+    | FAMILY_PARITY
+    | SLRM_PARITY
+    | SKIPPED_BY_ONE
+    | GAVE_UP
+    | EMA_RESUME
+    | BF16_RESUME
+    | SLRM_RESUME
+    | UNEVEN,
     "zero1": {"tapo": PARITY["tapo"]},
-    "zero2": PARITY | SLRM_PARITY | SKIPPED_BY_ONE | GAVE_UP | EMA_RESUME | BF16_RESUME | SLRM_RESUME | ALONE,
+    "zero2": PARITY
+    | FAMILY_PARITY
+    | SLRM_PARITY
+    | SKIPPED_BY_ONE
+    | GAVE_UP
+    | EMA_RESUME
+    | BF16_RESUME
+    | SLRM_RESUME
+    | ALONE,
     "zero3": PARITY | SKIPPED_BY_ONE | REUSED_RESUME | BF16_RESUME | REFUSED_SLRM,
-    "fsdp2": PARITY | SKIPPED_BY_ONE | REUSED_RESUME | BF16_RESUME | REFUSED_SLRM | NOT_SHARDED,
+    "fsdp2": PARITY | FAMILY_PARITY | SKIPPED_BY_ONE | REUSED_RESUME | BF16_RESUME | REFUSED_SLRM | NOT_SHARDED,
 }
 
 
@@ -134,11 +168,13 @@ class Results:
 def job(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("assets")
     tiny_sd3_pipeline().save_pretrained(folder / "pipeline")
+    FluxPolicy.tiny().save_pretrained(folder / "flux1")
+    QwenImagePolicy.tiny().save_pretrained(folder / "qwen_image")
     policy = load_policy(str(folder / "pipeline"))
     torch.manual_seed(0)
     SLRMModel.from_policy(policy, num_task_tokens=2, max_sequence_length=4).save_pretrained(folder / "reward")
     color_pairs(12).save_to_disk(folder / "pairs")
-    return {name: str(folder / name) for name in ("pipeline", "reward", "pairs")}
+    return {name: str(folder / name) for name in ("pipeline", "reward", "pairs", "flux1", "qwen_image")}
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tapo_trl import SLRMModel, load_policy
 from tapo_trl.runs.checkpoints import last_good_checkpoint
 from tests.distributed.comparing import differences, read, tensor_files
-from tests.distributed.conftest import RUNS
+from tests.distributed.conftest import FAMILY_PARITY, RUNS
 
 
 pytestmark = pytest.mark.distributed
@@ -61,6 +61,13 @@ class TestTAPO:
         trained = single.weights(run)
         assert max(tensor.abs().max() for name, tensor in trained.items() if "lora_B" in name) > 1e-2
         assert largest_difference(several.weights(run), trained) < 1e-5
+
+    @pytest.mark.parametrize(("engine", "family"), engine_runs(*FAMILY_PARITY))
+    def test_weights_of_other_families(self, results, engine, family):
+        single, several = results("single"), results(engine)
+        trained = single.weights(family)
+        assert max(tensor.abs().max() for name, tensor in trained.items() if "lora_B" in name) > 1e-2
+        assert largest_difference(several.weights(family), trained) < 1e-5
 
     @pytest.mark.parametrize("engine", engines_of("full"))
     def test_weights_of_full_fine_tuning(self, results, job, engine):

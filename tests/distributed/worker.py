@@ -6,11 +6,13 @@ Runs trainings and writes down what they were: the file that the tests of this f
 
     accelerate launch ... worker.py JOB.json
 
-A job is `{"pipeline": folder, "reward": folder, "pairs": folder, "output_dir": folder, "runs": {name: run}}`. A run has
+A job is `{"pipeline": folder, "reward": folder, "pairs": folder, "output_dir": folder, "runs": {name: run}}`, and may have
+folders of pipelines of other families. A run has
 
 - `trainer`: `"tapo"` or `"slrm"`,
 - `global_batch`: examples per optimiser step, divided among the processes,
 - `args`: further arguments of the configuration,
+- `family`: name of another pipeline of the job, trained with a reward of pixels alone; `"pipeline"` by default,
 - `num_rows`: rows of the train dataset, 12 by default,
 - `lora`: whether to train LoRA, `true` by default,
 - `ema`: whether to keep an average of the weights,
@@ -153,8 +155,8 @@ def make_trainer(job: dict, run: dict, output_dir: Path) -> TAPOTrainer | SLRMTr
     reward = BadRedness(**run["bad"]) if "bad" in run else redness
     callbacks += [reward] if "bad" in run else []
     return TAPOTrainer(
-        job["pipeline"],
-        [job["reward"], reward],
+        job[run.get("family", "pipeline")],
+        reward if "family" in run else [job["reward"], reward],
         args,
         prompts(num_rows),
         eval_dataset=prompts(EVAL_ROWS),
