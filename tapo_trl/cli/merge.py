@@ -83,8 +83,8 @@ def write_comfyui_lora(lora: str, name: str, revision: str | None, folder: Path)
     family = family_of(pipeline_class)
     if family is None or not family.policy_class.comfyui_knows_layers:
         raise ValueError(
-            f"ComfyUI knows the layers of a `{pipeline_class}` by other names than diffusers, and no conversion is written: use "
-            "`--format diffusers`."
+            f"ComfyUI is not known to find the layers of a `{pipeline_class}` by their names in diffusers, and no conversion is "
+            "written: use `--format diffusers`."
         )
     with safe_open(local_file(lora, "pytorch_lora_weights.safetensors"), framework="pt") as file:
         tensors = comfyui_lora({key: file.get_tensor(key) for key in file.keys()}, file.metadata())

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..policies import FlowPolicy, PromptEmbeddings, load_policy
-from ..policies.loading import known_pipelines
+from ..policies.loading import family_of, known_pipelines
 from ..rewards import SLRMModel, StepRewardModel
 from ..rewards.loading import saved_class
 
@@ -67,7 +67,8 @@ def make_meta_policy(
             [`~policies.loading.known_pipelines`].
         tokenizer (`dict`, *optional*): `tokenizer`, whose length counts in some families.
     """
-    built = dict(tokenizer or {})
+    family = family_of(pipeline_class)
+    built = (family.policy_class.placeholders() if family else {}) | (tokenizer or {})
     for component, (class_name, config) in components.items():
         if component == "pipeline":
             built |= config

@@ -149,6 +149,11 @@ class FlowPolicy(OdeMixin, LoraFilesMixin, ABC):
         """
         raise NotImplementedError(f"`{cls.__name__}` has no tiny pipeline.")
 
+    @classmethod
+    def placeholders(cls) -> dict[str, Any]:
+        """Components that the constructor of the pipeline reads, for dry runs, which have no others than networks."""
+        return {}
+
     @abstractmethod
     def encode_prompts(self, prompts: list[str], max_sequence_length: int | None = None) -> PromptEmbeddings:
         """

@@ -118,6 +118,13 @@ FAMILIES = [
         features="tapo_trl.rewards.backbones.qwen_image:QwenImageFeatureTransformer2DModel",
     ),
     Family(
+        pipeline="QwenImage21Pipeline",
+        transformer="QwenImage21Transformer2DModel",
+        policy="tapo_trl.policies.qwen_image21:QwenImage21Policy",
+        score="tapo_trl.rewards.backbones.qwen_image21:QwenImage21ScoreTransformer2DModel",
+        features="tapo_trl.rewards.backbones.qwen_image21:QwenImage21FeatureTransformer2DModel",
+    ),
+    Family(
         pipeline="ZImagePipeline",
         transformer="ZImageTransformer2DModel",
         policy="tapo_trl.policies.z_image:ZImagePolicy",
@@ -169,12 +176,13 @@ def known_pipelines() -> dict[str, tuple[str, dict[str, tuple[str, dict[str, Any
 
 
 def base_license(name: str) -> tuple[str, str | None] | None:
-    """`license` and `license_name` of released weights, which a fine-tuning inherits, by the name of their repository."""
-    for family in FAMILIES:
-        for prefix, license in family.policy_class.licenses.items():
-            if name.startswith(prefix):
-                return license
-    return None
+    """
+    `license` and `license_name` of released weights, which a fine-tuning inherits, by the name of their repository. The longest
+    start of it that a policy names counts.
+    """
+    licenses = {start: license for family in FAMILIES for start, license in family.policy_class.licenses.items()}
+    start = max((start for start in licenses if name.startswith(start)), key=len, default=None)
+    return None if start is None else licenses[start]
 
 
 def parse_dtype(dtype: str | torch.dtype | None, option: str = "torch_dtype") -> torch.dtype | str | None:

@@ -18,7 +18,7 @@ from .image import ImagePolicy, linear_sigmas, pack, unpack
 LONGEST_PROMPT = 1024  # tokens, which the pipeline truncates to
 
 # Recalled from the released repository, copies of which agree, and not compared with it
-_SCHEDULER = {
+QWEN_SCHEDULER = {
     "base_shift": 0.5,
     "base_image_seq_len": 256,
     "max_shift": 0.9,
@@ -54,7 +54,7 @@ class QwenImagePolicy(ImagePolicy):
         "Qwen/Qwen-Image": {
             "transformer": ("QwenImageTransformer2DModel", {}),
             "vae": ("AutoencoderKLQwenImage", {}),
-            "scheduler": ("FlowMatchEulerDiscreteScheduler", _SCHEDULER),
+            "scheduler": ("FlowMatchEulerDiscreteScheduler", QWEN_SCHEDULER),
         },
     }
 
@@ -159,7 +159,7 @@ class QwenImagePolicy(ImagePolicy):
         )
         return QwenImagePipeline(
             transformer=transformer.eval(),
-            scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
+            scheduler=FlowMatchEulerDiscreteScheduler(**QWEN_SCHEDULER),
             vae=vae.eval(),
             text_encoder=tiny_qwen25_vl(tokenizer),
             tokenizer=tokenizer,

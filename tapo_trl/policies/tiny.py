@@ -17,6 +17,7 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedModel,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLTextConfig,
@@ -24,6 +25,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
@@ -116,6 +119,26 @@ def tiny_qwen3(
 ) -> PreTrainedModel:
     sizes = {**_LANGUAGE_MODEL, "num_hidden_layers": num_layers, "head_dim": 8, "vocab_size": len(tokenizer)}
     return model_class(Qwen3Config(**sizes)).eval()
+
+
+class TinyProcessor(ProcessorMixin):
+    """What the processor of a Qwen3-VL does with text. That one needs torchvision, for images."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer):
+        self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+
+    def __call__(self, text: list[str], **kwargs):
+        return self.tokenizer(text, **kwargs)
+
+    def apply_chat_template(self, messages: list[dict], **kwargs) -> list[list[int]]:
+        return [self.tokenizer.apply_chat_template(messages, **kwargs)]
+
+
+def tiny_qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
+    text = _qwen25_text(tokenizer, 2) | {"head_dim": 8}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    vision |= {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
 
 
 def tiny_mistral3(tokenizer: Qwen2Tokenizer, num_layers: int) -> Mistral3ForConditionalGeneration:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tapo_trl.cli.main import main
 from tapo_trl.policies import FAMILIES, load_policy
 from tapo_trl.policies.comfyui import comfyui_lora
+from tapo_trl.policies.qwen_image21 import QwenImage21Policy
 from tapo_trl.policies.wan_experts import WanExpertsPolicy
 from tests.testing_utils import tiny_wan_pipeline
 
@@ -57,6 +58,8 @@ class TestMerge:
     @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"to_k": 3}}], ids=str)
     def test_comfyuis_way_to_apply_the_file_gives_the_same_weights(self, family, tmp_path, options):
         """W + alpha / rank * B A, with the alpha beside the layer, and none from metadata."""
+        if not family.policy_class.comfyui_knows_layers:
+            pytest.skip("refused: test_layers_that_comfyui_is_not_known_to_find")
         base, expected = write(family, tmp_path, **options)
         assert run(tmp_path, "--format", "comfyui") == 0
         tensors = load_file(tmp_path / "out" / "comfyui_lora.safetensors")
@@ -96,9 +99,11 @@ def test_both_experts_are_merged(tmp_path):
         assert (weights - before).abs().max() > 0.01
 
 
-def test_wan_has_other_names_in_comfyui(tmp_path):
-    tiny_wan_pipeline().save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="layers of a `WanPipeline` by other names"):
+@pytest.mark.parametrize("tiny", [tiny_wan_pipeline, QwenImage21Policy.tiny])
+def test_layers_that_comfyui_is_not_known_to_find(tmp_path, tiny):
+    pipeline = tiny()
+    pipeline.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=f"not known to find the layers of a `{type(pipeline).__name__}`"):
         run(tmp_path, "--format", "comfyui")
 
 

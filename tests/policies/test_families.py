@@ -32,6 +32,7 @@ RECIPES = [
         "flux2_klein",
         "flux2_dev",
         "qwen_image",
+        "qwen_image21",
         "z_image",
         "wan22_ti2v",
         "wan22_a14b",
@@ -41,11 +42,15 @@ RECIPES = [
     for path in Path(__file__).parents[2].joinpath("recipes", folder).glob("*.yaml")
 ]
 GUIDED = 3.0
-GUIDANCE = {"QwenImagePipeline": "true_cfg_scale"}  # what pipelines call `guidance_scale`
+GUIDANCE = dict.fromkeys(
+    ("QwenImagePipeline", "QwenImage21Pipeline"), "true_cfg_scale"
+)  # what pipelines call `guidance_scale`
+UNCUT = ("QwenImage21Pipeline",)  # prompts are as long as they are
 # Tested by `make test-all`
 HEAVY = (
     "Flux2KleinPolicy",
     "Flux2Policy",
+    "QwenImage21Policy",
     "WanExpertsPolicy",
     "TI2VPolicy",
     "HunyuanVideoPolicy",
@@ -112,8 +117,9 @@ def world(family):
     return SimpleNamespace(
         policy=policy,
         shape=shape,
-        prompts=policy.encode_prompts(PROMPTS, LENGTH),
-        negative=policy.encode_prompts([NEGATIVE], LENGTH),
+        length=(length := 2 * LENGTH if family.pipeline in UNCUT else LENGTH),
+        prompts=policy.encode_prompts(PROMPTS, length),
+        negative=policy.encode_prompts([NEGATIVE], length),
         latents=torch.randn(2, *shape),
         sigma=torch.tensor([0.3, 0.9]),
     )
@@ -147,7 +153,9 @@ def samples(world, request):
     if "guider" in pipeline.components:
         pipeline.guider, pipeline.tokenizer_max_length = type(pipeline.guider)(guidance_scale=scale), LENGTH
     else:
-        options |= {GUIDANCE.get(type(pipeline).__name__, "guidance_scale"): scale, "max_sequence_length": LENGTH}
+        options[GUIDANCE.get(type(pipeline).__name__, "guidance_scale")] = scale
+        if type(pipeline).__name__ not in UNCUT:
+            options["max_sequence_length"] = world.length
     options |= size_of(policy)
     results = []
     is_klein = type(pipeline).__name__ == "Flux2KleinPipeline"
@@ -156,8 +164,18 @@ def samples(world, request):
     for kind in ("latent", "pt"):
         if policy.guidance == "classifier_free" and not is_klein:
             options["negative_prompt"] = [NEGATIVE] * 2  # a new list, since Z-Image's pipeline changes it
+        if type(pipeline).__name__ == "QwenImage21Pipeline":  # where one prompt changes the samples of others
+            options.pop("negative_prompt", None)
+            calls = [
+                pipeline(prompt=prompt, negative_prompt=NEGATIVE, generator=generator, output_type=kind, **options)[0]
+                for prompt, generator in zip(PROMPTS, generators(), strict=True)
+            ]
+            results.append(torch.cat(calls))
+            continue
         results.append(pipeline(prompt=[*PROMPTS], generator=generators(), output_type=kind, **options)[0])
     latents, pictures = results
+    if pictures.shape[1] == 4:  # with an opacity
+        pictures = pictures[:, :3] * pictures[:, 3:] + 1 - pictures[:, 3:]
     if is_klein:  # which calls those "latent" that its VAE decodes
         latents = policy.to_latents(latents)
     elif latents.ndim < ours.ndim:
@@ -196,7 +214,7 @@ class TestVelocity:
         torch.testing.assert_close(both, alone, rtol=0, atol=ROUNDS_TIMES.get(family.pipeline, VELOCITY_ATOL))
 
     def test_embeddings_survive_the_cache(self, world, tmp_path):
-        cache = PromptCache(world.policy, tmp_path, LENGTH)
+        cache = PromptCache(world.policy, tmp_path, world.length)
         cache.encode(PROMPTS)
         loaded = cache.load(PROMPTS)
         assert loaded.tensors.keys() == world.prompts.tensors.keys()
@@ -227,7 +245,7 @@ class TestVelocity:
         assert torch.equal(
             velocity(loaded, loaded.transformer, world), velocity(world.policy, world.policy.transformer, world)
         )
-        again = loaded.encode_prompts(PROMPTS, LENGTH)
+        again = loaded.encode_prompts(PROMPTS, world.length)
         assert all(torch.equal(again.tensors[name], tensor) for name, tensor in world.prompts.tensors.items())
 
 

@@ -49,7 +49,8 @@ class TestTable:
         defaults = policy.defaults
         shape = policy.latent_shape(defaults.height, defaults.width, defaults.num_frames)
         assert (policy.modality == "video") == (defaults.num_frames is not None) == (len(shape) == 4)
-        assert policy.is_guided(defaults.guidance_scale) or policy.guidance != "classifier_free"
+        is_off = defaults.guidance_scale == policy.guidance_off  # Qwen-Image-2.1 is meant to be used without guidance
+        assert policy.is_guided(defaults.guidance_scale) or policy.guidance != "classifier_free" or is_off
 
     def test_tokens_are_those_of_the_network(self, family):
         policy = load_policy(family.policy_class.tiny())
@@ -62,7 +63,7 @@ class TestTable:
         )
         block.register_forward_pre_hook(
             lambda module, args, kwargs: seen.extend(
-                x.shape[1] for x in (*args, *kwargs.values()) if torch.is_tensor(x)
+                x.shape[1] for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.ndim > 1
             ),
             with_kwargs=True,
         )
@@ -70,6 +71,8 @@ class TestTable:
         visual, text = policy.num_tokens(shape, 3)
         if family.pipeline == "ZImagePipeline":  # whose first block has the image alone, in multiples of 32
             assert seen[0] == 32 and (visual, text) == (4, 3)
+        elif family.pipeline == "QwenImage21Pipeline":  # which has one stream
+            assert seen[0] == visual + text
         else:
             assert tuple(seen[:2]) == (visual, text)
 
@@ -98,6 +101,8 @@ def test_licenses():
     assert base_license("black-forest-labs/FLUX.2-klein-base-4B") == ("apache-2.0", None)
     assert base_license("black-forest-labs/FLUX.2-klein-base-9B") == ("other", "flux-non-commercial-license")
     assert base_license("black-forest-labs/FLUX.2-dev") == ("other", "flux-dev-non-commercial-license")
+    assert base_license("Qwen/Qwen-Image") == ("apache-2.0", None)
+    assert base_license("Qwen/Qwen-Image-2.1") == ("other", "qwen-research")
     assert base_license("someone/else") is None
 
 

@@ -76,7 +76,7 @@ class ScoreLinear(nn.Linear):
         width (`int`, *optional*): outputs that have weights of their own, the first ones. Defaults to all.
 
     Attributes:
-        start (`int`): row of the first score token.
+        start (`int`): row of the first score token; counted from the end if negative.
     """
 
     start: int = 0
@@ -97,7 +97,8 @@ class ScoreLinear(nn.Linear):
             self.score_projections.reset_parameters()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        rows = [self.start, self.start + self.num_task_tokens]
+        start = self.start % hidden_states.shape[1]
+        rows = [start, start + self.num_task_tokens]
         before, shared, behind = super().forward(hidden_states).tensor_split(rows, dim=1)
         own = self.score_projections(hidden_states[:, rows[0] : rows[1]])
         if self.rank is not None:

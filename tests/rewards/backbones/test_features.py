@@ -25,6 +25,7 @@ SIX_BLOCKS = {
     "FluxPipeline": {"num_layers": 2, "num_single_layers": 4},
     "Flux2KleinPipeline": {"num_layers": 2, "num_single_layers": 4},
     "QwenImagePipeline": {"num_layers": 6},
+    "QwenImage21Pipeline": {"num_layers": 6},
     "ZImagePipeline": {"n_layers": 6},
     "WanPipeline": {"num_layers": 6},
     "HunyuanVideoPipeline": {"num_layers": 2, "num_single_layers": 4},
