@@ -36,6 +36,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".trainer.diffusion_dpo_trainer": ("DiffusionDPOTrainer",),
         ".trainer.flow_grpo_config": ("FlowGRPOConfig",),
         ".trainer.flow_grpo_trainer": ("FlowGRPOTrainer",),
+        ".trainer.nft_config": ("DiffusionNFTConfig",),
+        ".trainer.nft_trainer": ("DiffusionNFTTrainer",),
         ".trainer.online_dpo_config": ("OnlineDiffusionDPOConfig",),
         ".trainer.online_dpo_trainer": ("OnlineDiffusionDPOTrainer",),
         ".trainer.refl_config": ("ReFLConfig",),
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from .trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
     from .trainer.flow_grpo_config import FlowGRPOConfig
     from .trainer.flow_grpo_trainer import FlowGRPOTrainer
+    from .trainer.nft_config import DiffusionNFTConfig
+    from .trainer.nft_trainer import DiffusionNFTTrainer
     from .trainer.online_dpo_config import OnlineDiffusionDPOConfig
     from .trainer.online_dpo_trainer import OnlineDiffusionDPOTrainer
     from .trainer.refl_config import ReFLConfig

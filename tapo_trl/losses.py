@@ -228,6 +228,77 @@ def flow_grpo_loss(
     return losses, metrics
 
 
+def optimality_rewards(advantages: torch.Tensor, clip: float) -> torch.Tensor:
+    r"""
+    Probability of DiffusionNFT that a sample is a good one, from its advantage:
+    \\( r = \frac{1}{2} + \frac{1}{2} \operatorname{clip}(A / c, -1, 1) \\).
+
+    Args:
+        advantages (`torch.Tensor`): A, see [`group_advantages`].
+        clip (`float`): c, the advantage from which a sample is good, or bad, for sure.
+
+    Returns:
+        `torch.Tensor`: r in [0, 1], shaped as `advantages`.
+    """
+    return 0.5 + 0.5 * (advantages / clip).clamp(-1, 1)
+
+
+def diffusion_nft_loss(
+    velocity: torch.Tensor,
+    old_velocity: torch.Tensor,
+    target: torch.Tensor,
+    sigma: torch.Tensor,
+    optimality: torch.Tensor,
+    beta: float,
+    loss_weighting: Literal["adaptive", "none"] = "adaptive",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    r"""
+    Loss of DiffusionNFT on noised samples of the old policy,
+    \\( r \, \ell(v^+) + (1 - r) \, \ell(v^-) \\), with the velocities of the implicit positive policy
+    \\( v^+ = v_{old} + \beta (v_\theta - v_{old}) \\) and the implicit negative policy
+    \\( v^- = v_{old} - \beta (v_\theta - v_{old}) \\).
+
+    With `loss_weighting="none"`, \\( \ell(u) = \operatorname{mean}(u - v)^2 \\), Eq. 5 of the paper. With `"adaptive"` it is the
+    squared error of the predicted clean latent, which is \\( \sigma \\) times that of the velocity, divided by its own mean absolute
+    value: \\( \ell(u) = \operatorname{mean}(e^2) / \operatorname{sg}(\operatorname{mean} |e|) \\) with
+    \\( e = \sigma (u - v) \\).
+
+    Args:
+        velocity (`torch.Tensor` of shape `(batch_size, *latent_shape)`): v_theta, float32.
+        old_velocity (`torch.Tensor`): v_old, of the same shape, without gradient.
+        target (`torch.Tensor`): v = x_1 - x_0, of the same shape.
+        sigma (`torch.Tensor` of shape `(batch_size,)`): noise levels.
+        optimality (`torch.Tensor` of shape `(batch_size,)`): r in [0, 1], see [`optimality_rewards`].
+        beta (`float`): share of the policy in the implicit policies.
+        loss_weighting (`str`, *optional*, defaults to `"adaptive"`): `"adaptive"` or `"none"`.
+
+    Returns:
+        `tuple`: losses of shape `(batch_size,)` and metrics `error/positive` and `error/negative` (the two terms, without r) and
+        `distance/old` (mean squared difference of v_theta and v_old), each of shape `(batch_size,)`. Where v_theta equals v_old, the
+        loss is that of v_old, whatever r is.
+    """
+    delta, error = velocity - old_velocity, old_velocity - target
+    if loss_weighting == "adaptive":
+        scale = sigma.view(-1, *[1] * (error.ndim - 1))
+        positive, negative = (_self_normalised(scale * (error + sign * beta * delta)) for sign in (1, -1))
+    elif loss_weighting == "none":
+        positive, negative = ((error + sign * beta * delta).square().flatten(1).mean(1) for sign in (1, -1))
+    else:
+        raise ValueError(f"`loss_weighting` must be 'adaptive' or 'none', got {loss_weighting!r}.")
+    metrics = {
+        "error/positive": positive.detach(),
+        "error/negative": negative.detach(),
+        "distance/old": delta.detach().square().flatten(1).mean(1),
+    }
+    return optimality * positive + (1 - optimality) * negative, metrics
+
+
+def _self_normalised(errors: torch.Tensor) -> torch.Tensor:
+    """Mean squared error divided by the mean absolute error, which has no gradient."""
+    errors = errors.flatten(1)
+    return errors.square().mean(1) / errors.detach().abs().mean(1).clamp(min=1e-5)
+
+
 def _less_margin(
     margins: torch.Tensor, margin: torch.Tensor | None, label_smoothing: float | torch.Tensor
 ) -> torch.Tensor:

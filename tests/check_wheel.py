@@ -31,7 +31,10 @@ def main() -> None:
     assert command("--version").stdout.strip() == tapo_trl.__version__
     for help_of in (
         [],
-        *([name] for name in ("slrm", "tapo", "dpo", "online_dpo", "grpo", "sample", "evaluate", "diagnose", "bench")),
+        *(
+            [name]
+            for name in ("slrm", "tapo", "dpo", "online_dpo", "grpo", "nft", "sample", "evaluate", "diagnose", "bench")
+        ),
     ):
         run = command(*help_of, "--help")
         assert run.returncode == 0 and "usage: tapo-trl" in run.stdout, run.stderr

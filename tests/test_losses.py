@@ -9,8 +9,10 @@ import torch
 
 from tapo_trl.losses import (
     diffusion_dpo_loss,
+    diffusion_nft_loss,
     flow_grpo_loss,
     group_advantages,
+    optimality_rewards,
     slrm_loss,
     tapo_loss,
     thurstone_loss,
@@ -253,3 +255,84 @@ class TestFlowGRPOLoss:
         assert metrics["ratio"].item() == pytest.approx(ratio)
         found = {name: metrics[f"clip_ratio/{name}_mean"].item() for name in ("low", "high", "region")}
         assert found == {"low": clipped == "low", "high": clipped == "high", "region": clipped is not None}
+
+
+class TestDiffusionNFTLoss:
+    def arguments(self, seed=0, scale=0.3):
+        generator = torch.Generator().manual_seed(seed)
+        old, step, target = torch.randn(3, 5, 2, 3, 3, dtype=torch.float64, generator=generator)
+        sigma, optimality = torch.rand(2, 5, dtype=torch.float64, generator=generator)
+        return old + scale * step, old, target, 0.1 + 0.9 * sigma, optimality
+
+    def by_hand(self, velocity, old, target, sigma, optimality, beta, weighting, frozen=None):
+        """Number by number, from predicted clean latents. `frozen` is the velocity at which normalisers are computed."""
+        losses = []
+        frozen = velocity if frozen is None else frozen
+        for v, v_old, v_target, t, r, v_frozen in zip(velocity, old, target, sigma, optimality, frozen, strict=True):
+            terms = []
+            for sign in (1, -1):
+                implicit, fixed = ((1 - sign * beta) * v_old + sign * beta * own for own in (v, v_frozen))
+                if weighting == "none":
+                    terms.append(statistics.mean(((implicit - v_target) ** 2).flatten().tolist()))
+                    continue
+                x0 = torch.full_like(v, 0.7)
+                x = (1 - t) * x0 + t * (v_target + x0)
+                errors = ((x - t * implicit) - x0).flatten().tolist()
+                scale = statistics.mean(abs(e) for e in ((x - t * fixed) - x0).flatten().tolist())
+                terms.append(statistics.mean(e * e for e in errors) / scale)
+            losses.append(r.item() * terms[0] + (1 - r.item()) * terms[1])
+        return losses
+
+    @pytest.mark.parametrize("weighting", ["adaptive", "none"])
+    @pytest.mark.parametrize("beta", [0.1, 1.0, 2.5])
+    def test_by_hand(self, beta, weighting):
+        arguments = self.arguments()
+        losses, metrics = diffusion_nft_loss(*arguments, beta, weighting)
+        assert losses.tolist() == pytest.approx(self.by_hand(*arguments, beta, weighting), rel=1e-12)
+        distance = (arguments[0] - arguments[1]).square().mean((1, 2, 3))
+        torch.testing.assert_close(metrics["distance/old"], distance)
+
+    @pytest.mark.parametrize("weighting", ["adaptive", "none"])
+    def test_gradient_by_finite_differences(self, weighting):
+        velocity, *others = self.arguments()
+        velocity.requires_grad_()
+        losses, _ = diffusion_nft_loss(velocity, *others, 0.6, weighting)
+        (gradient,) = torch.autograd.grad(losses.sum(), velocity)
+        frozen, step = velocity.detach(), 1e-6
+        for index in [(0, 0, 0, 0), (1, 1, 2, 0), (3, 0, 1, 2), (4, 1, 2, 2)]:
+            sides = []
+            for sign in (1, -1):
+                moved = frozen.clone()
+                moved[index] += sign * step
+                sides.append(sum(self.by_hand(moved, *others, 0.6, weighting, frozen)))
+            assert gradient[index].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-5, abs=1e-8)
+
+    @pytest.mark.parametrize("weighting", ["adaptive", "none"])
+    def test_of_the_old_policy_it_is_the_same_whatever_the_reward(self, weighting):
+        _, old, target, sigma, optimality = self.arguments()
+        old.requires_grad_()
+        first, metrics = diffusion_nft_loss(old, old.detach(), target, sigma, optimality, 0.3, weighting)
+        second, _ = diffusion_nft_loss(old, old.detach(), target, sigma, 1 - optimality, 5.0, weighting)
+        torch.testing.assert_close(first, second, rtol=1e-14, atol=0)
+        assert torch.equal(metrics["error/positive"], metrics["error/negative"])
+        # The gradient is that of flow matching, times the reward between -1 and 1, and times beta
+        (gradient,) = torch.autograd.grad(first.sum(), old)
+        error = old.detach() - target
+        scale = torch.ones_like(sigma) if weighting == "none" else sigma / error.abs().mean((1, 2, 3))
+        expected = 0.3 * (2 * optimality - 1) * scale
+        torch.testing.assert_close(gradient, expected.view(-1, 1, 1, 1) * 2 * error / 18)
+
+    def test_optimum_is_a_step_of_one_over_beta_towards_the_target(self):
+        _, old, target, sigma, optimality = self.arguments()
+        best = old + (2 * optimality - 1).view(-1, 1, 1, 1) * (target - old) / 0.4
+        best.requires_grad_()
+        losses, _ = diffusion_nft_loss(best, old, target, sigma, optimality, 0.4, "none")
+        assert torch.autograd.grad(losses.sum(), best)[0].abs().max() < 1e-12
+
+    def test_optimality(self):
+        advantages = torch.tensor([-9.0, -5.0, -1.0, 0.0, 2.5, 5.0, 7.0])
+        assert optimality_rewards(advantages, 5.0).tolist() == pytest.approx([0, 0, 0.4, 0.5, 0.75, 1, 1])
+
+    def test_unknown_weighting(self):
+        with pytest.raises(ValueError, match="loss_weighting"):
+            diffusion_nft_loss(*self.arguments(), 1.0, "linear")

@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 import tapo_trl
 from tapo_trl.cli import bench, diagnose, evaluate, merge, rewards, rounds, sample
 from tapo_trl.cli.main import command_module
-from tapo_trl.scripts import dpo, grpo, online_dpo, refl, slrm, tapo
+from tapo_trl.scripts import dpo, grpo, nft, online_dpo, refl, slrm, tapo
 
 
 ROOT = Path(tapo_trl.__file__).parents[1]
@@ -29,6 +29,7 @@ PARSERS = {
     "online_dpo": online_dpo.make_parser,
     "grpo": grpo.make_parser,
     "refl": refl.make_parser,
+    "nft": nft.make_parser,
     "evaluate": evaluate.make_parser,
     "diagnose": diagnose.make_parser,
     "reproduce": command_module("reproduce").make_parser,
@@ -52,6 +53,8 @@ LAUNCHER_FLAGS = {  # of accelerate, torchrun and Slurm
 PUBLIC_NAMES = [
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "DiffusionNFTConfig",
+    "DiffusionNFTTrainer",
     "EMACallback",
     "FlowGRPOConfig",
     "FlowGRPOTrainer",
@@ -244,6 +247,7 @@ class TestDocumentation:
             "online_dpo_config.OnlineDiffusionDPOConfig",
             "flow_grpo_config.FlowGRPOConfig",
             "refl_config.ReFLConfig",
+            "nft_config.DiffusionNFTConfig",
         )
         shared = ("preference_config.PreferenceDataConfig", "rollout_config.RolloutConfig")
         shared += ("base_config.DiffusionConfig", "base_config.PolicyConfig", "rollout_config.StochasticRolloutConfig")

@@ -14,6 +14,7 @@ from peft import LoraConfig
 import tapo_trl
 from tapo_trl import (
     DiffusionDPOTrainer,
+    DiffusionNFTTrainer,
     FlowGRPOTrainer,
     OnlineDiffusionDPOTrainer,
     SLRMTrainer,
@@ -44,7 +45,7 @@ def test_length(path):
             assert lines_of_body(node) <= LONGEST_FUNCTION, node.name
 
 
-@pytest.mark.parametrize("trainer", [TAPOTrainer, FlowGRPOTrainer, OnlineDiffusionDPOTrainer])
+@pytest.mark.parametrize("trainer", [TAPOTrainer, FlowGRPOTrainer, OnlineDiffusionDPOTrainer, DiffusionNFTTrainer])
 def test_chain_of_online_trainers(trainer):
     names = [own.__name__ for own in trainer.__mro__]
     assert names == [trainer.__name__, "RolloutTrainer", "DiffusionTrainer", "_BaseTrainer", "Trainer", "object"]

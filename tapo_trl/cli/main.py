@@ -13,6 +13,7 @@ TRAININGS = {
     "tapo": "align a text-to-image or text-to-video model with a reward, by TAPO",
     "online_dpo": "align with Diffusion-DPO on the best and the worst of the model's own samples",
     "grpo": "align with Flow-GRPO, a policy gradient on the sampling steps",
+    "nft": "align with DiffusionNFT, flow matching towards good samples and away from bad ones",
     "refl": "align with ReFL, the gradient of a differentiable reward",
     "dpo": "align with Diffusion-DPO on collected preference pairs",
 }

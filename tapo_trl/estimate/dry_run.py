@@ -19,10 +19,12 @@ from ..policies.loading import pop_dtype
 from ..rewards import REWARD_MODELS, StepRewardModel
 from ..rewards.loading import init_kwargs_of
 from ..rewards.pretrained import is_reward_name, reward_class
+from ..rollouts import Rollout
 from ..runs.checks import autocast_dtype
 from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
 from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 from ..trainer.model_config import DiffusionModelConfig, get_lora_config
+from ..trainer.nft_trainer import DiffusionNFTTrainer
 from ..trainer.policy_setup import fill_in_sizes, leave_out_experts
 from ..trainer.reward_setup import check_has_transformer
 from ..trainer.rollout_config import RolloutConfig
@@ -198,6 +200,9 @@ def dry_run_rollouts(
             notes += remarks
     counts, rollout, scored = count_rollout(trainer_class, args, policy, models, bool(functions or scorers))
     parameters, memory = _policy_memory(policy, args, model_args, args.layerwise_casting)
+    if issubclass(trainer_class, DiffusionNFTTrainer):
+        trained = parameters.get("LoRA", parameters["policy"])
+        memory.append(Row("old policy", trained * 4, "trained parameters x 4 bytes"))
     for spec in scorers:
         reward_class(spec).check_reads(policy)
         parameters[f"reward `{spec}`"] = reward_class(spec).num_parameters
@@ -222,15 +227,7 @@ def dry_run_rollouts(
     activations = policy_activations(policy, latent_shape, args.max_sequence_length, autocast_dtype(args))
     latents = per_example * (args.transition_batch_size or prompts)
     memory += activations.rows(latents, args.activation_checkpointing)
-    stored = {
-        name: math.prod(value.shape[: -len(latent_shape)])
-        for name, value in vars(rollout).items()
-        if isinstance(value, torch.Tensor) and value.shape[-len(latent_shape) :] == latent_shape
-    }
-    offload = policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
-    place = "on the CPU" if offload else "on the accelerator, beside the sum"
-    words = f"{place}: {prompts} prompts x ({', '.join(f'{number} {name}' for name, number in stored.items())})"
-    beside = [Row("latents of a rollout", prompts * sum(stored.values()) * latent_bytes, words)]
+    beside = [_stored_latents(rollout, policy, args, latent_shape)]
     return _report(
         command,
         "prompt",
@@ -243,6 +240,20 @@ def dry_run_rollouts(
         beside=beside,
         notes=notes,
     )
+
+
+def _stored_latents(rollout: Rollout, policy: FlowPolicy, args: RolloutConfig, latent_shape: tuple[int, ...]) -> Row:
+    """Memory of the latents of a rollout, which was made of one prompt."""
+    stored = {
+        name: math.prod(value.shape[: -len(latent_shape)])
+        for name, value in vars(rollout).items()
+        if isinstance(value, torch.Tensor) and value.shape[-len(latent_shape) :] == latent_shape
+    }
+    prompts = args.per_device_train_batch_size
+    offload = policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
+    place = "on the CPU" if offload else "on the accelerator, beside the sum"
+    words = f"{place}: {prompts} prompts x ({', '.join(f'{number} {name}' for name, number in stored.items())})"
+    return Row("latents of a rollout", prompts * sum(stored.values()) * 4 * math.prod(latent_shape), words)
 
 
 def _policy_to_train(args: Any, model_args: DiffusionModelConfig) -> tuple[FlowPolicy, str]:

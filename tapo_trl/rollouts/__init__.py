@@ -3,6 +3,7 @@
 
 from .base import Rollout, RolloutInputs, RolloutSampler, Transitions
 from .groups import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
+from .noised import NFTSampler, NoisedSamples, RewardedSamples
 from .pairing import PAIRINGS, Pairing, get_pairing
 from .pairs import TAPOSampler, TrajectoryPairs, TransitionPairs
 from .samples import NoisedPairs, OnlineDPOSampler, SamplePairs
@@ -15,9 +16,12 @@ __all__ = [
     "GroupTransitions",
     "LateStateSampler",
     "LateStates",
+    "NFTSampler",
     "NoisedPairs",
+    "NoisedSamples",
     "OnlineDPOSampler",
     "Pairing",
+    "RewardedSamples",
     "Rollout",
     "RolloutInputs",
     "RolloutSampler",

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 from ..field_types import option
 from ..schedulers import sde_step_indices
+from .group_rewards import SCALE_REWARDS
 from .rollout_config import StochasticRolloutConfig
-
-
-SCALE_REWARDS = ("group", "batch", "none")
 
 
 @dataclass

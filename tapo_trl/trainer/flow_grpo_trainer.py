@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
-from ..losses import flow_grpo_loss, group_advantages
+from ..losses import flow_grpo_loss
 from ..method_card import MethodCard
 from ..rollouts import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
 from ..rollouts.base import group_metrics
 from ..schedulers import gaussian_kl
 from .flow_grpo_config import FlowGRPOConfig
+from .group_rewards import advantages_of_process
 from .rollout_trainer import RolloutTrainer
 
 
@@ -89,10 +90,7 @@ class FlowGRPOTrainer(RolloutTrainer):
 
     def rollout(self, batch: list[dict[str, Any]], seed_step: int | None = None) -> TrajectoryGroups:
         rollout = super().rollout(batch, seed_step)
-        rewards, first = rollout.rewards, 0
-        if self.args.scale_rewards == "batch":
-            rewards, first = self.accelerator.gather(rewards), self.accelerator.process_index * len(batch)
-        rollout.advantages = group_advantages(rewards, self.args.scale_rewards)[first : first + len(batch)]
+        rollout.advantages = advantages_of_process(rollout.rewards, self.args.scale_rewards, self.accelerator)
         return rollout
 
     def rollout_metrics(self, rollout: TrajectoryGroups) -> dict[str, torch.Tensor]:

@@ -78,6 +78,7 @@ def folder(tmp_path_factory):
         ("online_dpo", "num_noise_levels: 2\n"),
         ("grpo", "num_sde_steps: 2\ngradient_share_every_steps: 1\n"),
         ("refl", "num_grad_steps: 2\n"),
+        ("nft", "num_noise_levels: 2\n"),
     ):
         recipe = folder / f"{command}.yaml"
         recipe.write_text(
@@ -159,7 +160,7 @@ class TestTAPO:
 
 
 class TestOnlineMethods:
-    @pytest.mark.parametrize("command", ["online_dpo", "grpo", "refl"])
+    @pytest.mark.parametrize("command", ["online_dpo", "grpo", "refl", "nft"])
     def test_writes_lora_weights_that_diffusers_loads(self, folder, command):
         pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "base", text_encoder_3=None, tokenizer_3=None)
         pipeline.load_lora_weights(folder / command)

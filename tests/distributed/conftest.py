@@ -48,6 +48,14 @@ PARITY = {
         "args": {"max_steps": 2, "learning_rate": 0.1, "beta": 10.0},
     },
 }
+# An old policy that is far from the trained one, whose advantages are scaled by the samples of all processes
+NFT_PARITY = {
+    "nft": {
+        "trainer": "nft",
+        "global_batch": 4,
+        "args": {"max_steps": 3, "learning_rate": 5.0, "old_policy_decay_rate": 0.4, "old_policy_max_decay": 0.9},
+    },
+}
 SLRM_PARITY = {
     "slrm": {
         "trainer": "slrm",
@@ -119,6 +127,16 @@ UNEVEN = {
         "args": {"num_train_epochs": 1, "learning_rate": 0.1},
     },
 }
+NFT_RESUME = {
+    "nft_adam": {"trainer": "nft", "global_batch": 4, "args": ADAM | {"old_policy_decay_rate": 0.2}},
+    "nft_resumed": {
+        "trainer": "nft",
+        "global_batch": 4,
+        "args": ADAM | {"old_policy_decay_rate": 0.2},
+        "resume": "nft_adam",
+    },
+}
+REFUSED_NFT = {"nft_refused": {"trainer": "nft", "global_batch": 4, "refused": True, "args": {}}}
 REFUSED_SLRM = {"slrm_refused": {"trainer": "slrm", "global_batch": 4, "refused": True, "args": {}}}
 ALONE = {"alone": {"trainer": "tapo", "global_batch": 4, "refused": True, "args": {"use_cpu": False}}}
 NOT_SHARDED = {
@@ -126,9 +144,11 @@ NOT_SHARDED = {
 }
 
 RUNS = {
-    "single": PARITY | FAMILY_PARITY | SLRM_PARITY | SKIPPED_ALONE,
+    "single": PARITY | FAMILY_PARITY | NFT_PARITY | SLRM_PARITY | SKIPPED_ALONE,
     "ddp": PARITY
     | FAMILY_PARITY
+    | NFT_PARITY
+    | NFT_RESUME
     | SLRM_PARITY
     | SKIPPED_BY_ONE
     | GAVE_UP
@@ -139,6 +159,8 @@ RUNS = {
     "zero1": {"tapo": PARITY["tapo"]},
     "zero2": PARITY
     | FAMILY_PARITY
+    | NFT_PARITY
+    | NFT_RESUME
     | SLRM_PARITY
     | SKIPPED_BY_ONE
     | GAVE_UP
@@ -146,8 +168,15 @@ RUNS = {
     | BF16_RESUME
     | SLRM_RESUME
     | ALONE,
-    "zero3": PARITY | SKIPPED_BY_ONE | REUSED_RESUME | BF16_RESUME | REFUSED_SLRM,
-    "fsdp2": PARITY | FAMILY_PARITY | SKIPPED_BY_ONE | REUSED_RESUME | BF16_RESUME | REFUSED_SLRM | NOT_SHARDED,
+    "zero3": PARITY | SKIPPED_BY_ONE | REUSED_RESUME | BF16_RESUME | REFUSED_SLRM | REFUSED_NFT,
+    "fsdp2": PARITY
+    | FAMILY_PARITY
+    | SKIPPED_BY_ONE
+    | REUSED_RESUME
+    | BF16_RESUME
+    | REFUSED_SLRM
+    | REFUSED_NFT
+    | NOT_SHARDED,
 }
 
 

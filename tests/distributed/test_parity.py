@@ -152,6 +152,19 @@ def test_slrm_weights(results, engine):
     assert largest_difference(trained.state_dict(), several.state_dict()) < 1e-5
 
 
+@pytest.mark.parametrize("engine", engines_of("nft"))
+def test_nft_weights_and_logs(results, engine):
+    single, several = results("single"), results(engine)
+    trained = single.weights("nft")
+    assert max(tensor.abs().max() for name, tensor in trained.items() if "lora_B" in name) > 1e-2
+    assert largest_difference(several.weights("nft"), trained) < 1e-5
+    logs = [[entry for entry in result.facts["nft"]["log_history"] if "loss" in entry] for result in (single, several)]
+    assert len(logs[0]) == 3 and logs[0][2]["distance/old"] > 1e-6
+    for expected, found in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "reward", "distance/old", "distance/ref", "error/positive"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), (name, expected["step"])
+
+
 @pytest.mark.parametrize("engine", engines_of("uneven"))
 def test_uneven_last_batch_is_trained_on(results, engine):
     steps = [entry for entry in results(engine).facts["uneven"]["log_history"] if "loss" in entry]
@@ -162,6 +175,10 @@ class TestRefusals:
     @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
     def test_slrm_where_weights_are_sharded(self, results, engine):
         assert "cannot save weights that are sharded" in results(engine).facts["slrm_refused"]["error"]
+
+    @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+    def test_nft_where_weights_are_sharded(self, results, engine):
+        assert "needs whole weights on every process" in results(engine).facts["nft_refused"]["error"]
 
     def test_processes_that_do_not_know_of_each_other(self, results):
         message = results("zero2").facts["alone"]["error"]

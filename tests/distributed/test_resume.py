@@ -18,6 +18,7 @@ CASES = [
     *((engine, "reused", "reused_resumed") for engine in ("zero3", "fsdp2")),
     *((engine, "adam_bf16", "resumed_bf16") for engine in ("ddp", "zero2", "zero3", "fsdp2")),
     *((engine, "slrm_adam", "slrm_resumed") for engine in ("ddp", "zero2")),
+    *((engine, "nft_adam", "nft_resumed") for engine in ("ddp", "zero2")),
 ]
 
 

@@ -9,7 +9,7 @@ Runs trainings and writes down what they were: the file that the tests of this f
 A job is `{"pipeline": folder, "reward": folder, "pairs": folder, "output_dir": folder, "runs": {name: run}}`, and may have
 folders of pipelines of other families. A run has
 
-- `trainer`: `"tapo"` or `"slrm"`,
+- `trainer`: `"tapo"`, `"nft"` or `"slrm"`,
 - `global_batch`: examples per optimiser step, divided among the processes,
 - `args`: further arguments of the configuration,
 - `family`: name of another pipeline of the job, trained with a reward of pixels alone; `"pipeline"` by default,
@@ -43,7 +43,15 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
-from tapo_trl import EMACallback, SLRMConfig, SLRMTrainer, TAPOConfig, TAPOTrainer
+from tapo_trl import (
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+    EMACallback,
+    SLRMConfig,
+    SLRMTrainer,
+    TAPOConfig,
+    TAPOTrainer,
+)
 
 
 COMMON = {
@@ -69,6 +77,14 @@ TAPO = {
     "transition_batch_size": 2,
     "ddp_find_unused_parameters": False,
 }
+NFT = {
+    "num_inference_steps": 4,
+    "num_generations": 3,
+    "num_noise_levels": 2,
+    "transition_batch_size": 2,
+    "ddp_find_unused_parameters": False,
+}
+CONFIGS = {"tapo": (TAPOConfig, TAPO), "nft": (DiffusionNFTConfig, NFT), "slrm": (SLRMConfig, {})}
 LORA = {"r": 4, "lora_alpha": 8}
 EVAL_ROWS = 5  # two batches of 4, the last of which is filled up on several processes
 
@@ -127,14 +143,15 @@ def let_zero3_shard_tiny_weights(args: TrainingArguments) -> None:
         args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 
-def make_trainer(job: dict, run: dict, output_dir: Path) -> TAPOTrainer | SLRMTrainer:
-    options = COMMON | (TAPO if run["trainer"] == "tapo" else {}) | run["args"]
+def make_trainer(job: dict, run: dict, output_dir: Path) -> TAPOTrainer | DiffusionNFTTrainer | SLRMTrainer:
+    config_class, of_trainer = CONFIGS[run["trainer"]]
+    options = COMMON | of_trainer | run["args"]
     accumulation = options.get("gradient_accumulation_steps", 1)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     options["per_device_train_batch_size"] = run["global_batch"] // world_size // accumulation
     options["per_device_eval_batch_size"] = 4 // world_size
     options |= {"output_dir": str(output_dir), "cache_dir": str(output_dir.parent / "cache")}
-    args = (TAPOConfig if run["trainer"] == "tapo" else SLRMConfig)(**options)
+    args = config_class(**options)
     if run.get("pretend_gpus", True):
         let_fsdp_run_on_cpu(args)
     let_zero3_shard_tiny_weights(args)
@@ -154,7 +171,7 @@ def make_trainer(job: dict, run: dict, output_dir: Path) -> TAPOTrainer | SLRMTr
         )
     reward = BadRedness(**run["bad"]) if "bad" in run else redness
     callbacks += [reward] if "bad" in run else []
-    return TAPOTrainer(
+    return (TAPOTrainer if run["trainer"] == "tapo" else DiffusionNFTTrainer)(
         job[run.get("family", "pipeline")],
         reward if "family" in run else [job["reward"], reward],
         args,

@@ -44,6 +44,7 @@ CONFIGS = (
     "OnlineDiffusionDPOConfig",
     "FlowGRPOConfig",
     "ReFLConfig",
+    "DiffusionNFTConfig",
 )
 
 

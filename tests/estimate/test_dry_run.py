@@ -55,7 +55,7 @@ class TestCommand:
         assert list(tmp_path.iterdir()) == [], "nothing is written"
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("command", ["online_dpo", "grpo", "refl"])
+    @pytest.mark.parametrize("command", ["online_dpo", "grpo", "refl", "nft"])
     def test_online_methods(self, capsys, tmp_path, command):
         model = ["--model_name_or_path", "stabilityai/stable-diffusion-3.5-medium", "--use_peft", "--dry_run"]
         text = self.run(capsys, command, "--output_dir", str(tmp_path), "--reward_model", "judges:aesthetics", *model)
@@ -71,6 +71,13 @@ class TestCommand:
                 "160 policy, rollout",
                 "144 reference, training",
                 "8 prompts x (72 latents, 72 next_latents, 72 means, 8 final_latents)",
+            ],
+            "nft": [
+                "80 policy, rollout",
+                "72 policy, training (forward and backward)",
+                "72 reference, training",
+                "0.18 old policy",
+                "8 prompts x (8 samples, 72 noise)",
             ],
             "refl": [
                 "38 policy, rollout",

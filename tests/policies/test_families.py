@@ -345,10 +345,12 @@ def test_tapo_starts_at_ln_2(family, world, tmp_path, bf16):
     assert ('negative_prompt=" "' in card) == (family.pipeline == "QwenImagePipeline")
 
 
-@pytest.mark.parametrize("method", ["OnlineDiffusionDPO", "FlowGRPO", "ReFL", "DiffusionDPO", "SLRM", "DiNa"])
+@pytest.mark.parametrize(
+    "method", ["OnlineDiffusionDPO", "FlowGRPO", "ReFL", "DiffusionNFT", "DiffusionDPO", "SLRM", "DiNa"]
+)
 def test_one_update(family, world, tmp_path, method):
     shape = world.policy.latent_shape(**size_of(world.policy, 32, 32))
-    online = method in ("OnlineDiffusionDPO", "FlowGRPO", "ReFL")
+    online = method in ("OnlineDiffusionDPO", "FlowGRPO", "ReFL", "DiffusionNFT")
     data = Dataset.from_dict({"prompt": PROMPTS}) if online else latent_pairs(2, shape)
     options = {
         "FlowGRPO": {"num_generations": 2},
