@@ -12,26 +12,27 @@ A study of the emoji pairs with simulated people, whose accuracy, ties and bias 
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from datasets import Image, load_dataset
 
-from tapo_trl.human.simulate import SimulatedPerson
+from tapo_trl.human.simulate import SimulatedPerson, give_votes
 from tapo_trl.human.study import Dimension, Pair, Study
-from tapo_trl.human.votes import VoteStore
+from tapo_trl.human.votes import TIE
 
 
 HERE = Path(__file__).resolve().parent
 
 
-def make_study(folder: Path, gold_every: int) -> tuple[Study, dict[str, float]]:
-    """The pairs of `train` as a study, in files, and the right answer to each."""
+def make_study(folder: Path, gold_every: int, pairs_file: Path) -> tuple[Study, dict[str, dict[str, float]]]:
+    """The pairs of a file as a study, in files, and the right answer to each."""
     study = Study(title="Which emoji is better?", dimensions=[Dimension("preference", "Which do you prefer?")])
     study.save(folder)
-    rows = load_dataset("parquet", data_files=str(HERE / "pairs" / "train.parquet"), split="train")
+    rows = load_dataset("parquet", data_files=str(pairs_file), split="train")
     for column in ("chosen", "rejected"):
         rows = rows.cast_column(column, Image(decode=False))
-    pairs, truth = [], {}
+    pairs, truths = [], {}
     (folder / "media").mkdir(exist_ok=True)
     for number, row in enumerate(rows):
         better = number % 2  # the place of the chosen one
@@ -39,40 +40,45 @@ def make_study(folder: Path, gold_every: int) -> tuple[Study, dict[str, float]]:
         media = [f"media/{number:04d}_{place}.webp" for place in range(2)]
         for side, medium in zip(sides, media, strict=True):
             (folder / medium).write_bytes(row[side]["bytes"])
-        truth[f"{number:04d}"] = 1.0 - better
-        gold = {"preference": 1.0 - better} if number % gold_every == 0 else None
-        pairs.append(
-            Pair(f"{number:04d}", row["prompt"].replace(" ", "_"), row["prompt"], *media, "emoji", "emoji", gold=gold)
-        )
+        name, truth = f"{number:04d}", {"preference": 1.0 - better}
+        gold = truth if number % gold_every == 0 else None
+        pairs.append(Pair(name, row["prompt"].replace(" ", "_"), row["prompt"], *media, "emoji", "emoji", gold=gold))
+        truths[name] = truth
     study.write_pairs(pairs)
-    return study, truth
+    return study, truths
+
+
+def add_people(parser: argparse.ArgumentParser) -> None:
+    """The options that describe the people."""
+    parser.add_argument("--people", default=3, type=int)
+    parser.add_argument("--accuracy", default=0.8, type=float, help="Share of right answers of somebody who looks.")
+    parser.add_argument("--ties", default=0.1, type=float, help="Share of ties for no reason.")
+    parser.add_argument("--left_bias", default=0.1, type=float, help="Share of left without looking, of the others.")
+    parser.add_argument("--seed", default=0, type=int)
+
+
+def vote(args: argparse.Namespace, study: Study, truths: Mapping[str, Mapping[str, float]]) -> None:
+    """Let the people of [`add_people`] vote, and print what `tapo-trl votes` should find."""
+    people = [
+        SimulatedPerson(f"p{number:02d}", args.accuracy, args.ties, args.left_bias, args.seed)
+        for number in range(args.people)
+    ]
+    number = give_votes(study, people, truths)
+    answers = [truth for answers in truths.values() for truth in answers.values()]
+    shares = people[0].expected_shares(answers.count(TIE) / len(answers))
+    print(f"{number} votes of {args.people} people on {len(truths)} pairs in {study.folder}")
+    names = {"ties": "ties", "left": "left of the others", "gold": "known answers right", "same": "same on repeats"}
+    print("expected: " + ", ".join(f"{text} {shares[name]:.3f}" for name, text in names.items()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="runs/emoji/study", type=Path)
-    parser.add_argument("--people", default=3, type=int)
-    parser.add_argument("--accuracy", default=0.8, type=float)
-    parser.add_argument("--ties", default=0.1, type=float)
-    parser.add_argument("--left_bias", default=0.1, type=float)
+    parser.add_argument("--pairs", default=HERE / "pairs" / "train.parquet", type=Path, help="From `make_pairs.py`.")
     parser.add_argument("--gold_every", default=5, type=int, help="One of so many pairs is a known answer.")
-    parser.add_argument("--seed", default=0, type=int)
+    add_people(parser)
     args = parser.parse_args()
-
-    study, truth = make_study(args.study, args.gold_every)
-    people = [
-        SimulatedPerson(f"p{number:02d}", args.accuracy, args.ties, args.left_bias, args.seed)
-        for number in range(args.people)
-    ]
-    pairs = study.read_pairs()
-    with VoteStore(args.study / "votes.jsonl") as store:
-        for person in people:
-            for pair in pairs:
-                store.append(person.vote(study, pair, truth[pair.pair_id]))
-    left = args.left_bias + (1 - args.left_bias) / 2
-    right = (1 - args.ties) * (args.left_bias / 2 + (1 - args.left_bias) * args.accuracy)
-    print(f"{len(store.rows)} votes of {args.people} people on {len(pairs)} pairs in {args.study}")
-    print(f"expected: ties {args.ties:.3f}, left of the others {left:.3f}, known answers right {right:.3f}")
+    vote(args, *make_study(args.study, args.gold_every, args.pairs))
 
 
 if __name__ == "__main__":
