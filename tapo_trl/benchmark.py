@@ -93,11 +93,13 @@ class Bench:
         options ([`TAPOConfig`]): the configuration. Steps, candidates and sizes are those of each [`Setting`]; its folders are
             not used.
         lora_r (`int`, *optional*, defaults to `64`): rank of the LoRA.
+        num_experts (`int`, *optional*, defaults to `1`): transformers of the pipeline, of which the policy is one.
     """
 
     policy: FlowPolicy
     options: TAPOConfig
     lora_r: int = 64
+    num_experts: int = 1
     trainer: TAPOTrainer = field(init=False)
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ import tapo_trl
 from tapo_trl.benchmark import Bench, Setting, linear_fit, matmul_peak
 from tapo_trl.cli.bench import make_bench, make_parser, settings, summarize
 from tapo_trl.cli.main import main
+from tapo_trl.policies.wan_experts import WanExpertsPolicy
 
 
 ROOT = Path(tapo_trl.__file__).parents[1]
@@ -156,8 +157,28 @@ class TestReport:
         assert fit.keys() == {"intercept", "slope", "r2"}
         assert report["n"]["n = 3 over 1, P = 2, 1 prompts"]["forwards"] == pytest.approx((16 + 12) / (16 + 4))
         text = (tmp_path / "bench.md").read_text()
-        assert text.strip() in capsys.readouterr().out and "# tiny on cpu" in text
+        assert text.strip() in capsys.readouterr().out and "# tiny on cpu" in text and "expert" not in text
         assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.slow
+    def test_one_of_two_experts(self, tmp_path):
+        """The report says that one was measured."""
+        WanExpertsPolicy.tiny().save_pretrained(tmp_path / "base")
+        flags = [
+            "--model_name_or_path",
+            str(tmp_path / "base"),
+            "--num_frames",
+            "5",
+            "--height",
+            "32",
+            "--width",
+            "32",
+        ]
+        flags += ["--lora_r", "2", "--num_inference_steps", "3", "--num_sde_steps", "1", "--num_candidates", "2"]
+        flags += ["--prompts", "1", "--repeats", "1", "--warm_up", "false", "--plot", "false", "--torch_dtype", "fp32"]
+        assert main(["bench", *flags, "--output_dir", str(tmp_path / "out")]) == 0
+        assert json.loads((tmp_path / "out" / "bench.json").read_text())["machine"]["experts"] == 2
+        assert "Only the expert `transformer` was measured" in (tmp_path / "out" / "bench.md").read_text()
 
     def test_shares_of_the_peak(self):
         bench = make("--size", "tiny", "--lora_r", "2")

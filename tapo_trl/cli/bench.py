@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from ..benchmark import Bench, Measurement, Setting
 
 STAGES = ("sampling", "scoring", "update")
+ONE_EXPERT = (
+    " Only the expert `transformer` was measured, at all noise levels: seconds hold for both, since a sample goes through one of the "
+    "two, but the weights of `transformer_2` are not in the memory."
+)
 TRAINER_OPTIONS = (  # of `TAPOConfig`
     *("max_sequence_length", "guidance_scale", "score_batch_size", "transition_batch_size", "share_backbone"),
     *("layerwise_casting", "reward_layerwise_casting", "reward_group_offload", "attention_backend", "torch_compile"),
@@ -51,7 +55,8 @@ def make_bench(args) -> "Bench":
     else:
         policy = make_meta_policy(pipeline, components)
         randomize(policy, device, dtype)
-    if len(policy.experts) > 1:
+    num_experts = len(policy.experts)
+    if num_experts > 1:
         policy = policy.only("high")  # as large as the other one
     policy.transformer.to(device)
     options = {name: getattr(args, name) for name in TRAINER_OPTIONS}
@@ -68,7 +73,7 @@ def make_bench(args) -> "Bench":
         num_frames=args.num_frames,
         **options,
     )
-    return Bench(policy, config, args.lora_r)
+    return Bench(policy, config, args.lora_r, num_experts)
 
 
 def settings(args) -> list["Setting"]:
@@ -166,7 +171,9 @@ def format_report(report: dict[str, Any]) -> str:
         f"PyTorch {machine['torch']}, {machine['dtype']}, {machine['threads']} CPU threads. The best matrix product makes "
         f"{machine['peak_tflops']:.3g} TFLOP/s. Weights of policy and reward model: {machine['weights_gib']:.3g} GiB. "
         "Seconds, forwards and TFLOP are those of one prompt, that is of "
-        "one pair of trajectories; guidance counts as two forwards, and what checkpointing computes again as none.",
+        "one pair of trajectories; guidance counts as two forwards, and what checkpointing computes again as none."
+        + ONE_EXPERT
+        * (machine.get("experts", 1) > 1),
         "",
         *table(report["rows"]),
     ]
@@ -241,6 +248,7 @@ def main(args) -> None:
         "threads": torch.get_num_threads(),
         "peak_tflops": peak / 1e12,
         "weights_gib": bench.weight_bytes / 2**30,
+        "experts": bench.num_experts,
     }
     options = asdict(args) | {"name": args.model_name_or_path or args.size}
     report = {"machine": machine, "settings": options, **summarize(measurements, peak)}

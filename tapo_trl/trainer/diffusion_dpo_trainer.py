@@ -156,7 +156,8 @@ class DiffusionDPOTrainer(PreferenceTrainer):
         self.sigmas = sigmas[levels] if by_position else sigmas
         gamma = args.gamma if args.variant == "dense_reward" else 1.0
         self.step_probabilities = torch.softmax(torch.arange(len(sigmas)) * math.log(gamma), dim=0) * levels
-        nearest = {(self.sigmas - sigma).abs().argmin().item() for sigma in args.eval_sigmas}
+        steps = torch.arange(len(self.sigmas)) if by_position else levels.nonzero()[:, 0]
+        nearest = {steps[(self.sigmas[steps] - sigma).abs().argmin()].item() for sigma in args.eval_sigmas}
         self.eval_steps = sorted(nearest)  # from the noise on, so that one inversion serves all
 
     # Noisy latents

@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import pytest
+from diffusers import Flux2KleinPipeline
 
 from tapo_trl.estimate.memory import count_bytes, count_parameters
 from tapo_trl.estimate.meta_models import load_meta_policy
 from tapo_trl.policies import SD3Policy, WanPolicy
+from tapo_trl.policies.flux2 import Flux2KleinPolicy
 from tapo_trl.rewards import SLRMModel
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 
@@ -41,6 +43,11 @@ class TestKnownPipelines:
 
 
 class TestFolders:
+    def test_a_distilled_model_has_no_guidance(self, tmp_path):
+        Flux2KleinPipeline(**Flux2KleinPolicy.tiny().components, is_distilled=True).save_pretrained(tmp_path)
+        policy, _ = load_meta_policy(str(tmp_path))
+        assert policy.guidance == "none" and not policy.is_guided(4.0)
+
     @pytest.mark.parametrize(("make", "family"), [(tiny_sd3_pipeline, SD3Policy), (tiny_wan_pipeline, WanPolicy)])
     def test_counts_are_those_of_the_loaded_model(self, tmp_path, make, family):
         pipeline = make()

@@ -252,6 +252,10 @@ class TestTraining:
         )
         trainer.train()
         assert all(((level >= 0.875) == (expert == "high")).all() for level in levels) and len(levels) >= 2
+        if offline:
+            assert min(trainer.args.eval_sigmas) < 0.7 and max(trainer.args.eval_sigmas) >= 0.9
+            evaluated = trainer.sigmas[trainer.eval_steps]
+            assert ((evaluated >= 0.875) == (expert == "high")).all()
 
     @pytest.mark.slow
     @pytest.mark.parametrize(

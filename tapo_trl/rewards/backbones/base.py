@@ -46,7 +46,10 @@ class RewardBackboneMixin(ABC):
     @property
     @abstractmethod
     def backbone_dtype(self) -> torch.dtype:
-        """Precision of the backbone, which LoRA keeps while what is trained is float32."""
+        """
+        Precision of the backbone, which LoRA keeps while what is trained is float32: that of a layer which
+        `_skip_layerwise_casting_patterns` keeps from being stored in float8.
+        """
 
     @classmethod
     def base_config(cls, transformer: ModelMixin) -> dict:

@@ -16,6 +16,7 @@ class DoubleSingleBackbone(RewardBackboneMixin):
     """What the backbones on FLUX.1 and FLUX.2 share, which have double and single blocks."""
 
     blocks_names = ("transformer_blocks", "single_transformer_blocks")
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "^x_embedder$"]
 
     @property
     def backbone_dtype(self) -> torch.dtype:

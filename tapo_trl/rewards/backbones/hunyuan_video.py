@@ -59,6 +59,8 @@ class HunyuanVideo15Backbone(HunyuanBackbone):
 
     base_class = HunyuanVideo15Transformer3DModel
     interface_fields = ("in_channels", "text_embed_dim", "text_embed_2_dim")
+    # The last one is no call of a layer, which would cast it back
+    _skip_layerwise_casting_patterns = ["x_embedder", "context_embedder", "norm", "cond_type_embed"]
 
     def tokens(
         self,

@@ -28,6 +28,7 @@ class QwenImageBackbone(RewardBackboneMixin):
 
     base_class = QwenImageTransformer2DModel
     interface_fields = ("in_channels", "joint_attention_dim")
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "^img_in$"]
 
     @property
     def backbone_dtype(self) -> torch.dtype:

@@ -17,6 +17,7 @@ class QwenImage21Backbone(RewardBackboneMixin):
 
     base_class = QwenImage21Transformer2DModel
     interface_fields = ("in_channels", "context_in_dim")
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "^img_in$"]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
