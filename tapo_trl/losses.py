@@ -3,10 +3,46 @@
 
 """Losses as pure functions of tensors. Each returns one loss per example and the quantities worth logging."""
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+
+SATURATED = 4.0
+"""Logit beyond which the sigmoid has less than 2 % or more than 98 % of its gradient left."""
+
+
+def transferred_beta(beta: float, num_dims: int, reference_dim: int | None) -> float:
+    r"""
+    The beta that gives the logits of a pair the same noise at `num_dims` dimensions as `beta` gives at `reference_dim`:
+    \\( \beta \sqrt{D / D_{ref}} \\).
+
+    Log-ratios and velocity errors are means over the D dimensions of a latent. At the same change of each dimension, their noise
+    falls with \\( \sqrt{D} \\), see [`logit_noise`].
+
+    Args:
+        beta (`float`): a beta that suits latents of `reference_dim` dimensions.
+        num_dims (`int`): dimensions D of a latent.
+        reference_dim (`int`, *optional*): 65,536 for SD3.5 at 512 x 512, which the paper's 1000 is for. `None`: `beta` as it is.
+    """
+    return beta if reference_dim is None else beta * math.sqrt(num_dims / reference_dim)
+
+
+def logit_noise(beta: float, num_dims: int, kl: float) -> float:
+    r"""
+    Standard deviation of the logits of [`tapo_loss`] for pairs that do not depend on the policy: \\( 2 \beta \sqrt{k / D} \\).
+
+    A side's log-ratio is \\( \operatorname{mean}(\epsilon \delta + \delta^2 / 2) \\) up to signs, with \\( \epsilon \sim \mathcal N(0, I)
+    \\) and the KL divergence \\( k = \operatorname{mean}(\delta^2) / 2 \\) per dimension: its variance is 2 k / D.
+
+    Args:
+        beta (`float`): strength of the regularisation.
+        num_dims (`int`): dimensions D of a latent.
+        kl (`float`): KL divergence of a step from the reference, k, per dimension.
+    """
+    return 2 * beta * math.sqrt(kl / num_dims)
 
 
 def slrm_loss(
@@ -96,7 +132,7 @@ def tapo_loss(
 
     Returns:
         `tuple`: losses of shape `(batch_size,)` and metrics `rewards/chosen`, `rewards/rejected`,
-        `rewards/accuracies` (a tie counts one half) and `rewards/margins`, each of shape `(batch_size,)`.
+        `rewards/accuracies` (a tie counts one half), `rewards/margins` and `logits/saturated`, each of shape `(batch_size,)`.
     """
     chosen_rewards, rejected_rewards = beta * chosen_log_ratios, beta * rejected_log_ratios
     if ratio_clip is not None:
@@ -161,7 +197,7 @@ def diffusion_dpo_loss(
 
     Returns:
         `tuple`: losses of shape `(batch_size,)` and metrics `rewards/chosen`, `rewards/rejected`,
-        `rewards/accuracies` (a tie counts one half) and `rewards/margins`, each of shape `(batch_size,)`.
+        `rewards/accuracies` (a tie counts one half), `rewards/margins` and `logits/saturated`, each of shape `(batch_size,)`.
     """
     chosen_rewards, rejected_rewards = -beta / 2 * chosen_error_changes, -beta / 2 * rejected_error_changes
     logits = chosen_rewards - rejected_rewards
@@ -321,6 +357,7 @@ def _implicit_rewards(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tens
         "rewards/rejected": rejected_rewards.detach(),
         "rewards/accuracies": _win_rate(margins),
         "rewards/margins": margins.detach(),
+        "logits/saturated": (margins.detach().abs() > SATURATED).float(),
     }
 
 

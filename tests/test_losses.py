@@ -12,12 +12,15 @@ from tapo_trl.losses import (
     diffusion_nft_loss,
     flow_grpo_loss,
     group_advantages,
+    logit_noise,
     optimality_rewards,
     slrm_loss,
     tapo_loss,
     thurstone_loss,
+    transferred_beta,
     velocity_error_change,
 )
+from tapo_trl.schedulers import gaussian_log_ratio
 
 
 class TestSLRMLoss:
@@ -336,3 +339,53 @@ class TestDiffusionNFTLoss:
     def test_unknown_weighting(self):
         with pytest.raises(ValueError, match="loss_weighting"):
             diffusion_nft_loss(*self.arguments(), 1.0, "linear")
+
+
+class TestWhatBetaMeans:
+    """The noise of logits, against pairs that do not depend on the policy."""
+
+    PAIRS = 4000
+
+    def step_margins(self, num_dims, kl, beta):
+        """Margins of steps that the reference drew with a standard deviation of 0.3, for a policy that is `kl` away."""
+        generator = torch.Generator().manual_seed(num_dims)
+        ref_mean, noise, shift = torch.randn(3, 2 * self.PAIRS, num_dims, generator=generator)
+        std = torch.full((2 * self.PAIRS, 1), 0.3)
+        mean = ref_mean + 0.3 * math.sqrt(2 * kl) * shift
+        log_ratios = gaussian_log_ratio(ref_mean + 0.3 * noise, mean, ref_mean, std, "mean")
+        return tapo_loss(*log_ratios.chunk(2), beta=beta)[1]
+
+    @pytest.mark.parametrize("num_dims", [64, 256, 1024])
+    @pytest.mark.parametrize("kl", [0.01, 0.1])
+    def test_noise_of_steps(self, num_dims, kl):
+        # Here the shift is drawn as well, and (delta^2 / 2) adds k sqrt(4 / D) beta of its own
+        measured = self.step_margins(num_dims, kl, beta=100.0)["rewards/margins"].std().item()
+        own = 2 * 100.0 * kl / math.sqrt(num_dims)
+        assert measured == pytest.approx(math.hypot(logit_noise(100.0, num_dims, kl), own), rel=0.04)
+
+    def test_noise_of_velocity_errors(self):
+        """beta sqrt(2 q rho^2 / D): q is the mean square change of the velocity, rho^2 that of the reference's error."""
+        beta, change, error = 100.0, 0.1, 0.8
+        for num_dims in (64, 1024):
+            generator = torch.Generator().manual_seed(num_dims)
+            ref_velocity, delta, residual = torch.randn(3, 2 * self.PAIRS, num_dims, generator=generator)
+            target = ref_velocity + error * residual
+            changes = velocity_error_change(ref_velocity + change * delta, ref_velocity, target)
+            margins = diffusion_dpo_loss(*changes.chunk(2), beta=beta)[1]["rewards/margins"]
+            assert margins.std().item() == pytest.approx(beta * math.sqrt(2 / num_dims) * change * error, rel=0.04)
+
+    def test_a_transferred_beta_keeps_the_noise_and_the_share_of_saturated_pairs(self):
+        metrics = {
+            num_dims: self.step_margins(num_dims, kl=0.01, beta=transferred_beta(600.0, num_dims, reference_dim=1024))
+            for num_dims in (64, 256, 1024)
+        }
+        noise, saturated = (
+            [of_size[name] for of_size in metrics.values()] for name in ("rewards/margins", "logits/saturated")
+        )
+        assert [margins.std().item() for margins in noise] == pytest.approx([3.75] * 3, rel=0.06)
+        shares = [values.mean().item() for values in saturated]
+        assert shares == pytest.approx([2 * (1 - statistics.NormalDist(0, 3.75).cdf(4))] * 3, abs=0.04)
+
+    def test_without_a_reference_dimension_beta_stays(self):
+        assert transferred_beta(1000.0, 64, None) == 1000.0
+        assert transferred_beta(1000.0, 1024, 65536) == 125.0

@@ -47,6 +47,14 @@ def read_with_tesseract(images: torch.Tensor) -> list[str]:
     return [page.strip().lower() for page in result.stdout.split("\f")[: len(files)]]
 
 
+def tesseract_reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Share of the letters that Tesseract reads right, for `--guard_reward report:tesseract_reward`."""
+    words = [prompt.strip('"') for prompt in prompts]
+    read = read_with_tesseract(images)
+    distances = [edit_distance(seen, word) / len(word) for seen, word in zip(read, words, strict=True)]
+    return 1 - torch.tensor(distances).clamp(max=1)
+
+
 def sharpness(images: torch.Tensor) -> float:
     """Mean size of the Laplacian of the brightness: it falls when edges are blurred."""
     brightness = images.mean(dim=1)

@@ -90,7 +90,8 @@ class Rollout(ABC):
     def of_step(self, step: int) -> "Rollout":
         """The examples of noise level number `step` alone."""
         only = slice(step, step + 1)
-        return replace(self, **{name: getattr(self, name)[only] for name in ("weights", *self.of_levels)})
+        levels = {name: getattr(self, name) for name in ("weights", *self.of_levels)}
+        return replace(self, **{name: values[only] for name, values in levels.items() if values is not None})
 
     def _keep(self, key: tuple[int, int], ref_velocity: torch.Tensor) -> None:
         self.ref_velocities = (self.ref_velocities or {}) | {key: ref_velocity.to(self.storage)}
@@ -145,10 +146,8 @@ class Transitions(ABC):
 
     def to(self, device: torch.device | str) -> "Transitions":
         """The same on another device, but for what is only looked up on the CPU."""
-        moved = {name: getattr(self, name).to(device) for name in ("prompt_embeds", "weights", *self.on_device)}
-        if self.ref_velocity is not None:
-            moved["ref_velocity"] = self.ref_velocity.to(device)
-        return replace(self, **moved)
+        values = {name: getattr(self, name) for name in ("prompt_embeds", "weights", "ref_velocity", *self.on_device)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
 
     @property
     def counts(self) -> torch.Tensor:

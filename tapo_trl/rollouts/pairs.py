@@ -35,6 +35,8 @@ class TrajectoryPairs(Rollout):
             Rewards of all candidates.
         final_latents (`torch.Tensor` of shape `(branches, B, *latent_shape)`):
             Clean latents at the end of each trajectory.
+        candidate_means (`torch.Tensor`, *optional*):
+            Mean of all candidates of each parent, shaped as `latents`.
 
     The others are those of [`~rollouts.base.Rollout`].
     """
@@ -44,8 +46,9 @@ class TrajectoryPairs(Rollout):
     next_latents: torch.Tensor
     pair_rewards: torch.Tensor
     final_latents: torch.Tensor
+    candidate_means: torch.Tensor | None = None
 
-    of_levels: ClassVar[tuple[str, ...]] = ("step_indices", "latents", "next_latents")
+    of_levels: ClassVar[tuple[str, ...]] = ("step_indices", "candidate_means", "latents", "next_latents")
     former_names: ClassVar[tuple[str, ...]] = ("tapo_trl.rollouts.trajectory.TrajectoryPairs",)
 
     @property
@@ -54,11 +57,13 @@ class TrajectoryPairs(Rollout):
         return self.num_examples
 
     def _examples(self, level: torch.Tensor, row: torch.Tensor) -> "TransitionPairs":
+        means = self.candidate_means
         return TransitionPairs(
             prompt_embeds=self.prompt_embeds[row],
             step_indices=self.step_indices[level],
             latents=self.latents[level, :, row].transpose(0, 1),
             next_latents=self.next_latents[level, :, row].transpose(0, 1),
+            candidate_means=None if means is None else means[level, :, row].transpose(0, 1),
             weights=self.weights[level, row],
         )
 
@@ -79,6 +84,7 @@ class TransitionPairs(Transitions):
         latents (`torch.Tensor` of shape `(2, num_pairs, *latent_shape)` or `(1, num_pairs, *latent_shape)`): x_t of the
             winning and the losing side, or of both.
         next_latents (`torch.Tensor` of shape `(2, num_pairs, *latent_shape)`): x_{t-1}.
+        candidate_means (`torch.Tensor`, *optional*): mean of all candidates of each parent, shaped as `latents`.
 
     The others are those of [`~rollouts.base.Transitions`].
     """
@@ -86,8 +92,9 @@ class TransitionPairs(Transitions):
     step_indices: torch.Tensor
     latents: torch.Tensor
     next_latents: torch.Tensor
+    candidate_means: torch.Tensor | None = None
 
-    on_device: ClassVar[tuple[str, ...]] = ("latents", "next_latents")
+    on_device: ClassVar[tuple[str, ...]] = ("latents", "next_latents", "candidate_means")
 
     @property
     def num_parents(self) -> int:
@@ -119,6 +126,8 @@ class TAPOSampler(RolloutSampler):
             `model -> context manager` that yields the reference network; needed by the `"reference"` velocity target.
         score_batch_size (`int`, *optional*):
             Candidates per forward where a reward asks for their velocity. All at once by default.
+        keep_candidate_means (`bool`, *optional*, defaults to `False`):
+            Whether the pairs come with the mean of all candidates of their parents.
 
     The others are those of [`~rollouts.base.RolloutSampler`].
     """
@@ -128,6 +137,7 @@ class TAPOSampler(RolloutSampler):
     pairing: Pairing = PAIRINGS["tapo"]
     reference: Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]] | None = None
     score_batch_size: int | None = None
+    keep_candidate_means: bool = False
 
     def run(self, inputs: RolloutInputs) -> TrajectoryPairs:
         """Run Algorithm 1, lines 4-13, for a batch of prompts."""
@@ -219,6 +229,7 @@ class _Record:
         num_steps, device = len(self.step_indices), sampler.store_on or inputs.prompt_embeds.device
         self.latents = torch.empty(num_steps, self.pairing.num_parents, *shape, device=device)
         self.next_latents = torch.empty(num_steps, 2, *shape, device=device)
+        self.candidate_means = torch.empty_like(self.latents) if sampler.keep_candidate_means else None
         self.stds, self.rewards, self.pair_rewards, self.parts = [], [], [], []
 
     def add(
@@ -233,6 +244,9 @@ class _Record:
         chosen, rejected = (_take(candidates.latents, side) for side in (selection.chosen, selection.rejected))
         self.latents[step] = self.pairing.parents(parents)
         self.next_latents[step] = self.pairing.pairs(chosen, rejected)
+        if self.candidate_means is not None:
+            of_parents = candidates.latents.view(*scores.shape, *parents.shape[2:]).mean(2)
+            self.candidate_means[step] = self.pairing.parents(of_parents)
         self.stds.append(std.flatten()[0])
         self.rewards.append(scores)
         self.pair_rewards.append(self.pairing.pairs(scores.amax(-1), scores.amin(-1)))
@@ -249,6 +263,7 @@ class _Record:
             weights=self.pairing.weights(pair_rewards, torch.stack(self.stds), final_rewards),
             rewards=torch.stack(self.rewards),
             final_latents=final_latents,
+            candidate_means=self.candidate_means,
             reward_parts={name: torch.stack([part[name] for part in self.parts]) for name in self.reward.names},
         )
 

@@ -41,6 +41,7 @@ from ..runs.checks import (
     check_run,
 )
 from ..runs.hub import HubUploads
+from ..runs.metrics import means_of
 from ..runs.model_card import write_card_of
 from ..runs.stopping import GracefulStopCallback, NonFiniteGuard, detach_data_workers
 from .policy_setup import (
@@ -335,14 +336,12 @@ class DiffusionTrainer(_BaseTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(values)
 
     def _pop_metrics(self, mode: str, only: str | None = None) -> dict[str, float]:
-        """Means of what was recorded since the last call, of `"train"` or `"eval"`, over all processes."""
+        """What [`means_of`] says of all that was recorded since the last call, of `"train"` or `"eval"`."""
         names = [name for name in sorted(self._metrics[mode]) if only in (None, name)]
         if not names:
             return {}
-        values = [torch.cat([v.flatten().float() for v in self._metrics[mode].pop(name)]) for name in names]
-        totals = torch.stack([torch.stack([v.sum(), torch.full_like(v.sum(), len(v))]) for v in values])
-        sums, counts = self.accelerator.reduce(totals, reduction="sum").T.tolist()
-        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
+        recorded = {name: torch.cat([v.flatten().float() for v in self._metrics[mode].pop(name)]) for name in names}
+        return means_of(recorded, self.accelerator)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" in logs:

@@ -51,7 +51,10 @@ class DiffusionDPOConfig(PreferenceDataConfig, PolicyConfig, _BaseConfig):
         cache_inversions (`bool`, *optional*, defaults to `False`):
             Whether to keep the trajectories of `"inversion_dpo"` on disk, `num_inference_steps` latents in float32 for each
             side of a pair. Otherwise they are computed again whenever a pair comes up.
-
+        beta_reference_dim (`int`, *optional*):
+            Dimensions of the latents that `beta` is meant for, such as 65536 for SD3.5 at 512 x 512. With it, `beta` is scaled
+            by sqrt(D / beta_reference_dim), so that a pair's logit has the same noise, see [`~losses.transferred_beta`]. By
+            default, `beta` as it is.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "dimension_weights"]
@@ -66,11 +69,16 @@ class DiffusionDPOConfig(PreferenceDataConfig, PolicyConfig, _BaseConfig):
     )
     gamma: float = option("Discount per sampling step, counted from the noise, for `dense_reward`.", 0.9)
     cache_inversions: bool = option("Whether to keep the trajectories of `inversion_dpo` on disk.", False)
+    beta_reference_dim: int | None = option(
+        "Dimensions of the latents that `beta` is meant for: it is scaled by sqrt(D / beta_reference_dim). By default, "
+        "`beta` as it is."
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.check_choices(variant=VARIANTS, timestep_sampling=TIMESTEP_SAMPLINGS)
         self.check_positive("beta")
+        self.check_minimum(1, "beta_reference_dim")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"`gamma` must be in (0, 1], got {self.gamma}.")
         for name, variant in {"gamma": "dense_reward", "timestep_sampling": "diffusion_dpo"}.items():

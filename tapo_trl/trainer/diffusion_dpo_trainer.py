@@ -14,7 +14,7 @@ from ..callbacks.reward_guard import RewardHackingGuardCallback
 from ..data.columns import Splits
 from ..data.inversions import InversionCache
 from ..data.preferences import TIE
-from ..losses import diffusion_dpo_loss, velocity_error_change
+from ..losses import diffusion_dpo_loss, transferred_beta, velocity_error_change
 from ..method_card import MethodCard
 from ..metrics.pair_scores import evaluation_noise
 from ..runs.checks import autocast_dtype
@@ -261,7 +261,7 @@ class DiffusionDPOTrainer(PreferenceTrainer):
         losses, metrics = diffusion_dpo_loss(
             chosen,
             rejected,
-            beta=self.args.beta,
+            beta=transferred_beta(self.args.beta, noisy[0].numel(), self.args.beta_reference_dim),
             label_smoothing=torch.where(labels == TIE, TIE, self.args.label_smoothing),
             margin=inputs.get("margin"),
         )

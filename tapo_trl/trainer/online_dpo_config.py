@@ -41,6 +41,10 @@ class OnlineDiffusionDPOConfig(RolloutConfig):
             are samples of the policy and closer to each other.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Assumed probability that a preference label is flipped.
+        beta_reference_dim (`int`, *optional*):
+            Dimensions of the latents that `beta` is meant for, such as 65536 for SD3.5 at 512 x 512. With it, `beta` is scaled
+            by sqrt(D / beta_reference_dim), so that a pair's logit has the same noise, see [`~losses.transferred_beta`]. By
+            default, `beta` as it is.
 
     > [!NOTE]
     > `learning_rate` defaults to `1e-5` instead of the `1e-4` of [`RolloutConfig`].
@@ -61,6 +65,10 @@ class OnlineDiffusionDPOConfig(RolloutConfig):
     )
     beta: float = option("Strength of the regularisation to the reference.", 100.0)
     label_smoothing: float = option("Assumed probability that a preference label is flipped.", 0.0)
+    beta_reference_dim: int | None = option(
+        "Dimensions of the latents that `beta` is meant for: it is scaled by sqrt(D / beta_reference_dim). By default, "
+        "`beta` as it is."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,5 +77,6 @@ class OnlineDiffusionDPOConfig(RolloutConfig):
             raise ValueError(f"`num_generations` must be at least 2 to have a pair, got {self.num_generations}.")
         self.check_minimum(1, "num_noise_levels")
         self.check_positive("beta")
+        self.check_minimum(1, "beta_reference_dim")
         self.check_label_smoothing()
         self.check_choices(timestep_sampling=TIMESTEP_SAMPLINGS)

@@ -3,7 +3,7 @@
 
 import torch
 
-from ..losses import diffusion_dpo_loss, velocity_error_change
+from ..losses import diffusion_dpo_loss, transferred_beta, velocity_error_change
 from ..method_card import MethodCard
 from ..rollouts import NoisedPairs, OnlineDPOSampler, SamplePairs
 from ..rollouts.base import group_metrics
@@ -107,9 +107,8 @@ class OnlineDiffusionDPOTrainer(RolloutTrainer):
         ref_velocity = self.reference_velocity(inputs, *arguments)
 
         chosen, rejected = velocity_error_change(velocity, ref_velocity, target).chunk(2)
-        losses, metrics = diffusion_dpo_loss(
-            chosen, rejected, beta=self.args.beta, label_smoothing=self.args.label_smoothing
-        )
+        beta = transferred_beta(self.args.beta, noisy[0].numel(), self.args.beta_reference_dim)
+        losses, metrics = diffusion_dpo_loss(chosen, rejected, beta=beta, label_smoothing=self.args.label_smoothing)
         error = (velocity.detach() - target).square().flatten(1).mean(1)
         metrics["error/chosen"], metrics["error/rejected"] = error.chunk(2)
         return losses, inputs.weights * losses, metrics

@@ -85,6 +85,14 @@ class TAPOConfig(StochasticRolloutConfig):
             to the predicted velocity. `"velocity"`: weights that equalise this gradient over the steps.
         train_cfg (`bool`, *optional*, defaults to `True`):
             Whether transitions are scored with the guidance they were sampled with.
+        beta_reference_dim (`int`, *optional*):
+            Dimensions of the latents that `beta` is meant for, such as 65536 for SD3.5 at 512 x 512. With it, `beta` is scaled
+            by sqrt(D / beta_reference_dim), so that a pair's logit has the same noise, see [`~losses.transferred_beta`]. By
+            default, `beta` as it is.
+        center_log_ratios (`bool`, *optional*, defaults to `False`):
+            Whether the log-ratio of each side counts relative to its mean over the P candidates of the same parent. The sides of
+            `"tapo"` have different parents, whose log-partition functions do not cancel in Eq. 13. Not for pairings with one
+            parent, where it does cancel.
     """
 
     # Parameters that control the rollout
@@ -127,6 +135,13 @@ class TAPOConfig(StochasticRolloutConfig):
         choices=["none", "velocity"],
     )
     train_cfg: bool = option("Whether to train with the classifier-free guidance of the rollout.", True)
+    beta_reference_dim: int | None = option(
+        "Dimensions of the latents that `beta` is meant for: it is scaled by sqrt(D / beta_reference_dim). By default, "
+        "`beta` as it is."
+    )
+    center_log_ratios: bool = option(
+        "Whether the log-ratio of each side counts relative to its mean over the candidates of the same parent.", False
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,8 +158,15 @@ class TAPOConfig(StochasticRolloutConfig):
         if self.num_candidates < 2:
             raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
         self.check_positive("beta")
+        self.check_minimum(1, "beta_reference_dim")
+        if self.logprob_reduction == "sum":
+            check_without_effect(self, ["beta_reference_dim"], "with `logprob_reduction='sum'`: it is for means")
         self.check_not_negative("kl_coef")
         self.check_label_smoothing()
+        if pairing.shared_parent:
+            check_without_effect(
+                self, ["center_log_ratios"], f"with `pairing={self.pairing!r}`, whose pairs share a parent"
+            )
         if self.loss_type != "sigmoid":
             check_without_effect(self, ["label_smoothing"], f"with `loss_type={self.loss_type!r}`")
         if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:

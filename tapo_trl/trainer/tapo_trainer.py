@@ -1,16 +1,26 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import torch
 from peft import PeftConfig
+from transformers.utils import logging
 
-from ..losses import tapo_loss
+from ..losses import logit_noise, tapo_loss, transferred_beta
 from ..rollouts import PAIRINGS, TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
 from ..rollouts.pairs import pair_metrics
 from ..runs.checks import check_without_effect
 from ..schedulers import gaussian_kl, sde_step_indices
 from .rollout_trainer import RolloutTrainer
 from .tapo_config import TAPOConfig
+
+
+logger = logging.get_logger(__name__)
+
+FAR = 0.1
+"""KL divergence per dimension and step of a policy that has moved far."""
+MAX_LOGIT_NOISE = 10.0
 
 
 class TAPOTrainer(RolloutTrainer):
@@ -99,6 +109,7 @@ class TAPOTrainer(RolloutTrainer):
         indices = sde_step_indices(args.num_inference_steps, args.num_sde_steps, args.t_init)
         self.step_indices = self.stochastic_steps(indices)
         self.step_weights = self._step_weights()
+        self._warn_of_saturation()
         return TAPOSampler(
             scheduler=self.scheduler,
             step_indices=self.step_indices,
@@ -106,8 +117,24 @@ class TAPOTrainer(RolloutTrainer):
             pairing=get_pairing(args.pairing, args.continue_with, args.pair_threshold, args.consistent_pairs),
             reference=self.reference,
             score_batch_size=args.score_batch_size,
+            keep_candidate_means=args.center_log_ratios,
             **kwargs,
         )
+
+    def _warn_of_saturation(self) -> None:
+        """Say that the sigmoid will saturate long before the policy has moved far, which `beta` decides with the size."""
+        args, num_dims = self.args, math.prod(self.latent_shape)
+        if (args.loss_type, args.logprob_reduction) != ("sigmoid", "mean"):
+            return
+        beta = transferred_beta(args.beta, num_dims, args.beta_reference_dim)
+        noise = logit_noise(beta, num_dims, kl=FAR)
+        if noise > MAX_LOGIT_NOISE:
+            logger.warning(
+                f"`beta={beta:g}` is large for latents of {num_dims} dimensions: at a KL divergence of {FAR} per dimension, the noise "
+                f"of a pair's logit is {noise:.0f}, and most pairs have no gradient or all of it, whatever the reward says. The "
+                f"paper's 1000 is for 65,536 dimensions, where it is 2.5. `beta_reference_dim=65536` scales it by the size. See "
+                "`logits/std` and `logits/saturated` in the logs."
+            )
 
     def _step_weights(self) -> torch.Tensor:
         """Weight of each of the T steps in the loss, `step_weighting`, with mean 1 over the stochastic ones."""
@@ -160,18 +187,27 @@ class TAPOTrainer(RolloutTrainer):
         kl = gaussian_kl(mean, ref_mean, std, self.args.logprob_reduction).view(inputs.num_parents, -1).mean(0)
         mean, ref_mean, std = map(inputs.of_both_sides, (mean, ref_mean, std))
         log_ratios = self.scheduler.log_ratio(inputs.next_latents.flatten(0, 1), mean, ref_mean, std)
+        beta = transferred_beta(self.args.beta, latents[0].numel(), self.args.beta_reference_dim)
+        of_parents = {}
+        if (
+            inputs.candidate_means is not None
+        ):  # the log-ratio is linear in x': that of the mean is the mean of all candidates'
+            mean_log_ratios = self.scheduler.log_ratio(inputs.candidate_means.flatten(0, 1), mean, ref_mean, std)
+            log_ratios = log_ratios - mean_log_ratios
+            win, lose = mean_log_ratios.detach().chunk(2)
+            of_parents["logits/parents"] = beta * (win - lose).abs()
         chosen_log_ratios, rejected_log_ratios = log_ratios.chunk(2)
         losses, metrics = tapo_loss(
             chosen_log_ratios,
             rejected_log_ratios,
-            beta=self.args.beta,
+            beta=beta,
             loss_type=self.args.loss_type,
             label_smoothing=self.args.label_smoothing,
             ratio_clip=self.args.ratio_clip,
         )
         weights = self.step_weights[inputs.step_indices].to(losses.device) * inputs.weights
         weighted_losses = weights * (losses + self.args.kl_coef * kl)
-        return losses, weighted_losses, metrics | {"kl": kl.detach()}
+        return losses, weighted_losses, metrics | of_parents | {"kl": kl.detach()}
 
     def step_metrics(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {

@@ -84,6 +84,7 @@ LARGEST = {
 SCRIPTS = {
     "report.py": ["--seeds", "1", "--num_inference_steps", "2"],
     "train_clip.py": ["--minutes", "0.01"],
+    "beta_law.py": ["--num_rollouts", "1", "--resolutions", "16"],
     "plain_loop.py": ["--num_inference_steps", "4", "--num_sde_steps", "2", "--num_candidates", "2"],
 }
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from tapo_trl import SLRMModel, TAPOConfig, TAPOTrainer
 from tapo_trl.callbacks.base import TAPOCallback
 from tapo_trl.policies import SD3Policy
-from tapo_trl.rollouts import TrajectoryPairs
+from tapo_trl.rollouts import TAPOSampler, TrajectoryPairs
 from tests.testing_utils import tiny_sd3_pipeline as make_pipeline
 from tests.trainer.policy_checks import (
     check_full_fine_tuning_is_saved_as_a_transformer,
@@ -580,6 +580,110 @@ def test_beta_of_another_pairing(tmp_path, caplog, options, authors):
     assert authors is None or f"whose authors use {authors}:" in caplog.text
 
 
+class TestCenteredLogRatios:
+    def test_are_relative_to_the_mean_over_all_candidates(self, tmp_path, monkeypatch):
+        """The log-ratios of all candidates one by one, by an own formula, against the margin of the trainer."""
+        trainer = make_trainer(tmp_path, center_log_ratios=True, num_candidates=4, guidance_scale=1.0)
+        drawn, draw = [], TAPOSampler._draw
+
+        def record(self, *args):
+            candidates, std = draw(self, *args)
+            drawn.append(candidates.latents)
+            return candidates, std
+
+        monkeypatch.setattr(TAPOSampler, "_draw", record)
+        rollout = trainer.rollout(list(trainer.train_dataset)[:2], seed_step=0)
+        randomize_adapter(trainer)
+        (chunk,) = rollout.transitions(rollout.num_examples)
+        with torch.no_grad():
+            metrics = trainer.transition_losses(trainer.model, chunk)[2]
+
+        sigmas, margins, parents = trainer.scheduler.sigmas.double(), [], []
+        for step, index in enumerate(rollout.step_indices.tolist()):
+            t, dt = sigmas[index], sigmas[index] - sigmas[index + 1]
+            s = trainer.args.noise_level * (t / (1 - t)).sqrt()
+            for prompt in range(2):
+                centered, means = [], []
+                for side in range(2):
+                    x, embeds = rollout.latents[step, side, prompt : prompt + 1], rollout.prompt_embeds[[prompt]]
+                    of_policies = []
+                    with torch.no_grad():
+                        for context in (nullcontext(), trainer.model.disable_adapter()):
+                            with context:
+                                v = trainer.policy.velocity(trainer.model, x, t.float(), embeds).double()
+                            of_policies.append(x - (v + s**2 / (2 * t) * (x + (1 - t) * v)) * dt)
+                    own, ref = of_policies
+                    of_candidates = drawn[step].view(2, 2, 4, *x.shape[1:])[side, prompt].double()
+
+                    ratios = ((of_candidates - ref) ** 2 - (of_candidates - own) ** 2) / (2 * s**2 * dt)
+                    means.append(ratios.mean())
+                    x_next = rollout.next_latents[step, side, prompt].double()
+                    centered.append((((x_next - ref) ** 2 - (x_next - own) ** 2) / (2 * s**2 * dt)).mean() - means[-1])
+                margins.append(trainer.args.beta * (centered[0] - centered[1]))
+                parents.append(trainer.args.beta * (means[0] - means[1]).abs())
+        torch.testing.assert_close(metrics["rewards/margins"].double(), torch.stack(margins), atol=1e-2, rtol=1e-3)
+        torch.testing.assert_close(metrics["logits/parents"].double(), torch.stack(parents), atol=1e-2, rtol=1e-3)
+        assert metrics["logits/parents"].max() > 0.1
+
+    def test_resume_is_exact_between_updates_from_the_same_rollouts(self, tmp_path):
+        options = {
+            "center_log_ratios": True,
+            "num_iterations": 2,
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 3,
+        }
+        whole = make_trainer(tmp_path / "whole", **options)
+        whole.train()
+        resumed = make_trainer(tmp_path / "resumed", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole/out/checkpoint-3"))
+        pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+        assert whole.state.log_history[-2]["logits/parents"] > 0
+
+
+class TestScaleOfBeta:
+    def test_the_noise_of_logits_is_logged(self, tmp_path):
+        trainer = make_trainer(tmp_path, max_steps=1)
+        randomize_adapter(trainer)
+        trainer.args.self_check, margins, transition_losses = False, [], trainer.transition_losses
+
+        def record(*args):
+            losses, weighted, metrics = transition_losses(*args)
+            margins.append(metrics["rewards/margins"])
+            return losses, weighted, metrics
+
+        trainer.transition_losses = record
+        trainer.train()
+        logs, margins = trainer.state.log_history[0], torch.cat(margins)
+        assert logs["logits/std"] == pytest.approx(margins.std(correction=0).item(), rel=1e-4)
+        assert logs["logits/saturated"] == pytest.approx((margins.abs() > 4).float().mean().item())
+        assert 0 < logs["logits/saturated"] < 1
+
+    def test_is_transferred_by_the_size_of_the_latents(self, tmp_path):
+        """The tiny latents have 4 x 8 x 8 = 256 dimensions: a reference of 64 doubles beta."""
+        weights = []
+        for name, options in {"doubled": {"beta": 20.0}, "transferred": {"beta_reference_dim": 64}}.items():
+            trainer = make_trainer(tmp_path / name, **{"beta": 10.0, "max_steps": 2} | options)
+            trainer.train()
+            weights.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
+        assert all(map(torch.equal, *weights))
+
+    @pytest.mark.parametrize(
+        ("options", "warns"),
+        [
+            ({"beta": 1000.0}, True),
+            ({"beta": 1000.0, "beta_reference_dim": 65536}, False),
+            ({"beta": 10.0}, False),
+            ({"beta": 1000.0, "loss_type": "ipo"}, False),
+            ({"beta": 1000.0, "logprob_reduction": "sum"}, False),
+        ],
+    )
+    def test_a_beta_that_will_saturate_is_named(self, tmp_path, caplog, options, warns):
+        make_trainer(tmp_path, **options)
+        assert ("is large for latents of" in caplog.text) == warns
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         "kwargs, message",
@@ -591,6 +695,12 @@ class TestBadInput:
             ({"sde_type": "cps", "noise_level": 1.5}, 'at most 1 for `sde_type="cps"`'),
             ({"sde_type": "cps"}, "has no noise at the last sampling step"),  # the steps are 1, 3 and 5 of 0 to 5
             ({"beta": 0.0}, "beta"),
+            ({"beta_reference_dim": 0}, "beta_reference_dim"),
+            (
+                {"center_log_ratios": True, "pairing": "spo"},
+                "`center_log_ratios=True` has no effect with `pairing='spo'`",
+            ),
+            ({"beta_reference_dim": 64, "logprob_reduction": "sum"}, "`beta_reference_dim=64` has no effect"),
             ({"kl_coef": -1.0}, "kl_coef"),
             ({"pairing": "dpo"}, "pairing"),
             ({"continue_with": "best"}, "continue_with"),
