@@ -114,6 +114,7 @@ class CardFacts:
         modality (`"image"` or `"video"`): What the pipeline makes.
         fps (`int`, *optional*): Frames per second, for video.
         negative_prompt (`str`): Negative prompt without which the pipeline has no guidance, if there is one.
+        is_multistep (`bool`): Whether the pipeline's own solver is a multistep method, on another grid than the training.
         is_lora (`bool`): Whether LoRA weights were trained, or the transformer itself.
         tags (`list[str]`): Tags beside those of the method and those that every such model has.
         license (`str`, *optional*): Licence; by default that of the base model, if it is known.
@@ -137,6 +138,7 @@ class CardFacts:
     modality: Literal["image", "video"]
     fps: int | None
     negative_prompt: str = ""
+    is_multistep: bool = False
     is_lora: bool
     tags: list[str]
     license: str | None = None
@@ -164,7 +166,7 @@ class CardFacts:
             library_name="diffusers",
             license=license,
             license_name=license_name,
-            license_link=f"https://huggingface.co/{self.base_model}/blob/main/LICENSE.md" if license_name else None,
+            license_link=f"https://huggingface.co/{self.base_model}" if license_name else None,
             metrics=sorted(map(_one_line, self.metrics)) or None,
             model_name=_one_line(self.model_name),
             pipeline_tag=task if is_policy else None,
@@ -250,6 +252,7 @@ def write_card_of(
         modality=policy.modality,
         fps=args.fps if policy.modality == "video" else None,
         negative_prompt=policy.defaults.negative_prompt,
+        is_multistep="flow_shift" in policy.pipeline.scheduler.config,
         is_lora=is_peft_model(trainer.accelerator.unwrap_model(trainer.model)),
         tags=[tags] if isinstance(tags, str) else tags or [],
         method_table=trainer._method_table(),

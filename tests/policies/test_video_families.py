@@ -4,6 +4,7 @@
 """Runs of trainers on families of videos."""
 
 import pkgutil
+import re
 
 import pytest
 import torch
@@ -100,3 +101,35 @@ def test_hunyuan_video_15_is_merged_by_the_command(tmp_path):
         expected = trainer.policy.velocity(trainer.model.eval(), latents, 0.5, prompts)
         found = merged.velocity(merged.transformer, latents, 0.5, prompts)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda name: name.split(":")[1])
+def test_the_code_of_the_card_runs(tmp_path, policy, monkeypatch):
+    """In the size of a test, and with the pipeline's folder as the base."""
+    pipeline = pkgutil.resolve_name(policy).tiny()
+    pipeline.save_pretrained(tmp_path / "base")
+    trainer = make_trainer("TAPO", pipeline, tmp_path, "lora", max_steps=1, num_iterations=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    card = (tmp_path / "lora" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{tmp_path / "base"}"', code)
+    code = re.sub(r'(load_lora_\w+)\("[^"]*"', rf'\1("{tmp_path / "lora"}"', code)
+    code = code.replace("generator=", "height=32, width=32, num_frames=5, num_inference_steps=2, generator=")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert len(names["video"]) == 5 and (tmp_path / "lighthouse.mp4").stat().st_size > 0
+    loaded = names["pipeline"]
+    for name, expert in trainer.policy.experts.items():
+        own, trained = (dict(network.named_parameters()) for network in (getattr(loaded, name), expert))
+        adapters = {key: p for key, p in trained.items() if "lora_" in key}
+        assert adapters
+        for key, tensor in adapters.items():
+            other = next(own[k] for k in own if re.sub(r"\.default\w*\.", ".", k) == key.replace(".default.", "."))
+            torch.testing.assert_close(other.float(), tensor.to(torch.bfloat16).float())
+    schedulers = re.findall(r"`(FlowMatchEuler[^`]*)`", card)
+    assert len(schedulers) == ("flow_shift" in pipeline.scheduler.config)
+    for line in schedulers:
+        exec(f"from diffusers import FlowMatchEulerDiscreteScheduler\nscheduler = {line}", names)

@@ -166,11 +166,12 @@ class TestText:
 
     @pytest.mark.parametrize("base_model", [WAN["base_model"], "path/to/my-pipeline"])
     def test_usage_of_a_video_model(self, tmp_path, base_model):
-        card = write(tmp_path, **WAN | {"base_model": base_model})
+        card = write(tmp_path, **WAN | {"base_model": base_model, "is_multistep": True})
         assert "WanPipeline.from_pretrained" in card.text
         assert 'export_to_video(video, "lighthouse.mp4", fps=16)' in card.text
         assert "FlowMatchEulerDiscreteScheduler(shift=" in card.text
         assert card.data.pipeline_tag == "text-to-video"
+        assert "FlowMatchEulerDiscreteScheduler" not in write(tmp_path, **WAN).text
 
     def test_usage_of_a_reward_model(self, tmp_path):
         text = write(tmp_path, **SLRM).text
