@@ -140,6 +140,7 @@ EXEMPT = {
     r"tapo-trl grpo .*--reward_model geneval": "needs weights; tests/rewards/pretrained/test_geneval.py trains with tiny ones",
     r"tapo-trl evaluate .*--reward_model videoreward": "needs weights; tests/rewards/pretrained/test_videoreward.py scores tiny ones",
     r"python examples/words/pretrain\.py": "needs fonts of Debian",
+    r"tapo-trl online_dpo .*--guard_reward report:": "needs Tesseract; tests/examples/test_words.py reads with it",
     r"python examples/words/report\.py": "needs Tesseract and two trainings; tests/examples/test_words.py measures with it",
     r"pip install ": "installs; `.ci/run` does it in a new environment",
     r"hf ": "needs an account",

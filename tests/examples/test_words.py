@@ -82,3 +82,6 @@ def test_the_judge_reads_what_is_written(modules):
     blurred = words.to_tensor([words.render(word, words.FONTS[0], words.INKS[0], blur=2.0) for word in known])
     assert report.sharpness(blurred) < 0.5 * found["sharpness"]
     assert report.measure(torch.ones_like(images), known)["right (Tesseract)"] == 0
+    prompts = [words.prompt_of(word) for word in known]
+    assert report.tesseract_reward(images, prompts).mean() > 0.8
+    assert report.tesseract_reward(torch.ones_like(images), prompts).mean() < 0.2
