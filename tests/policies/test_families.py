@@ -298,8 +298,8 @@ class TestScoreTokens:
         loaded.check_compatible(world.policy)
 
 
-def train(method, family, world, tmp_path, data, rewards=(), bf16=False, **options):
-    """One update of a trainer with LoRA. Returns it and the loss."""
+def train(method, family, world, tmp_path, data, rewards=(), bf16=False, model=None, **options):
+    """One update of a trainer with LoRA, of a new tiny pipeline or of `model`. Returns it and the loss."""
     arguments = {
         **size_of(world.policy, 32, 32),
         "max_steps": 1,
@@ -315,7 +315,7 @@ def train(method, family, world, tmp_path, data, rewards=(), bf16=False, **optio
     }
     if method != "SLRM":
         arguments |= {"num_inference_steps": 4, "guidance_scale": GUIDED, "negative_prompt": NEGATIVE}
-    pipeline = family.policy_class.tiny()
+    pipeline = model or family.policy_class.tiny()
     torch.manual_seed(0)
     trainer = getattr(tapo_trl, f"{method}Trainer")(
         pipeline.to(torch.bfloat16) if bf16 else pipeline,
@@ -343,6 +343,27 @@ def test_tapo_starts_at_ln_2(family, world, tmp_path, bf16):
     assert f"{family.pipeline}.from_pretrained" in card
     assert all(call.split("(")[0] in card for call in world.policy.lora_calls)
     assert ('negative_prompt=" "' in card) == (family.pipeline == "QwenImagePipeline")
+
+
+@pytest.mark.slow
+def test_share_backbone(family, world, tmp_path):
+    """As the recipes do: TAPO with a reward model that was trained with LoRA on the same base."""
+    base, reward = str(tmp_path / "base"), tmp_path / "slrm"
+    family.policy_class.tiny().save_pretrained(base)
+    pairs = latent_pairs(2, world.policy.latent_shape(**size_of(world.policy, 32, 32)))
+    options = {"num_task_tokens": 2, "task_projection_rank": 2}
+    if len(world.policy.experts) > 1:
+        options["expert"] = "low"
+    trainer, _ = train("SLRM", family, world, reward, pairs, model=base, **options)
+    trainer.save_model()
+    options = {"num_sde_steps": 2, "num_candidates": 2, "share_backbone": True}
+    data = Dataset.from_dict({"prompt": PROMPTS})
+    trainer, loss = train("TAPO", family, world, tmp_path / "tapo", data, [[str(reward)]], model=base, **options)
+    assert loss == pytest.approx(math.log(2), abs=1e-7)
+    (scored,) = trainer.reward.rewards
+    weights = {parameter.data_ptr() for parameter in trainer.policy.transformer.parameters()}
+    own = [n for n, p in scored.model.transformer.named_parameters() if p.data_ptr() not in weights]
+    assert all(any(part in name for part in ("lora_", "score_", "task_tokens")) for name in own) and own
 
 
 @pytest.mark.parametrize(
