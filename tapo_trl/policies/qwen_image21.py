@@ -100,7 +100,7 @@ def stream(
     if mask is not None:
         mask = F.pad(mask, (0, image.shape[1]), value=True)
     if score_tokens is not None:
-        tokens.append(score_tokens)
+        tokens.append(score_tokens.to(image.dtype))
         frame, others = rotations[count].tensor_split([table[0].shape[1]])
         own = torch.cat([frame, torch.ones_like(others)]).expand(score_tokens.shape[1], -1)
         rotations = torch.cat([rotations, own])

@@ -80,6 +80,17 @@ def test_score_tokens_of_a_transformer_that_modulates_all_tokens():
     torch.testing.assert_close(velocity, expected[:, -8:], rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+def test_score_tokens_have_the_precision_of_the_stream(policy):
+    """Under autocast, as the velocity of the base."""
+    slrm, named = SLRMModel.from_policy(policy, num_task_tokens=3), inputs(policy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (expected,) = policy.transformer(**named, return_dict=False)
+        velocity, _ = slrm.transformer(**named, mask_task_tokens=True)
+    assert velocity.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(velocity, expected[:, -8:], rtol=0, atol=4e-3)
+
+
 def test_template_and_length(policy):
     """The prompt's bytes are left, with those around it: the user's turn, and the start of the assistant's."""
     around = len("S" + "user\n" + "E" + "\n" + "S" + "assistant\n")  # S and E: special tokens

@@ -90,7 +90,7 @@ class QwenImage21ScoreTransformer2DModel(
         Returns:
             `tuple`: velocity, shaped as `hidden_states`, and logits of shape `(batch_size,)`, float32.
         """
-        score, count = self.score_rows(self.img_in.weight.new_empty(len(hidden_states))), hidden_states.shape[1]
+        score, count = self.task_tokens.expand(len(hidden_states), -1, -1), hidden_states.shape[1]
         tokens, temb, target, arguments = stream(
             self, hidden_states, score_tokens=score, mask_task_tokens=mask_task_tokens, **inputs
         )
