@@ -42,6 +42,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ".trainer.online_dpo_trainer": ("OnlineDiffusionDPOTrainer",),
         ".trainer.refl_config": ("ReFLConfig",),
         ".trainer.refl_trainer": ("ReFLTrainer",),
+        ".trainer.sft_config": ("DiffusionSFTConfig",),
+        ".trainer.sft_trainer": ("DiffusionSFTTrainer",),
         ".trainer.slrm_config": ("SLRMConfig",),
         ".trainer.slrm_trainer": ("SLRMTrainer",),
         ".trainer.tapo_config": ("TAPOConfig",),
@@ -75,6 +77,8 @@ if TYPE_CHECKING:
     from .trainer.online_dpo_trainer import OnlineDiffusionDPOTrainer
     from .trainer.refl_config import ReFLConfig
     from .trainer.refl_trainer import ReFLTrainer
+    from .trainer.sft_config import DiffusionSFTConfig
+    from .trainer.sft_trainer import DiffusionSFTTrainer
     from .trainer.slrm_config import SLRMConfig
     from .trainer.slrm_trainer import SLRMTrainer
     from .trainer.tapo_config import TAPOConfig

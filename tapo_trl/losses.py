@@ -173,6 +173,20 @@ def velocity_error_change(velocity: torch.Tensor, ref_velocity: torch.Tensor, ta
     return (delta * (delta + 2 * (ref_velocity - target))).flatten(1).mean(1)
 
 
+def flow_matching_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    r"""
+    Flow matching: \\( \lVert v_\theta - (x_1 - x_0) \rVert^2 \\), as a mean over all but the batch dimension.
+
+    Args:
+        velocity (`torch.Tensor` of shape `(batch_size, *latent_shape)`): v_theta, float32.
+        target (`torch.Tensor`): x_1 - x_0, of the same shape.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+    return (velocity - target).square().flatten(1).mean(1)
+
+
 def diffusion_dpo_loss(
     chosen_error_changes: torch.Tensor,
     rejected_error_changes: torch.Tensor,
@@ -203,6 +217,29 @@ def diffusion_dpo_loss(
     logits = chosen_rewards - rejected_rewards
     losses = _bradley_terry(_less_margin(logits, margin, label_smoothing), label_smoothing)
     return losses, _implicit_rewards(chosen_rewards, rejected_rewards)
+
+
+def rare_pair_weights(
+    chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, alpha: float = 1.0, bin_width: float = 0.01
+) -> torch.Tensor:
+    r"""
+    Weights of VideoDPO, which are larger for pairs with rare scores:
+    \\( w = \left( \frac{\max_s p(s)}{\sqrt{p(s_w) \, p(s_l)}} \right)^{\alpha} \\), where p is the share of all scores that are in
+    the same bin of a histogram.
+
+    Args:
+        chosen_scores (`torch.Tensor` of shape `(num_pairs,)`): s_w, scores of the preferred sides.
+        rejected_scores (`torch.Tensor` of shape `(num_pairs,)`): s_l, scores of the others.
+        alpha (`float`, *optional*, defaults to `1.0`): how much rare pairs count; 0 for weights of 1.
+        bin_width (`float`, *optional*, defaults to `0.01`): width of a bin of the histogram.
+
+    Returns:
+        `torch.Tensor` of shape `(num_pairs,)`: at least 1, float64.
+    """
+    bins = (torch.stack([chosen_scores, rejected_scores]).double() / bin_width).floor().long()
+    _, inverse, counts = bins.unique(return_inverse=True, return_counts=True)
+    share = counts.double() / counts.max()
+    return share[inverse].prod(0).sqrt() ** -alpha
 
 
 def group_advantages(

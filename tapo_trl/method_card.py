@@ -20,6 +20,8 @@ class MethodCard:
         text (`str`): what it does, in a few sentences.
         from_pairs (`bool`, *optional*, defaults to `False`):
             whether a policy learns from preference pairs, and not from prompts and a reward.
+        from_samples (`bool`, *optional*, defaults to `False`):
+            whether a policy learns from images or videos alone, without preferences or a reward.
     """
 
     name: str
@@ -28,3 +30,4 @@ class MethodCard:
     title: str
     text: str
     from_pairs: bool = False
+    from_samples: bool = False

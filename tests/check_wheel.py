@@ -33,7 +33,19 @@ def main() -> None:
         [],
         *(
             [name]
-            for name in ("slrm", "tapo", "dpo", "online_dpo", "grpo", "nft", "sample", "evaluate", "diagnose", "bench")
+            for name in (
+                "slrm",
+                "tapo",
+                "dpo",
+                "online_dpo",
+                "grpo",
+                "nft",
+                "sft",
+                "sample",
+                "evaluate",
+                "diagnose",
+                "bench",
+            )
         ),
     ):
         run = command(*help_of, "--help")

@@ -14,6 +14,7 @@ from tapo_trl.losses import (
     group_advantages,
     logit_noise,
     optimality_rewards,
+    rare_pair_weights,
     slrm_loss,
     tapo_loss,
     thurstone_loss,
@@ -258,6 +259,26 @@ class TestFlowGRPOLoss:
         assert metrics["ratio"].item() == pytest.approx(ratio)
         found = {name: metrics[f"clip_ratio/{name}_mean"].item() for name in ("low", "high", "region")}
         assert found == {"low": clipped == "low", "high": clipped == "high", "region": clipped is not None}
+
+
+class TestRarePairWeights:
+    def test_by_hand(self):
+        # Bins 2 (three scores), 5 (two) and 9 (one)
+        chosen, rejected = torch.tensor([0.55, 0.95, 0.21]), torch.tensor([0.25, 0.29, 0.5])
+        weights = rare_pair_weights(chosen, rejected, bin_width=0.1)
+        expected = [math.sqrt(3 / 2), math.sqrt(3 / 1), math.sqrt(3 / 2)]
+        assert weights.tolist() == pytest.approx(expected, rel=1e-12)
+        squared = rare_pair_weights(chosen, rejected, alpha=2.0, bin_width=0.1)
+        torch.testing.assert_close(squared, weights.square())
+        assert rare_pair_weights(chosen, rejected, alpha=0.0, bin_width=0.1).tolist() == [1.0] * 3
+        assert rare_pair_weights(rejected, chosen, bin_width=0.1).tolist() == weights.tolist()
+
+    def test_scale_and_offset_of_scores_do_not_matter_with_the_bins(self):
+        generator = torch.Generator().manual_seed(0)
+        chosen, rejected = torch.randint(-20, 20, (2, 50), generator=generator) * 0.5 + 0.25
+        weights = rare_pair_weights(chosen, rejected, bin_width=0.5)
+        torch.testing.assert_close(rare_pair_weights(4 * chosen + 8, 4 * rejected + 8, bin_width=2.0), weights)
+        assert weights.min() >= 1 and weights.max() > 1.5
 
 
 class TestDiffusionNFTLoss:

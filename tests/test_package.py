@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 import tapo_trl
 from tapo_trl.cli import bench, diagnose, evaluate, merge, rewards, rounds, sample
 from tapo_trl.cli.main import command_module
-from tapo_trl.scripts import dpo, grpo, nft, online_dpo, refl, slrm, tapo
+from tapo_trl.scripts import dpo, grpo, nft, online_dpo, refl, sft, slrm, tapo
 
 
 ROOT = Path(tapo_trl.__file__).parents[1]
@@ -30,6 +30,7 @@ PARSERS = {
     "grpo": grpo.make_parser,
     "refl": refl.make_parser,
     "nft": nft.make_parser,
+    "sft": sft.make_parser,
     "evaluate": evaluate.make_parser,
     "diagnose": diagnose.make_parser,
     "reproduce": command_module("reproduce").make_parser,
@@ -55,6 +56,8 @@ PUBLIC_NAMES = [
     "DiffusionDPOTrainer",
     "DiffusionNFTConfig",
     "DiffusionNFTTrainer",
+    "DiffusionSFTConfig",
+    "DiffusionSFTTrainer",
     "EMACallback",
     "FlowGRPOConfig",
     "FlowGRPOTrainer",
@@ -248,8 +251,13 @@ class TestDocumentation:
             "flow_grpo_config.FlowGRPOConfig",
             "refl_config.ReFLConfig",
             "nft_config.DiffusionNFTConfig",
+            "sft_config.DiffusionSFTConfig",
         )
-        shared = ("preference_config.PreferenceDataConfig", "rollout_config.RolloutConfig")
+        shared = (
+            "preference_config.PreferenceDataConfig",
+            "preference_config.MediaDataConfig",
+            "rollout_config.RolloutConfig",
+        )
         shared += ("base_config.DiffusionConfig", "base_config.PolicyConfig", "rollout_config.StochasticRolloutConfig")
         assert {f"trainer.{name}" for name in (*configs, *shared)} <= documented
         assert {"scripts.utils.TAPOScriptArguments", "cli.arguments.EvaluateArguments"} <= documented

@@ -15,6 +15,7 @@ TRAININGS = {
     "grpo": "align with Flow-GRPO, a policy gradient on the sampling steps",
     "nft": "align with DiffusionNFT, flow matching towards good samples and away from bad ones",
     "refl": "align with ReFL, the gradient of a differentiable reward",
+    "sft": "fine-tune on images or videos with prompts, by flow matching",
     "dpo": "align with Diffusion-DPO on collected preference pairs",
 }
 COMMANDS = {

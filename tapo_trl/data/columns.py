@@ -4,11 +4,11 @@
 """Datasets: several by name, and columns as they are stored, whatever their format shows of them."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Array2D, Array3D, Array4D, Array5D, Dataset, Image, List, Value, Video
 
 
 Splits = Dataset | dict[str, Dataset] | None
@@ -92,3 +92,24 @@ def check_prompts(dataset: Dataset, name: str) -> None:
     for row, prompt in enumerate(column_values(dataset, "prompt")):
         if not isinstance(prompt, str):
             raise ValueError(f"`{name}`, row {row}: `prompt` must be a string, got {prompt!r}.")
+
+
+def without_decoding(dataset: Dataset, columns: Sequence[str]) -> Dataset:
+    """The dataset with the files of the `columns` as they are and arrays as NumPy's."""
+    arrays = []
+    for column in columns:
+        feature = dataset.features[column]
+        innermost = feature
+        while isinstance(innermost, List):
+            innermost = innermost.feature
+        if isinstance(feature, (Image, Video)):
+            dataset = dataset.cast_column(column, type(feature)(decode=False))
+        elif isinstance(feature, List) and isinstance(innermost, Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
+        elif isinstance(feature, (Array2D, Array3D, Array4D, Array5D)):
+            arrays.append(column)
+        elif (
+            isinstance(feature, List) and isinstance(innermost, Value) and innermost.dtype not in ("string", "binary")
+        ):
+            arrays.append(column)
+    return dataset.with_format("numpy", columns=arrays, output_all_columns=True) if arrays else dataset

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,16 +79,16 @@ def latents_fingerprint(pairs: "PreferencePairs", policy: FlowPolicy) -> str:
     vae = [policy.vae_fingerprint(), weights.hexdigest(), str(policy.vae.dtype), policy.vae.use_tiling and tiles]
     preferences = [pairs.swapped.tolist(), pairs.labels.tolist()]
     reader = [_VERSION, type(policy).__name__, repr(pairs.reader)]
-    return Hasher.hash([pairs.dataset._fingerprint, file_states(pairs.dataset), preferences, reader, vae])
+    return Hasher.hash([pairs.dataset._fingerprint, file_states(pairs.dataset, pairs.sides), preferences, reader, vae])
 
 
-def file_states(dataset: Dataset) -> list[tuple[str, int | None, int | None]]:
+def file_states(dataset: Dataset, sides: Sequence[str] = SIDES) -> list[tuple[str, int | None, int | None]]:
     """
-    Path, size in bytes and time of the last change (ns) of the files that the columns `chosen` and `rejected` name; the
-    fingerprint of a dataset does not see that such a file has changed.
+    Path, size in bytes and time of the last change (ns) of the files that the columns `sides` name; the fingerprint
+    of a dataset does not see that such a file has changed.
     """
     states = []
-    for side in SIDES:
+    for side in sides:
         for path in _paths(dataset.data.column(side), dataset._indices):
             try:
                 status = os.stat(path)
@@ -145,11 +146,11 @@ def encode_pairs(
                 logger.warning(str(error))
                 bad_files.append(str(error))
         encoded = {column: [example[column] for example in examples] for column in features if column in pairs.columns}
-        for side, column in zip(SIDES, LATENT_COLUMNS, strict=True):
+        for side in pairs.sides:
             values = [example[side] for example in examples]
             if values and not isinstance(pairs.reader, LatentReader):
                 values = policy.encode(torch.stack(values)).cpu()
-            encoded[column] = [value.numpy() for value in values]
+            encoded[f"{side}_latents"] = [value.numpy() for value in values]
         return encoded
 
     array = Array3D(shape, "float32") if len(shape) == 3 else Array4D(shape, "float32")
@@ -159,7 +160,7 @@ def encode_pairs(
         "label": Value("float64"),
         "margin": Value("float64"),
     }
-    features = {column: kinds[column] for column in pairs.columns} | dict.fromkeys(LATENT_COLUMNS, array)
+    features = {column: kinds[column] for column in pairs.columns} | {f"{side}_latents": array for side in pairs.sides}
     cache_file.parent.mkdir(parents=True, exist_ok=True)
     latents = Dataset.from_dict({"row": pairs.rows}).map(
         encode,

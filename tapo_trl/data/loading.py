@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..field_types import option
 from .columns import require_columns
+from .pair_tables import with_media_root
 from .pairs import preset_hint, to_preference_pairs
 
 
@@ -140,6 +141,26 @@ def load_prompts(name: str, config: str | None = None, split: str = "train", pro
         return dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip())
     require_columns(dataset, [("prompt_column", prompt_column)], f"The dataset {name}")
     return _rename(dataset, prompt_column, "prompt")
+
+
+def load_samples(args: Any, split: str, column: str) -> Dataset:
+    """
+    Loads images or videos with prompts into the columns that [`DiffusionSFTTrainer`] reads. No file is decoded or copied.
+
+    Args:
+        args ([`SFTScriptArguments`]): Where the samples are, and how their columns are called.
+        split (`str`): Split.
+        column (`str`): `"image"` or `"video"`: what the model makes.
+
+    Returns:
+        [`~datasets.Dataset`]: With the columns `prompt` and `column`.
+    """
+    dataset = load_split(args.dataset_name, args.dataset_config, split)
+    media = args.media_column or column
+    columns = {"prompt_column": args.prompt_column, "media_column": media}
+    require_columns(dataset, columns.items(), f"The dataset {args.dataset_name}")
+    dataset = _rename(_rename(dataset, args.prompt_column, "prompt"), media, column).select_columns(["prompt", column])
+    return dataset if args.media_root is None else with_media_root(dataset, [column], args.media_root)
 
 
 def load_preference_pairs(args: PreferenceDatasetArguments, split: str) -> Dataset:

@@ -48,7 +48,7 @@ def pairs_by_preference(dataset: Dataset, options: dict[str, Any], valid: np.nda
     names = {options["first"]: "chosen", options["second"]: "rejected", options["prompt"]: "prompt"}
     if "media_root" in options:
         table, rows = stored_table(dataset)
-        dataset = _with_media_root(table, [options["first"], options["second"]], options["media_root"]).select(rows)
+        dataset = with_media_root(table, [options["first"], options["second"]], options["media_root"]).select(rows)
     names = {column: name for column, name in names.items() if column != name}
     hidden = [name for name in names.values() if name in dataset.column_names and name not in names]
     dataset = dataset.remove_columns(hidden) if hidden else dataset
@@ -87,7 +87,7 @@ def pairs_by_position(dataset: Dataset, options: dict[str, Any], valid: np.ndarr
     fingerprint = Hasher.hash([dataset._fingerprint, sorted((name, str(value)) for name, value in options.items())])
     table, rows = stored_table(dataset)
     if "media_root" in options:
-        table = _with_media_root(table, [first, second], options["media_root"])
+        table = with_media_root(table, [first, second], options["media_root"])
     table = table.select_columns(list(dict.fromkeys([options["prompt"], first, second])))
     if table.features[first] != table.features[second]:
         raise ValueError(
@@ -240,7 +240,7 @@ def pairs_of_scores(dataset: Dataset, options: dict[str, Any], valid: np.ndarray
     strings = {name: pa.array(values, pa.string()) for name, values in pairs.items() if name in ("prompt", *SIDES)}
     table = pa.table(strings | {name: pa.array(pairs[name], pa.float64()) for name in ("label", *names)})
     result = Dataset(table, fingerprint=fingerprint)
-    return result if "media_root" not in options else _with_media_root(result, list(SIDES), options["media_root"])
+    return result if "media_root" not in options else with_media_root(result, list(SIDES), options["media_root"])
 
 
 def _is_missing(*values: Any) -> bool:
@@ -256,7 +256,7 @@ def _score(value: Any, row: int) -> float:
 # Folders
 
 
-def _with_media_root(dataset: Dataset, columns: list[str], root: str | Path) -> Dataset:
+def with_media_root(dataset: Dataset, columns: list[str], root: str | Path) -> Dataset:
     """The dataset with paths, or lists of paths, that start from `root`. Only paths are copied."""
     replaced = {}
     for column in dict.fromkeys(columns):

@@ -4,14 +4,14 @@
 """Preference pairs: columns `prompt`, `chosen`, `rejected` (images, videos or latents), optional `margin` and labels."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Array2D, Array3D, Array4D, Array5D, Dataset, Image, List, Value, Video
+from datasets import Dataset
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..files import atomic_write, cache_root
 from ..policies import FlowPolicy
 from .buckets import BucketedPairs, assign_buckets, bucket_sizes, cropped_share
-from .columns import check_prompts, column_values, refuse_transform
+from .columns import check_prompts, column_values, refuse_transform, without_decoding
 from .dimensions import combine_dimensions
 from .images import BadFileError, ImageReader
 from .latents import LATENT_COLUMNS, ROW_COLUMN, SIDES, LatentReader, encode_pairs, is_encoded, latents_fingerprint
@@ -44,6 +44,10 @@ class PreferencePairs(torch.utils.data.Dataset):
     """
     Preference pairs whose images or videos are read when they are asked for.
 
+    Attributes:
+        sides (`tuple[str, ...]`): columns of images or videos.
+        noun (`str`): what a row is called in messages.
+
     Args:
         dataset ([`~datasets.Dataset`]): columns `prompt`, `chosen`, `rejected`, and optionally `margin` and labels.
         reader ([`ImageReader`], [`VideoReader`] or [`LatentReader`]): reads `chosen` and `rejected`.
@@ -52,6 +56,9 @@ class PreferencePairs(torch.utils.data.Dataset):
         skip_bad_files (`bool`, *optional*, defaults to `False`):
             whether the next pair takes the place of one whose file cannot be used. Otherwise that is an error.
     """
+
+    sides: tuple[str, ...] = SIDES
+    noun = "pair"
 
     def __init__(
         self,
@@ -72,12 +79,15 @@ class PreferencePairs(torch.utils.data.Dataset):
             self.labels = np.array(column_values(dataset, "label"), dtype=float)
         extra = [column for column in ("margin",) if column in dataset.column_names]
         self.columns = ("prompt", ROW_COLUMN, "label", *extra)
-        self.dataset = _without_decoding(dataset.with_format(None).select_columns([*REQUIRED_COLUMNS, *extra]))
+        self._open(dataset, extra)
+
+    def _open(self, dataset: Dataset, extra: Sequence[str] = ()) -> None:
+        """Take the prompts, the images or videos, and the columns `extra`. No file is read."""
+        chosen = dataset.with_format(None).select_columns(["prompt", *self.sides, *extra])
+        self.dataset = without_decoding(chosen, self.sides)
         self.rows = list(range(len(dataset)))
         self.bad_files: dict[int, list[str]] = {}
-        self.sizes = np.zeros(
-            (len(dataset), len(SIDES), 2), dtype=np.int32
-        )  # of images, as far as they have been checked
+        self.sizes = np.zeros((len(dataset), len(self.sides), 2), dtype=np.int32)  # of images, once they are checked
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,8 +100,8 @@ class PreferencePairs(torch.utils.data.Dataset):
             except BadFileError as error:
                 if not self.skip_bad_files:
                     raise
-                logger.warning(f"The next pair takes the place of one that cannot be used. {error}")
-        raise ValueError(f"No pair of `{self.name}` can be read.")
+                logger.warning(f"The next {self.noun} takes the place of one that cannot be used. {error}")
+        raise ValueError(f"No {self.noun} of `{self.name}` can be read.")
 
     def load(self, row: int) -> dict[str, Any]:
         """
@@ -102,10 +112,10 @@ class PreferencePairs(torch.utils.data.Dataset):
             `rejected`.
         """
         example = self.dataset[row]
-        sides = reversed(SIDES) if self.swapped[row] else SIDES
+        columns = reversed(self.sides) if self.swapped[row] else self.sides
         media = {
             side: self.reader.load(example[column], self._place(row, column))
-            for side, column in zip(SIDES, sides, strict=True)
+            for side, column in zip(self.sides, columns, strict=True)
         }
         return {**example, **media, ROW_COLUMN: row, "label": float(self.labels[row])}
 
@@ -113,7 +123,7 @@ class PreferencePairs(torch.utils.data.Dataset):
         """Check the headers of all files, and leave the pairs out whose files cannot be used."""
         for row in tqdm(self.rows, desc=f"Checking {self.name}", disable=None):
             example = self.dataset[row]
-            for number, side in enumerate(SIDES):
+            for number, side in enumerate(self.sides):
                 try:
                     size = self.reader.check(example[side], self._place(row, side))
                     if size is not None:
@@ -159,12 +169,12 @@ class PreferencePairs(torch.utils.data.Dataset):
         if not self.skip_bad_files:
             raise BadFileError(
                 f"{len(messages)} of the files of `{self.name}` cannot be used:\n{listed}\nReplace them, or leave their "
-                "pairs out with `skip_bad_files=True`."
+                f"{self.noun}s out with `skip_bad_files=True`."
             )
         if number_left == 0:
-            raise ValueError(f"`{self.name}` has no pair whose files can be used:\n{listed}")
+            raise ValueError(f"`{self.name}` has no {self.noun} whose files can be used:\n{listed}")
         left_out = len(self.dataset) - number_left
-        logger.warning(f"Left out {left_out} of the {len(self.dataset)} pairs of `{self.name}`:\n{listed}")
+        logger.warning(f"Left out {left_out} of the {len(self.dataset)} {self.noun}s of `{self.name}`:\n{listed}")
 
     def _place(self, row: int, column: str) -> str:
         return f"`{self.name}`, row {row}, column `{column}`"
@@ -286,13 +296,43 @@ def prepare_preference_dataset(
     check_preference_dataset(dataset, name, dimension_weights)
     if is_prepared(dataset):
         return dataset
-    shape = tuple(policy.latent_shape(height, width, num_frames))
-    is_video = policy.modality == "video"
-    if not is_video and short_videos != "refuse":
-        raise ValueError(f"`short_videos={short_videos!r}` has no effect on a policy that makes images.")
-    video_reader = {"refuse": VideoReader, "uniform": UniformVideoReader}[short_videos]
-    reader = video_reader(height, width, num_frames, fps) if is_video else ImageReader(height, width)
+    reader = media_reader(policy, height, width, num_frames, fps, short_videos)
     pairs = PreferencePairs(dataset, reader, name, dimension_weights, skip_bad_files)
+    shape = tuple(policy.latent_shape(height, width, num_frames))
+    return prepare_pairs(pairs, policy, shape, aspect_ratio_buckets, cache_latents, cache_dir, batch_size)
+
+
+def media_reader(
+    policy: FlowPolicy, height: int, width: int, num_frames: int | None, fps: float, short_videos: str
+) -> ImageReader | VideoReader:
+    """What reads the images or videos of a policy. Arguments are those of [`prepare_preference_dataset`]."""
+    if policy.modality == "video":
+        video_reader = {"refuse": VideoReader, "uniform": UniformVideoReader}[short_videos]
+        return video_reader(height, width, num_frames, fps)
+    if short_videos != "refuse":
+        raise ValueError(f"`short_videos={short_videos!r}` has no effect on a policy that makes images.")
+    return ImageReader(height, width)
+
+
+def prepare_pairs(
+    pairs: PreferencePairs,
+    policy: FlowPolicy,
+    shape: tuple[int, ...],
+    aspect_ratio_buckets: bool,
+    cache_latents: bool,
+    cache_dir: str | Path | None,
+    batch_size: int | None = None,
+) -> Dataset | PreferencePairs | BucketedPairs:
+    """
+    Check or encode the files of pairs, which become ready for a training.
+
+    Args:
+        pairs ([`PreferencePairs`]): the pairs.
+        shape (`tuple[int, ...]`): shape of one latent.
+
+    The others, what is returned and what is raised are those of [`prepare_preference_dataset`].
+    """
+    is_video, skip_bad_files = policy.modality == "video", pairs.skip_bad_files
     holds_latents = _holds_latents(pairs, shape)
     if holds_latents:
         pairs.reader = LatentReader(shape)
@@ -357,10 +397,10 @@ def _prepare_buckets(
 
 def _holds_latents(pairs: PreferencePairs, shape: tuple[int, ...]) -> bool:
     """Whether the first row has latents of this shape. Arrays of floating point numbers can be nothing else."""
-    values = [pairs.dataset[0][side] for side in SIDES]
+    values = [pairs.dataset[0][side] for side in pairs.sides]
     if all(isinstance(value, (np.ndarray, list)) and np.shape(value) == shape for value in values):
         return True
-    for side, value in zip(SIDES, values, strict=True):
+    for side, value in zip(pairs.sides, values, strict=True):
         if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
             raise ValueError(
                 f"`{pairs.name}`, row 0, column `{side}`: an array of shape {value.shape} and type {value.dtype} is "
@@ -368,27 +408,6 @@ def _holds_latents(pairs: PreferencePairs, shape: tuple[int, ...]) -> bool:
                 "`width` and `num_frames` ask for."
             )
     return False
-
-
-def _without_decoding(dataset: Dataset) -> Dataset:
-    """The dataset with files as they are and arrays as NumPy's."""
-    arrays = []
-    for side in SIDES:
-        feature = dataset.features[side]
-        innermost = feature
-        while isinstance(innermost, List):
-            innermost = innermost.feature
-        if isinstance(feature, (Image, Video)):
-            dataset = dataset.cast_column(side, type(feature)(decode=False))
-        elif isinstance(feature, List) and isinstance(innermost, Image):
-            dataset = dataset.cast_column(side, List(Image(decode=False)))
-        elif isinstance(feature, (Array2D, Array3D, Array4D, Array5D)):
-            arrays.append(side)
-        elif (
-            isinstance(feature, List) and isinstance(innermost, Value) and innermost.dtype not in ("string", "binary")
-        ):
-            arrays.append(side)
-    return dataset.with_format("numpy", columns=arrays, output_all_columns=True) if arrays else dataset
 
 
 class PreferencePairCollator:

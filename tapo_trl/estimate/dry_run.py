@@ -28,10 +28,12 @@ from ..trainer.nft_trainer import DiffusionNFTTrainer
 from ..trainer.policy_setup import fill_in_sizes, leave_out_experts
 from ..trainer.reward_setup import check_has_transformer
 from ..trainer.rollout_config import RolloutConfig
+from ..trainer.sft_config import DiffusionSFTConfig
+from ..trainer.sft_trainer import DiffusionSFTTrainer
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.slrm_loading import choose_expert, is_reward_model
 from ..trainer.slrm_trainer import SLRMTrainer
-from .forward_counts import count_pair, count_reward_pair, count_rollout
+from .forward_counts import count_pair, count_reward_pair, count_rollout, count_sample
 from .memory import (
     TRAINED,
     TRAINED_BYTES,
@@ -161,6 +163,26 @@ def dry_run_dpo(args: DiffusionDPOConfig, model_args: DiffusionModelConfig) -> D
         beside=beside,
         notes=[NOTE],
     )
+
+
+def dry_run_sft(args: DiffusionSFTConfig, model_args: DiffusionModelConfig) -> DryRun:
+    """
+    What `tapo-trl sft` would do.
+
+    Args:
+        args ([`DiffusionSFTConfig`]): The training.
+        model_args ([`DiffusionModelConfig`]): The pipeline to fine-tune.
+    """
+    policy, source = _policy_to_train(args, model_args)
+    args = copy.copy(args)
+    latent_shape = fill_in_sizes(args, policy)
+    forwards = count_sample(DiffusionSFTTrainer, args, policy).rows()
+    parameters, memory = _policy_memory(policy, args, model_args)
+    memory = [row for row in memory if row.name != "reference"]
+    activations = policy_activations(policy, latent_shape, args.max_sequence_length, autocast_dtype(args))
+    memory += activations.rows(args.per_device_train_batch_size, args.activation_checkpointing)
+    facts = {"parameters": parameters, "forwards": forwards, "memory": memory, "notes": [NOTE]}
+    return _report("sft", "sample", policy, source, args, **facts)
 
 
 def dry_run_rollouts(

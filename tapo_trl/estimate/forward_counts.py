@@ -210,6 +210,23 @@ def count_pair(trainer_class: type, args: Any, policy: FlowPolicy) -> ForwardCou
     return counts
 
 
+def count_sample(trainer_class: type, args: Any, policy: FlowPolicy) -> ForwardCounts:
+    """
+    Make the loss of one sample, of [`DiffusionSFTTrainer`].
+
+    Args:
+        trainer_class (`type`): The trainer.
+        args ([`DiffusionSFTConfig`]): Its configuration, in which sizes are filled in.
+        policy ([`FlowPolicy`]): The policy on the meta device.
+    """
+    counts = ForwardCounts()
+    trainer = meta_trainer(trainer_class, args, policy, counts, sigmas=torch.full((1,), 0.5))
+    inputs, noise = _meta_pair(policy, args, trainer.latent_shape)
+    with counts.phase("training"):
+        trainer._sample_losses(trainer.model, inputs, noise, torch.zeros(1, dtype=torch.long), noise)
+    return counts
+
+
 def count_reward_pair(trainer_class: type, args: Any, policy: FlowPolicy, model: StepRewardModel) -> ForwardCounts:
     """
     Make the loss of one pair, of [`SLRMTrainer`].

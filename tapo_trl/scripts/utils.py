@@ -19,7 +19,7 @@ from ..callbacks.gradient_share import GradientShareCallback
 from ..callbacks.reward_guard import RewardHackingGuardCallback
 from ..callbacks.samples import SampleGridCallback
 from ..data import default_prompts
-from ..data.loading import PreferenceDatasetArguments, load_preference_pairs, load_prompts, read_prompts
+from ..data.loading import PreferenceDatasetArguments, load_preference_pairs, load_prompts, load_samples, read_prompts
 from ..field_types import option, read_mapping
 from ..policies.loading import pop_dtype
 from ..rewards import RemoteReward, get_reward, list_rewards
@@ -69,6 +69,28 @@ class DPOScriptArguments(SampleCallbackArguments, SLRMScriptArguments):
     Arguments of `tapo-trl dpo` beside [`DiffusionDPOConfig`] and [`DiffusionModelConfig`]: those of
     [`SLRMScriptArguments`], which describe the pairs, and those of [`SampleCallbackArguments`].
     """
+
+
+@dataclass
+class SFTScriptArguments(SampleCallbackArguments):
+    """Arguments of `tapo-trl sft` beside [`DiffusionSFTConfig`] and [`DiffusionModelConfig`]: where the samples are."""
+
+    dataset_name: str | None = option(
+        "Hub id, folder, or .parquet, .json, .jsonl or .csv file of images or videos with prompts."
+    )
+    dataset_config: str | None = option("Configuration of a dataset on the Hub.")
+    dataset_train_split: str = option(
+        "Split to train on; slices such as `train[:90%%]` work for files and Hub datasets.", "train"
+    )
+    dataset_test_split: str | None = option("Split of held-out samples.")
+    prompt_column: str = option("Column of the prompts.", "prompt")
+    media_column: str | None = option("Column of the images or videos. `image` or `video` by default.")
+    media_root: str | None = option("Folder that relative paths of images and videos start from.")
+    dry_run: bool = option(DRY_RUN, False)
+
+    def __post_init__(self):
+        if self.dataset_name is None:
+            raise ValueError("`dataset_name` is missing: give the Hub id, folder or file of the images or videos.")
 
 
 @dataclass
@@ -156,6 +178,20 @@ def load_preference_splits(args: SLRMScriptArguments) -> tuple[Dataset, Dataset 
     if args.dataset_test_split is None:
         return train_dataset, None
     return train_dataset, load_preference_pairs(args, args.dataset_test_split)
+
+
+def load_sample_splits(args: SFTScriptArguments, training_args: TrainingArguments) -> tuple[Dataset, Dataset | None]:
+    """The samples to train on and the held-out samples, if there are any, with the columns that [`DiffusionSFTTrainer`] reads."""
+    column = "image" if training_args.num_frames is None else "video"
+    train_dataset = load_samples(args, args.dataset_train_split, column)
+    if args.dataset_test_split is None:
+        if training_args.eval_strategy != "no":
+            raise ValueError(
+                "`eval_strategy` asks for evaluations, but no samples are held out: set `dataset_test_split`, or "
+                '`eval_strategy: "no"`.'
+            )
+        return train_dataset, None
+    return train_dataset, load_samples(args, args.dataset_test_split, column)
 
 
 def model_init_kwargs(model_args: DiffusionModelConfig, training_args: TrainingArguments) -> dict[str, Any]:

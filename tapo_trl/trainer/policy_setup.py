@@ -184,7 +184,7 @@ def make_config_trackable(model: ModelMixin) -> None:
 
 
 def make_trainable(
-    policy: FlowPolicy, args: TrainingArguments, peft_config: PeftConfig | None
+    policy: FlowPolicy, args: TrainingArguments, peft_config: PeftConfig | None, has_reference: bool = True
 ) -> tuple[ModelMixin | PeftModel, ModelMixin | None]:
     """
     Make a policy's network ready for training.
@@ -193,10 +193,11 @@ def make_trainable(
         policy ([`FlowPolicy`]): the policy. Its network is changed in place.
         args ([`TAPOConfig`] or [`DiffusionDPOConfig`]): the configuration.
         peft_config ([`~peft.PeftConfig`], *optional*): LoRA configuration. Without it all weights are trained, in float32.
+        has_reference (`bool`, *optional*, defaults to `True`): whether the training compares with a reference.
 
     Returns:
         `tuple`: the network to train, and the frozen copy that is its reference, or `None` if the reference is the
-        network without its adapter.
+        network without its adapter, or if there is none.
     """
     transformer, ref_model = policy.transformer.requires_grad_(peft_config is None), None
     make_config_trackable(transformer)
@@ -219,7 +220,7 @@ def make_trainable(
                 "updates are smaller than what half precision can tell apart."
             )
             transformer.float()
-        ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
+        ref_model = copy.deepcopy(transformer).requires_grad_(False).eval() if has_reference else None
         for name, expert in policy.experts.items():
             expert.requires_grad_(name in policy.trained_experts)
     if args.disable_dropout:

@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Base class of trainers that learn from preference pairs: [`PreferenceTrainer`]."""
+"""Base class of trainers that learn from a dataset of images or videos: [`PreferenceTrainer`]."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch.utils.data import Sampler
 from ..data.buckets import BucketedPairs, BucketSampler
 from ..data.columns import Splits, column_values, map_splits, named_splits
 from ..data.preferences import (
-    LATENT_COLUMNS,
     ROW_COLUMN,
+    SIDES,
     TIE,
     PreferencePairCollator,
     check_preference_dataset,
@@ -34,13 +34,16 @@ def check_preference_splits(train_dataset: Dataset | None, eval_dataset: Splits,
 
 
 def describe_loss(inputs: dict[str, Any], sigma: torch.Tensor, index: tuple[int, ...]) -> str:
-    """What the loss of the pair at `index` of a batch is, for [`NonFiniteGuard.watch`]."""
+    """What the loss of the row at `index` of a batch is, for [`NonFiniteGuard.watch`]."""
     row, level = inputs["row"][index].item(), sigma[index].item()
     return f"the loss for the prompt {inputs['prompt'][index[0]]!r} (row {row}) at noise level {level:.4f}"
 
 
 class PreferenceTrainer(DiffusionTrainer):
-    """Base class of trainers that learn from preference pairs. Their configuration is a [`PreferenceDataConfig`]."""
+    """
+    Base class of trainers that learn from a dataset of images or videos: from preference pairs, whose configuration is a
+    [`PreferenceDataConfig`], unless a subclass says otherwise.
+    """
 
     _collator = PreferencePairCollator()
 
@@ -51,6 +54,21 @@ class PreferenceTrainer(DiffusionTrainer):
     ) -> tuple[Dataset, Splits]:
         check_preference_splits(train_dataset, eval_dataset, args)
         return train_dataset, eval_dataset
+
+    def _check_split(self, dataset: Dataset, args: PreferenceDataConfig, name: str) -> None:
+        """Check what can be checked of a split without reading a file."""
+        check_preference_dataset(dataset, name, args.dimension_weights)
+
+    def _prepare_split(self, dataset: Dataset, args: PreferenceDataConfig, name: str, **options: Any) -> Dataset:
+        """The split in the form that training reads, see [`prepare_preference_dataset`], whose `options` these are."""
+        options |= {"dimension_weights": args.dimension_weights}
+        return prepare_preference_dataset(
+            dataset, self.policy, args.height, args.width, args.num_frames, args.fps, name=name, **options
+        )
+
+    @property
+    def _media_columns(self) -> tuple[str, ...]:
+        return SIDES
 
     def _encode_datasets(
         self, args: PreferenceDataConfig, train_dataset: Dataset, eval_dataset: Splits, prompts: list[str]
@@ -68,23 +86,18 @@ class PreferenceTrainer(DiffusionTrainer):
     def _prepare_dataset(self, dataset: Dataset, args: PreferenceDataConfig, dataset_name: str) -> Dataset:
         if is_prepared(dataset):
             return dataset
-        check_preference_dataset(dataset, dataset_name, args.dimension_weights)
+        self._check_split(dataset, args, dataset_name)
         with args.main_process_first(desc=f"encoding {dataset_name}"):
             self.prompt_cache.encode(column_values(dataset, "prompt"))
-            return prepare_preference_dataset(
+            return self._prepare_split(
                 dataset,
-                self.policy,
-                args.height,
-                args.width,
-                args.num_frames,
-                args.fps,
-                dimension_weights=args.dimension_weights,
+                args,
+                dataset_name,
                 skip_bad_files=args.skip_bad_files,
                 short_videos=args.short_videos,
                 aspect_ratio_buckets=args.aspect_ratio_buckets and dataset_name == "train_dataset",
                 cache_latents=args.cache_latents,
                 cache_dir=args.cache_dir,
-                name=dataset_name,
             )
 
     def _get_train_sampler(self, train_dataset: Dataset | BucketedPairs | None = None) -> Sampler | None:
@@ -95,19 +108,20 @@ class PreferenceTrainer(DiffusionTrainer):
         return BucketSampler([len(part) for part in dataset.datasets], self._train_batch_size, seed)
 
     def _encode_new(self, dataset: Dataset, name: str) -> Dataset:
-        check_preference_dataset(dataset, name, self.args.dimension_weights)
+        self._check_split(dataset, self.args, name)
         if isinstance(dataset, Dataset):
             encode_late(dataset["prompt"], self.prompt_cache, self.policy, self.args)
         return self._prepare_dataset(dataset, self.args, name)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt", ROW_COLUMN, "label", "margin", "chosen", "rejected", *LATENT_COLUMNS]
+        latents = [f"{column}_latents" for column in self._media_columns]
+        self._signature_columns = ["prompt", ROW_COLUMN, "label", "margin", *self._media_columns, *latents]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        if "chosen_latents" not in inputs:
-            for column, side in zip(LATENT_COLUMNS, ("chosen", "rejected"), strict=True):
-                inputs[column] = self.policy.encode(inputs.pop(side))
+        for column in self._media_columns:
+            if column in inputs:
+                inputs[f"{column}_latents"] = self.policy.encode(inputs.pop(column))
         inputs["prompt_embeds"] = self.prompt_cache.load(inputs["prompt"]).to(self.accelerator.device)
         return inputs
 

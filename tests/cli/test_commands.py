@@ -98,6 +98,13 @@ def folder(tmp_path_factory):
         + "variant: dense_reward\nnum_inference_steps: 4\nuse_peft: true\nlora_r: 2\nsample_every_steps: 2\nema_decay: 0.9\n"
         + "dataset_train_split: 'train[:6]'\ndataset_test_split: 'train[6:]'\neval_strategy: steps\neval_steps: 2\n"
     )
+    sft = folder / "sft.yaml"
+    sft.write_text(
+        COMMON.format(output=folder / "sft", cache=folder / "cache")
+        + "media_column: chosen\nnum_inference_steps: 4\nuse_peft: true\nlora_r: 2\nsample_every_steps: 2\nema_decay: 0.9\n"
+        + "dataset_train_split: 'train[:6]'\ndataset_test_split: 'train[6:]'\neval_strategy: steps\neval_steps: 2\n"
+    )
+    main(["sft", "--config", str(sft), *base, "--dataset_name", str(folder / "pairs.parquet")])
     main(["dpo", "--config", str(recipe), *base, "--dataset_name", str(folder / "pairs.parquet"), "--beta", "300"])
     return folder
 
@@ -173,6 +180,18 @@ class TestOnlineMethods:
         assert any("gradient_share/step_01" in log or "gradient_share/step_00" in log for log in logs) == (
             command == "grpo"
         )
+
+
+class TestSFT:
+    def test_writes_lora_weights_samples_and_an_average(self, folder):
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "base", text_encoder_3=None, tokenizer_3=None)
+        pipeline.load_lora_weights(folder / "sft")
+        assert any((p != 0).any() for name, p in pipeline.transformer.named_parameters() if ".lora_B" in name)
+        assert (folder / "sft" / "ema" / "pytorch_lora_weights.safetensors").is_file()
+        assert (folder / "sft" / "samples" / "prompts.txt").read_text().split() == "prompt g prompt h".split()
+        logs = json.loads((folder / "sft" / "trainer_state.json").read_text())["log_history"]
+        assert any("eval_loss/sigma_0.5" in log for log in logs)
+        assert str(folder) not in (folder / "sft" / "README.md").read_text()
 
 
 class TestDPO:

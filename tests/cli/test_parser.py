@@ -195,7 +195,7 @@ def test_checkpoints_are_looked_at_before_anything_is_loaded(tmp_path, capsys):
         assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["slrm", "tapo", "online_dpo", "grpo", "refl", "nft", "dpo"])
+@pytest.mark.parametrize("command", ["slrm", "tapo", "online_dpo", "grpo", "refl", "nft", "sft", "dpo"])
 def test_resuming_without_a_value(command, tmp_path):
     parser = command_module(command).make_parser()
     command = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--dataset_name", "d"]
@@ -208,7 +208,7 @@ def test_resuming_without_a_value(command, tmp_path):
         assert parser.parse_args_and_config([*command, *flags])[1].resume_from_checkpoint == expected
 
 
-@pytest.mark.parametrize("command", ["slrm", "tapo", "online_dpo", "grpo", "refl", "nft", "dpo"])
+@pytest.mark.parametrize("command", ["slrm", "tapo", "online_dpo", "grpo", "refl", "nft", "sft", "dpo"])
 def test_another_half_precision_is_refused_before_anything_is_loaded(command, tmp_path, capsys):
     parser = command_module(command).make_parser()
     command = ["--output_dir", str(tmp_path), "--use_cpu", "--dataset_name", "d", "--torch_dtype", "fp16"]

@@ -45,6 +45,7 @@ CONFIGS = (
     "FlowGRPOConfig",
     "ReFLConfig",
     "DiffusionNFTConfig",
+    "DiffusionSFTConfig",
 )
 
 
@@ -112,6 +113,7 @@ def build(folder: Path) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text)
     color_pairs(8).to_parquet(folder / "pairs.parquet")
+    color_pairs(100).rename_column("chosen", "image").to_parquet(folder / "images.parquet")
     pick_a_pic(color_pairs(8)).save_to_disk(folder / "tiny" / "pick_a_pic")
     video_pairs(folder).to_parquet(folder / "video_pairs.parquet")
     video_pairs(folder).to_csv(folder / "pairs.csv")
@@ -124,7 +126,7 @@ def build(folder: Path) -> None:
         folder,
         "tiny/sd3",
         reward_places,
-        ("aligned", "sd35-tapo", "outputs/sd35-tapo"),
+        ("aligned", "sd35-tapo", "outputs/sd35-tapo", "sd35-sft"),
         {"resolution": 32},
     )
     FluxPolicy.tiny().save_pretrained("tiny/flux1")

@@ -28,6 +28,7 @@ TEXT = {
     r"black-forest-labs/FLUX\.1-dev": "tiny/flux1",
     r"Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers": "tiny/wan",
     r'load_dataset\("my-name/pairs"': 'load_dataset("parquet", data_files="pairs.parquet"',
+    r'load_dataset\("my-name/images"': 'load_dataset("parquet", data_files="images.parquet"',
     r"yuvalkirstain/pickapic_v1|liuhuohuo2/pick-a-pic-v2": "tiny/pick_a_pic",
     r"path/to/pairs\.parquet": "video_pairs.parquet",
     r"recipes/accelerate/\w+\.yaml": "recipes/accelerate/cpu.yaml",

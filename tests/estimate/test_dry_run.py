@@ -87,6 +87,14 @@ class TestCommand:
         }
         assert all(part in text for part in expected[command]), text
 
+    def test_full_fine_tuning_on_samples_needs_no_reference(self, capsys, tmp_path):
+        text = self.run(
+            capsys,
+            *("sft", "--model_name_or_path", "stabilityai/stable-diffusion-3.5-medium", "--dry_run"),
+            *("--dataset_name", "images.parquet", "--output_dir", str(tmp_path)),
+        )
+        assert "1 policy, training (forward and backward)" in text and "reference" not in text
+
     @pytest.mark.slow
     def test_weights_in_float8(self, capsys):
         flags = ["--dry_run", "true", "--layerwise_casting", "true", "--share_backbone", "false"]

@@ -367,12 +367,15 @@ def test_share_backbone(family, world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["OnlineDiffusionDPO", "FlowGRPO", "ReFL", "DiffusionNFT", "DiffusionDPO", "SLRM", "DiNa"]
+    "method",
+    ["OnlineDiffusionDPO", "FlowGRPO", "ReFL", "DiffusionNFT", "DiffusionSFT", "DiffusionDPO", "SLRM", "DiNa"],
 )
 def test_one_update(family, world, tmp_path, method):
     shape = world.policy.latent_shape(**size_of(world.policy, 32, 32))
     online = method in ("OnlineDiffusionDPO", "FlowGRPO", "ReFL", "DiffusionNFT")
     data = Dataset.from_dict({"prompt": PROMPTS}) if online else latent_pairs(2, shape)
+    if method == "DiffusionSFT":
+        data = data.rename_column("chosen", world.policy.modality)
     options = {
         "FlowGRPO": {"num_generations": 2},
         "SLRM": {"num_task_tokens": 2},
