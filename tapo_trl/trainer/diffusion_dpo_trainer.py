@@ -5,19 +5,20 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import TrainerCallback
 
 from ..callbacks.reward_guard import RewardHackingGuardCallback
-from ..data.columns import Splits
+from ..data.columns import Splits, column_values
 from ..data.inversions import InversionCache
 from ..data.preferences import TIE
-from ..losses import diffusion_dpo_loss, transferred_beta, velocity_error_change
+from ..losses import diffusion_dpo_loss, rare_pair_weights, transferred_beta, velocity_error_change
 from ..method_card import MethodCard
 from ..metrics.pair_scores import evaluation_noise
-from ..runs.checks import autocast_dtype
+from ..runs.checks import autocast_dtype, check_without_effect
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from ..seeding import seeded_generator
 from .diffusion_dpo_config import DiffusionDPOConfig
@@ -55,7 +56,51 @@ VARIANT_CARDS = {
         "other side worse.",
         from_pairs=True,
     ),
+    "video_dpo": MethodCard(
+        name="VideoDPO",
+        tags=("diffusion-dpo", "video-dpo"),
+        paper="liu2025videodpo",
+        title="**Diffusion-DPO** with the re-weighted pairs of **VideoDPO**",
+        text="Both sides of a preference pair are noised to the same level. The policy is trained to predict the velocity of the "
+        "preferred side better than the base model does, and that of the other side worse. Pairs whose scores are rare have a "
+        "larger weight.",
+        from_pairs=True,
+    ),
 }
+
+
+def weights_of_pairs(dataset: Dataset, args: DiffusionDPOConfig) -> torch.Tensor:
+    """
+    Weights of the pairs in each row of a dataset, for `variant="video_dpo"`.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): with the columns `chosen_score` and `rejected_score`, or `weight`.
+        args ([`DiffusionDPOConfig`]): the configuration.
+
+    Returns:
+        `torch.Tensor` of shape `(num_rows,)`.
+
+    Raises:
+        ValueError: if the columns are missing, or hold anything else than finite numbers, or weights below 0.
+    """
+    scores = ("chosen_score", "rejected_score")
+    found = dataset.column_names if isinstance(dataset, Dataset) else []
+    columns = ("weight",) if "weight" in found else scores
+    if not set(columns) <= set(found):
+        raise ValueError(
+            f'`variant="video_dpo"` needs the columns `chosen_score` and `rejected_score`, or `weight`, in `train_dataset`, which has '
+            f"{found}."
+        )
+    values = [torch.tensor(np.array(column_values(dataset, column), dtype=np.float64)) for column in columns]
+    if not all(value.isfinite().all() for value in values) or (len(columns) == 1 and (values[0] < 0).any()):
+        raise ValueError(
+            f"The columns {list(columns)} of `train_dataset` must hold finite numbers, and weights at least 0."
+        )
+    if len(columns) == 1:
+        names = ["pair_weight_alpha", "score_bin_width"]
+        check_without_effect(args, names, "with the column `weight`, since it is for scores")
+        return values[0]
+    return rare_pair_weights(*values, args.pair_weight_alpha, args.score_bin_width)
 
 
 class DiffusionDPOTrainer(PreferenceTrainer):
@@ -65,7 +110,7 @@ class DiffusionDPOTrainer(PreferenceTrainer):
     Both sides of a pair are noised, and the policy learns to predict the velocity of the chosen one better than the
     reference does, and that of the rejected one worse. `args.variant` selects the noisy latents: latents at random
     noise levels (Diffusion-DPO), latents of inverted trajectories (Inversion-DPO), or latents at sampling steps that
-    are drawn with higher probability the earlier they are (DenseReward).
+    are drawn with higher probability the earlier they are (DenseReward). With VideoDPO, pairs have weights.
 
     Example:
 
@@ -90,7 +135,8 @@ class DiffusionDPOTrainer(PreferenceTrainer):
             Configuration. Defaults to one with a folder named after the model.
         train_dataset ([`~datasets.Dataset`]):
             Preference pairs with columns `prompt`, `chosen`, `rejected`, and optionally `margin`, `label` and
-            `label_<dimension>`, see [`~data.preferences.prepare_preference_dataset`].
+            `label_<dimension>`, see [`~data.preferences.prepare_preference_dataset`]. `variant="video_dpo"` needs `chosen_score` and
+            `rejected_score`, or `weight`.
         eval_dataset ([`~datasets.Dataset`] or `dict` of those, *optional*):
             Held-out pairs.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
@@ -111,6 +157,7 @@ class DiffusionDPOTrainer(PreferenceTrainer):
         "label_smoothing",
         "timestep_sampling",
         "gamma",
+        "pair_weight_alpha",
         "num_inference_steps",
         "dimension_weights",
     )
@@ -125,6 +172,14 @@ class DiffusionDPOTrainer(PreferenceTrainer):
                 "`RewardHackingGuardCallback` compares a held-out reward with the training reward, which Diffusion-DPO does "
                 "not have. Watch samples with `SampleGridCallback`, or held-out pairs with `eval_dataset`."
             )
+
+    def _check_datasets(
+        self, args: DiffusionDPOConfig, train_dataset: Dataset | None, eval_dataset: Splits
+    ) -> tuple[Dataset, Splits]:
+        train_dataset, eval_dataset = super()._check_datasets(args, train_dataset, eval_dataset)
+        if args.variant == "video_dpo":
+            self.pair_weights = weights_of_pairs(train_dataset, args)
+        return train_dataset, eval_dataset
 
     def _build_network(self, args: DiffusionDPOConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
         self.inversion_cache = None
@@ -150,7 +205,7 @@ class DiffusionDPOTrainer(PreferenceTrainer):
         super()._set_up()
         args = self.args
         scheduler = self.policy.build_scheduler(args.num_inference_steps, self.latent_shape)
-        by_position = args.variant == "diffusion_dpo"  # else with `step_probabilities`
+        by_position = args.variant in ("diffusion_dpo", "video_dpo")  # else with `step_probabilities`
         sigmas = training_sigmas(scheduler) if by_position else scheduler.sigmas[:-1]
         levels = trained_levels(self.policy, sigmas)
         self.sigmas = sigmas[levels] if by_position else sigmas
@@ -170,7 +225,7 @@ class DiffusionDPOTrainer(PreferenceTrainer):
         steps, noise = [], []
         for row in rows:
             generator = seeded_generator("diffusion_dpo", self.args.seed, self.state.global_step, row)
-            if self.args.variant == "diffusion_dpo":
+            if self.args.variant in ("diffusion_dpo", "video_dpo"):
                 position = draw_uniform_or_logit_normal(self.args.timestep_sampling, generator)
                 steps.append((position * len(self.sigmas)).long())
             else:
@@ -234,6 +289,8 @@ class DiffusionDPOTrainer(PreferenceTrainer):
             steps, noise = self._draw(rows, inputs["chosen_latents"].shape[1:])
             losses, metrics = self._pair_losses(model, inputs, steps, noise)
             self.nonfinite_guard.watch(losses, partial(describe_loss, inputs, self.sigmas[steps]), inputs["prompt"])
+            if self.args.variant == "video_dpo":
+                losses = losses * self.pair_weights[rows].to(losses)
             loss = self.nonfinite_guard.mark(losses.mean())
         else:
             # The same noise in every evaluation, at each of `eval_steps`

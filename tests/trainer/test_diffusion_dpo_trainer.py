@@ -20,6 +20,7 @@ from tapo_trl import (
     RewardHackingGuardCallback,
     SampleGridCallback,
 )
+from tapo_trl.losses import rare_pair_weights
 from tapo_trl.policies import SD3Policy
 from tests.data.preference_pairs import color_pairs, latent_pairs
 from tests.data.video_files import color_videos
@@ -432,6 +433,92 @@ class TestSaving:
         assert "TAPO draws" not in card and str(tmp_path) not in card
 
 
+class TestVideoDPO:
+    def pairs(self, number=8, **columns):
+        data = latent_pairs(number)
+        for name, values in columns.items():
+            data = data.add_column(name, values)
+        return data
+
+    def gradients(self, tmp_path, **kwargs):
+        return TestGradient().gradients(tmp_path, beta=30.0, **kwargs)
+
+    def test_loss_is_the_weighted_one_of_diffusion_dpo(self, tmp_path):
+        """With the gradient of the weighted sum, one pair at a time."""
+        chosen, rejected = [0.5, 0.9, 0.9, 0.7], [0.1, 0.1, 0.5, 0.1]
+        pairs = self.pairs(4, chosen_score=chosen, rejected_score=rejected)
+        trainer, gradients = self.gradients(tmp_path / "a", pairs=pairs, variant="video_dpo")
+        weights = rare_pair_weights(torch.tensor(chosen), torch.tensor(rejected))
+        assert torch.equal(trainer.pair_weights, weights) and weights.std() > 0.1
+        total, loss = None, 0.0
+        for row in range(4):
+            inputs = trainer._prepare_inputs(trainer._collator([trainer.train_dataset[row]]))
+            losses, _ = trainer._pair_losses(trainer.model, inputs, *trainer._draw([row]))
+            parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+            own = torch.autograd.grad(losses.sum() * weights[row].float() / 4, parameters)
+            total = own if total is None else [one + other for one, other in zip(total, own, strict=True)]
+            loss += losses.item() * weights[row].item() / 4
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
+        for (name, gradient), value in zip(gradients.items(), total, strict=True):
+            torch.testing.assert_close(
+                gradient, value, rtol=2e-3, atol=2e-3 * value.abs().max().item() + 1e-7, msg=name
+            )
+
+    def test_without_alpha_it_is_diffusion_dpo(self, tmp_path):
+        pairs = self.pairs(4, chosen_score=[0.5, 0.9, 0.9, 0.7], rejected_score=[0.1, 0.1, 0.5, 0.1])
+        _, plain = self.gradients(tmp_path / "a", pairs=pairs)
+        _, same = self.gradients(tmp_path / "b", pairs=pairs, variant="video_dpo", pair_weight_alpha=0.0)
+        _, other = self.gradients(tmp_path / "c", pairs=pairs, variant="video_dpo")
+        assert all(torch.equal(value, same[name]) for name, value in plain.items())
+        assert any((value - other[name]).abs().max() > 0.05 * value.abs().max() for name, value in plain.items())
+
+    def test_given_weights_belong_to_rows(self, tmp_path):
+        weights = [0.0, 2.0, 0.5, 0.0, 1.0, 3.0, 0.25, 0.75]
+        options = {"variant": "video_dpo", "max_steps": 1, "per_device_train_batch_size": 4}
+        trainer = make_trainer(tmp_path, self.pairs(weight=weights), **options)
+        rows, draw = [], trainer._draw
+        trainer._draw = lambda batch, shape=None: rows.extend(batch) or draw(batch, shape)
+        loss = trainer.train().training_loss
+        assert loss == pytest.approx(math.log(2) * sum(weights[row] for row in rows) / 4, rel=1e-6)
+
+    def test_evaluation_has_no_weights(self, tmp_path):
+        pairs = self.pairs(weight=[5.0] * 8)
+        trainer = make_trainer(tmp_path, pairs, variant="video_dpo", eval_pairs=latent_pairs(4, seed=1))
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+    @pytest.mark.slow
+    def test_resume_is_exact(self, tmp_path):
+        pairs = self.pairs(weight=[0.0, 2.0, 0.5, 0.0, 1.0, 3.0, 0.25, 0.75])
+        check_resume_is_exact(make_trainer, tmp_path, pairs=pairs, variant="video_dpo")
+
+    def test_card(self, tmp_path):
+        trainer = make_trainer(tmp_path, self.pairs(weight=[1.0] * 8), variant="video_dpo")
+        trainer.create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "**VideoDPO**" in card and "liu2025videodpo" in card and "video-dpo" in card
+
+    @pytest.mark.parametrize(
+        ("columns", "message"),
+        [
+            ({}, "needs the columns `chosen_score` and `rejected_score`, or `weight`"),
+            ({"chosen_score": [1.0] * 8}, "needs the columns"),
+            ({"weight": [-1.0] + [1.0] * 7}, "weights at least 0"),
+            ({"chosen_score": [float("nan")] * 8, "rejected_score": [1.0] * 8}, "finite numbers"),
+        ],
+    )
+    def test_bad_columns(self, tmp_path, columns, message):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, self.pairs(**columns), variant="video_dpo")
+
+    def test_options_without_effect(self, tmp_path):
+        with pytest.raises(ValueError, match="`pair_weight_alpha=0.5` has no effect with the column `weight`"):
+            make_trainer(tmp_path, self.pairs(weight=[1.0] * 8), variant="video_dpo", pair_weight_alpha=0.5)
+        for name in ("pair_weight_alpha", "score_bin_width"):
+            with pytest.raises(ValueError, match=f"`{name}=0.5` has no effect with `variant='diffusion_dpo'`"):
+                make_args(tmp_path, **{name: 0.5})
+        make_args(tmp_path, variant="video_dpo", timestep_sampling="uniform")
+
+
 class TestCallbacks:
     def test_samples_and_average(self, tmp_path):
         ema = EMACallback(decay=0.9)
@@ -518,6 +605,8 @@ class TestConfig:
             ("gamma", 1.1),
             ("num_inference_steps", 0),
             ("cache_inversions", True),
+            ("pair_weight_alpha", -1.0),
+            ("score_bin_width", 0.0),
             ("eval_sigmas", []),
             ("eval_sigmas", [1.5]),
             ("resolution", 0),
