@@ -292,13 +292,30 @@ def flow_grpo_loss(
     losses = -torch.minimum(ratios * advantages, ratios.clamp(1 - epsilon, 1 + epsilon) * advantages)
     low = (ratios < 1 - epsilon) & (advantages < 0)
     high = (ratios > 1 + epsilon) & (advantages > 0)
-    metrics = {
-        "ratio": ratios.detach(),
-        "clip_ratio/low_mean": low.float(),
-        "clip_ratio/high_mean": high.float(),
-        "clip_ratio/region_mean": (low | high).float(),
-    }
-    return losses, metrics
+    return losses, _ratio_metrics(ratios, low, high)
+
+
+def flow_dppo_loss(
+    log_ratios: torch.Tensor, advantages: torch.Tensor, divergences: torch.Tensor, threshold: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    r"""
+    Policy gradient of Flow-DPPO, which has a mask in place of [`flow_grpo_loss`]'s clipping: \\( - m \, \rho A \\), where m is 0
+    for steps whose divergence D from the policy that sampled is above the threshold and whose gradient would raise it further
+    (\\( (\rho - 1) A > 0 \\)), and 1 for all others.
+
+    Args:
+        log_ratios (`torch.Tensor` of shape `(batch_size,)`): log-ratio of the policy to the one that sampled, float32.
+        advantages (`torch.Tensor` of shape `(batch_size,)`): A, see [`group_advantages`].
+        divergences (`torch.Tensor` of shape `(batch_size,)`): D, see [`~schedulers.gaussian_kl`]. No gradient flows through it.
+        threshold (`float`): divergence above which the policy may not move away further.
+
+    Returns:
+        `tuple`: losses of shape `(batch_size,)` and the metrics of [`flow_grpo_loss`], for the mask.
+    """
+    ratios, is_far = log_ratios.exp(), divergences > threshold
+    low, high = (is_far & (ratios < 1) & (advantages < 0)), (is_far & (ratios > 1) & (advantages > 0))
+    losses = torch.where(low | high, 0.0, -ratios * advantages)
+    return losses, _ratio_metrics(ratios, low, high)
 
 
 def optimality_rewards(advantages: torch.Tensor, clip: float) -> torch.Tensor:
@@ -401,3 +418,12 @@ def _implicit_rewards(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tens
 def _win_rate(margins: torch.Tensor) -> torch.Tensor:
     """1 where the chosen wins, 0 where it loses, 1/2 for a tie."""
     return (margins.detach().sign() + 1) / 2
+
+
+def _ratio_metrics(ratios: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "ratio": ratios.detach(),
+        "clip_ratio/low_mean": low.float(),
+        "clip_ratio/high_mean": high.float(),
+        "clip_ratio/region_mean": (low | high).float(),
+    }

@@ -10,6 +10,7 @@ import torch
 from tapo_trl.losses import (
     diffusion_dpo_loss,
     diffusion_nft_loss,
+    flow_dppo_loss,
     flow_grpo_loss,
     group_advantages,
     logit_noise,
@@ -259,6 +260,28 @@ class TestFlowGRPOLoss:
         assert metrics["ratio"].item() == pytest.approx(ratio)
         found = {name: metrics[f"clip_ratio/{name}_mean"].item() for name in ("low", "high", "region")}
         assert found == {"low": clipped == "low", "high": clipped == "high", "region": clipped is not None}
+
+
+class TestFlowDPPOLoss:
+    @pytest.mark.parametrize("divergence", [0.0, 0.5, 2.0])
+    @pytest.mark.parametrize("advantage", [-1.5, 2.0])
+    @pytest.mark.parametrize("ratio", [0.7, 1.0, 1.4])
+    def test_by_hand(self, ratio, advantage, divergence):
+        log_ratio = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+        arguments = (torch.tensor([advantage], dtype=torch.float64), torch.tensor([divergence]), 1.0)
+        losses, metrics = flow_dppo_loss(log_ratio, *arguments)
+        (gradient,) = torch.autograd.grad(losses.sum(), log_ratio)
+        masked = divergence > 1 and (ratio - 1) * advantage > 0
+        assert losses.item() == pytest.approx(0 if masked else -ratio * advantage)
+        assert gradient.item() == pytest.approx(0 if masked else -ratio * advantage)
+        assert metrics["clip_ratio/region_mean"].item() == masked
+        assert metrics["clip_ratio/high_mean"].item() == (masked and ratio > 1)
+
+    def test_without_a_threshold_it_is_flow_grpo_without_clipping(self):
+        log_ratios, advantages = torch.randn(2, 20, dtype=torch.float64)
+        losses, _ = flow_dppo_loss(log_ratios, advantages, torch.rand(20), 1.0)
+        for loss, log_ratio, advantage in zip(losses, log_ratios, advantages, strict=True):
+            assert loss.item() == pytest.approx(-math.exp(log_ratio) * advantage.item())
 
 
 class TestRarePairWeights:

@@ -9,7 +9,9 @@ from .flow_match_sde import (
     gaussian_kl,
     gaussian_log_prob,
     gaussian_log_ratio,
+    normalised_log_ratio,
     sde_step_indices,
+    window_step_indices,
 )
 
 
@@ -21,5 +23,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_log_ratio",
+    "normalised_log_ratio",
     "sde_step_indices",
+    "window_step_indices",
 ]

@@ -14,6 +14,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 
+from ..seeding import seeded_generator
+
 
 def sde_step_indices(num_inference_steps: int, num_sde_steps: int, t_init: int = 1) -> list[int]:
     r"""
@@ -45,6 +47,46 @@ def sde_step_indices(num_inference_steps: int, num_sde_steps: int, t_init: int =
             f"steps 0..{num_inference_steps - 1}. Lower `t_init` or `num_sde_steps`."
         )
     return indices
+
+
+def window_step_indices(
+    step_indices: list[int],
+    size: int,
+    iteration: int,
+    interval: int = 25,
+    stride: int = 1,
+    strategy: Literal["progressive", "cyclic", "random"] = "progressive",
+    seed: int = 0,
+) -> list[int]:
+    r"""
+    Steps that are stochastic in one iteration of MixGRPO: a window of `size` steps that slides from the noise to the data. Its
+    first step is number \\( \min(\mathrm{stride} \lfloor i / \mathrm{interval} \rfloor, N - \mathrm{size}) \\) of the N steps.
+
+    Args:
+        step_indices (`list[int]`): the N steps, increasing.
+        size (`int`): number of steps in the window, at most N.
+        iteration (`int`): i, the number of rollouts so far.
+        interval (`int`, *optional*, defaults to `25`): iterations between two moves of the window.
+        stride (`int`, *optional*, defaults to `1`): steps that it moves by.
+        strategy (`str`, *optional*, defaults to `"progressive"`):
+            What comes after the last window: it stays (`"progressive"`), or the first one (`"cyclic"`). `"random"` draws a window
+            in every iteration.
+        seed (`int`, *optional*, defaults to `0`): of `"random"`, which depends on it and on the iteration alone.
+
+    Returns:
+        `list[int]`: `size` of `step_indices` in a row.
+    """
+    last = len(step_indices) - size
+    if strategy == "random":
+        first = torch.randint(last + 1, (), generator=seeded_generator("window", seed, iteration)).item()
+    elif strategy == "cyclic":
+        starts = range(0, last + 1, stride)
+        first = starts[iteration // interval % len(starts)]
+    elif strategy == "progressive":
+        first = min(iteration // interval * stride, last)
+    else:
+        raise ValueError(f"`strategy` must be 'progressive', 'cyclic' or 'random', got {strategy!r}.")
+    return step_indices[first : first + size]
 
 
 def flow_sde_mean(
@@ -145,6 +187,25 @@ def gaussian_log_ratio(
     delta = (mean - ref_mean) / std
     noise = (sample - ref_mean) / std
     return _reduce(noise * delta - delta**2 / 2, reduction)
+
+
+def normalised_log_ratio(log_ratio: torch.Tensor, divergence: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    r"""
+    Log-ratio of GRPO-Guard: \\( std \, (\log \rho + D) \\), with the divergence D of the policy from the one that sampled.
+
+    With the mean over dimensions it is \\( \operatorname{mean}(\epsilon (\mu_\theta - \mu_{old})) \\), where
+    \\( \epsilon \\) is the noise of the step: its mean over the noise is 0, where that of \\( \log \rho \\) is -D, and its spread
+    does not depend on the standard deviation of the step.
+
+    Args:
+        log_ratio (`torch.Tensor` of shape `(batch_size,)`): log rho, see [`gaussian_log_ratio`].
+        divergence (`torch.Tensor` of shape `(batch_size,)`): D, see [`gaussian_kl`], with the same reduction.
+        std (`torch.Tensor`): standard deviation of the steps, one number per example.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+    return std.flatten() * (log_ratio + divergence)
 
 
 def gaussian_kl(

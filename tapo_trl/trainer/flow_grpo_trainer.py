@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from ..losses import flow_grpo_loss
+from ..losses import flow_dppo_loss, flow_grpo_loss
 from ..method_card import MethodCard
 from ..rollouts import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
 from ..rollouts.base import group_metrics
-from ..schedulers import gaussian_kl
+from ..schedulers import gaussian_kl, normalised_log_ratio, window_step_indices
 from .flow_grpo_config import FlowGRPOConfig
 from .group_rewards import advantages_of_process
 from .rollout_trainer import RolloutTrainer
@@ -63,8 +63,10 @@ class FlowGRPOTrainer(RolloutTrainer):
     _seed_name = "flow_grpo"
     _card_metrics = ("reward", "eval_", "kl")
     _card_options = (
+        "loss_type",
         "beta",
         "epsilon",
+        "window_size",
         "scale_rewards",
         "num_generations",
         "num_iterations",
@@ -80,15 +82,35 @@ class FlowGRPOTrainer(RolloutTrainer):
     def build_sampler(self, **kwargs) -> FlowGRPOSampler:
         args = self.args
         self.scheduler = self.stochastic_scheduler()
-        self.step_indices = self.stochastic_steps(args.step_indices)
+        self.all_step_indices = self.stochastic_steps(args.step_indices)
+        if args.window_size is not None and args.window_size > len(self.all_step_indices):
+            raise ValueError(
+                f"`window_size={args.window_size}`, but only the stochastic steps {self.all_step_indices} are those of the trained "
+                "`expert`: lower it."
+            )
         return FlowGRPOSampler(
             scheduler=self.scheduler,
-            step_indices=self.step_indices,
+            step_indices=self._window(0),
             num_generations=args.num_generations,
             **kwargs,
         )
 
+    def _window(self, step: int) -> list[int]:
+        """The stochastic steps of the rollout of an optimizer step, or of an evaluation (-1)."""
+        args = self.args
+        if args.window_size is None:
+            return self.all_step_indices
+        iteration = max(step, 0) // args.num_iterations
+        options = (args.window_interval, args.window_stride, args.window_strategy, args.seed)
+        return window_step_indices(self.all_step_indices, args.window_size, iteration, *options)
+
+    @property
+    def step_indices(self) -> list[int]:
+        """The stochastic steps of the current update."""
+        return self._window(self.state.global_step)
+
     def rollout(self, batch: list[dict[str, Any]], seed_step: int | None = None) -> TrajectoryGroups:
+        self.sampler.step_indices = self._window(self.state.global_step if seed_step is None else seed_step)
         rollout = super().rollout(batch, seed_step)
         rollout.advantages = advantages_of_process(rollout.rewards, self.args.scale_rewards, self.accelerator)
         return rollout
@@ -110,7 +132,7 @@ class FlowGRPOTrainer(RolloutTrainer):
         mean, std = self.scheduler.sde_mean_std(latents, velocity, indices)
 
         log_ratios = self.scheduler.log_ratio(inputs.next_latents, mean, inputs.means, std)
-        losses, metrics = flow_grpo_loss(log_ratios, inputs.advantages, self.args.epsilon)
+        losses, metrics = self._policy_losses(log_ratios, mean, std, inputs)
         metrics["advantages"] = inputs.advantages.abs()
         if self.args.beta == 0:
             return losses, inputs.weights * losses, metrics
@@ -120,6 +142,24 @@ class FlowGRPOTrainer(RolloutTrainer):
         kl = gaussian_kl(mean, ref_mean, std, self.args.logprob_reduction)
         metrics["kl"] = kl.detach()
         return losses, inputs.weights * (losses + self.args.beta * kl), metrics
+
+    def _policy_losses(
+        self, log_ratios: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, inputs: GroupTransitions
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Losses by `loss_type`, and metrics, of shape `(num_examples,)` each."""
+        args = self.args
+        if args.loss_type == "flow_grpo":
+            return flow_grpo_loss(log_ratios, inputs.advantages, args.epsilon)
+        divergences = gaussian_kl(mean, inputs.means, std, args.logprob_reduction)
+        if args.loss_type == "flow_dppo":
+            divergences = divergences.detach()
+            losses, metrics = flow_dppo_loss(log_ratios, inputs.advantages, divergences, args.divergence_threshold)
+            return losses, metrics | {"kl/old": divergences}
+        sigmas, indices = self.scheduler.sigmas, inputs.step_indices.to(self.scheduler.sigmas.device)
+        step_sizes = (sigmas[indices] - sigmas[indices + 1]).to(mean.device)
+        log_ratios = normalised_log_ratio(log_ratios, divergences, std)
+        losses, metrics = flow_grpo_loss(log_ratios, inputs.advantages, args.epsilon)
+        return losses / step_sizes, metrics | {"kl/old": divergences.detach()}
 
     def step_metrics(self, losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         names = {"ratio": "ratio", "clip_ratio": "clip_ratio/region_mean", "kl": "kl"}

@@ -13,7 +13,9 @@ from tapo_trl.schedulers import (
     gaussian_kl,
     gaussian_log_prob,
     gaussian_log_ratio,
+    normalised_log_ratio,
     sde_step_indices,
+    window_step_indices,
 )
 
 
@@ -24,6 +26,51 @@ def make_scheduler(num_inference_steps=20, **kwargs):
     scheduler = FlowMatchSDEScheduler(**{"shift": 3.0} | kwargs)
     scheduler.set_timesteps(num_inference_steps)
     return scheduler
+
+
+class TestWindowStepIndices:
+    def test_by_hand(self):
+        steps = [1, 3, 6, 8, 11]
+        windows = [window_step_indices(steps, 2, i, interval=2) for i in range(10)]
+        starts = [[1, 3], [3, 6], [6, 8], [8, 11]]
+        assert windows == [window for window in starts for _ in range(2)] + [[8, 11]] * 2
+        cyclic = [window_step_indices(steps, 2, i, interval=1, stride=2, strategy="cyclic") for i in range(4)]
+        assert cyclic == [[1, 3], [6, 8], [1, 3], [6, 8]]
+        assert window_step_indices(steps, 5, 1000) == steps
+
+    def test_random_ones_depend_on_seed_and_iteration_alone(self):
+        steps = list(range(6))
+        drawn = [window_step_indices(steps, 3, i, strategy="random", seed=1) for i in range(200)]
+        assert drawn == [window_step_indices(steps, 3, i, strategy="random", seed=1) for i in range(200)]
+        assert drawn != [window_step_indices(steps, 3, i, strategy="random", seed=2) for i in range(200)]
+        assert sorted({window[0] for window in drawn}) == [0, 1, 2, 3]
+        assert all(window == list(range(window[0], window[0] + 3)) for window in drawn)
+
+    def test_unknown_strategy(self):
+        with pytest.raises(ValueError, match="strategy"):
+            window_step_indices([0, 1], 1, 0, strategy="decay")
+
+
+class TestNormalisedLogRatio:
+    def test_is_the_noise_times_the_difference_of_the_means(self):
+        generator = torch.Generator().manual_seed(0)
+        mean, old, noise = torch.randn(3, 4, 2, 5, 5, dtype=torch.float64, generator=generator)
+        std = torch.tensor([0.1, 0.4, 0.9, 2.0], dtype=torch.float64).view(-1, 1, 1, 1)
+        log_ratio = gaussian_log_ratio(old + std * noise, mean, old, std)
+        normalised = normalised_log_ratio(log_ratio, gaussian_kl(mean, old, std), std)
+        torch.testing.assert_close(normalised, (noise * (mean - old)).flatten(1).mean(1))
+
+    def test_has_no_bias_and_a_spread_that_std_does_not_change(self):
+        generator = torch.Generator().manual_seed(0)
+        delta, noise = torch.randn(1, 16, generator=generator), torch.randn(200_000, 16, generator=generator)
+        for std in (0.2, 1.5):
+            std = torch.full((len(noise), 1), std)
+            log_ratio = gaussian_log_ratio(std * noise, delta.expand_as(noise), torch.zeros_like(noise), std)
+            divergence = gaussian_kl(delta.expand_as(noise), torch.zeros_like(noise), std)
+            normalised = normalised_log_ratio(log_ratio, divergence, std)
+            assert log_ratio.mean().item() == pytest.approx(-divergence[0].item(), abs=0.02)
+            assert normalised.mean().item() == pytest.approx(0, abs=2e-3)
+            assert normalised.std().item() == pytest.approx(delta.norm().item() / 16, rel=0.01)
 
 
 class TestSDEStepIndices:

@@ -111,12 +111,25 @@ class Reference:
                 advantage = (r[k] - r.mean()) / (r.std() + 1e-4)
                 yield advantage, self.groups.next_latents[level, row].double(), now, old, (level, row)
 
+    def surrogate(self, advantage, x, now, old, position):
+        """By the noise of the step and the difference of the means, where the trainer starts from log-ratios."""
+        args, ratio = self.args, (now.log_prob(x).mean() - old.log_prob(x).mean()).exp()
+        if args.loss_type == "flow_dppo":
+            divergence = torch.distributions.kl_divergence(old, now).mean().item()
+            moves_away = (advantage > 0) == (ratio > 1)
+            return 0.0 * ratio if moves_away and divergence > args.divergence_threshold else ratio * advantage
+        scale = 1.0
+        if args.loss_type == "grpo_guard":
+            index = self.groups.step_indices[position[0]].item()
+            scale = 1 / (self.sigmas[index] - self.sigmas[index + 1])
+            ratio = ((x - old.loc) / old.scale * (now.loc - old.loc)).mean().exp()
+        low, high = 1 - args.epsilon, 1 + args.epsilon
+        return scale * min(ratio * advantage, ratio.clamp(low, high) * advantage)
+
     def loss(self):
         losses = []
         for advantage, x, now, old, position in self.examples():
-            ratio = (now.log_prob(x).mean() - old.log_prob(x).mean()).exp()
-            low, high = 1 - self.args.epsilon, 1 + self.args.epsilon
-            surrogate = min(ratio * advantage, ratio.clamp(low, high) * advantage)
+            surrogate = self.surrogate(advantage, x, now, old, position)
             with self.model.disable_adapter(), torch.no_grad():
                 ref = self.distribution(*position)
             kl = torch.distributions.kl_divergence(now, ref).mean()
@@ -293,7 +306,17 @@ class TestGradient:
         parameters = [p for p in reference.model.parameters() if p.requires_grad]
         self.assert_close(gradients, torch.autograd.grad(-objective.mean(), parameters))
 
-    @pytest.mark.parametrize("options", [{"epsilon": 0.9, "beta": 5.0}, {"epsilon": 1e-3, "beta": 0.1}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"epsilon": 0.9, "beta": 5.0},
+            {"epsilon": 1e-3, "beta": 0.1},
+            {"loss_type": "grpo_guard", "epsilon": 0.9, "beta": 0.1},
+            {"loss_type": "grpo_guard", "epsilon": 1e-4, "beta": 0.1},
+            {"loss_type": "flow_dppo", "divergence_threshold": 1e3, "beta": 0.1},
+            {"loss_type": "flow_dppo", "divergence_threshold": 1e-5, "beta": 0.1},
+        ],
+    )
     def test_equals_an_independent_float64_reference_off_policy(self, tmp_path, options):
         trainer = make_trainer(tmp_path, self_check=False, **options)
         groups = trainer.rollout(rows()[:2], seed_step=0)
@@ -301,7 +324,8 @@ class TestGradient:
         (chunk,) = groups.transitions(100)
         loss = trainer.compute_loss(trainer.model, chunk)
         (clipped,) = [v.mean() for v in trainer._metrics["train"]["clip_ratio/region_mean"]]
-        assert (clipped == 0) == (options["epsilon"] == 0.9) and clipped < 1
+        nothing = options.get("epsilon") == 0.9 or options.get("divergence_threshold") == 1e3
+        assert (clipped == 0) == nothing and clipped < 1
         loss.backward()
         gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
         reference = Reference(trainer, groups)
@@ -323,6 +347,54 @@ class TestGradient:
         _, _, gradients = self.run(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3 * expected[name].abs().max())
+
+
+class TestWindow:
+    def test_slides_over_the_stochastic_steps(self, tmp_path):
+        options = {"window_size": 2, "window_interval": 2, "max_steps": 6, "num_inference_steps": 5}
+        trainer = make_trainer(tmp_path, **options)
+        rollouts = RolloutRecorder(trainer)
+        trainer.train()
+        steps = [groups.step_indices.tolist() for groups in rollouts.pairs]
+        assert steps == [[0, 1], [0, 1], [1, 2], [1, 2], [2, 3], [2, 3]]
+        assert all(groups.latents.shape[:2] == (2, 6) for groups in rollouts.pairs)
+        assert "step_03/ratio" in trainer.state.log_history[4] and "step_00/ratio" not in trainer.state.log_history[4]
+
+    def test_other_steps_follow_the_ode(self, tmp_path):
+        trainer = make_trainer(tmp_path, window_size=1, num_inference_steps=5, guidance_scale=1.0)
+        trainer.state.global_step = 25  # one move: step 1
+        groups = trainer.rollout(rows()[:2])
+        assert groups.step_indices.tolist() == [1]
+        latents = groups.next_latents[0]
+        for index in (2, 3, 4):
+            sigma, sigma_next = trainer.scheduler.sigmas[index : index + 2]
+            velocity = trainer.policy.velocity(trainer.model, latents, sigma, groups.prompt_embeds)
+            latents = latents + (sigma_next - sigma) * velocity
+        torch.testing.assert_close(groups.final_latents.flatten(0, 1), latents, rtol=1e-4, atol=1e-5)
+
+    def test_an_evaluation_uses_the_first_window(self, tmp_path):
+        options = {"window_size": 1, "window_interval": 1, "eval_strategy": "steps", "eval_steps": 1}
+        trainer = make_trainer(tmp_path, max_steps=3, eval_prompts=["bee", "ant"], **options)
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "eval_reward" in log]
+        assert len(logs) == 3 and all("eval_step_00/ratio" in log and "eval_step_01/ratio" not in log for log in logs)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("strategy", ["cyclic", "random"])
+    def test_resume_is_exact(self, tmp_path, strategy):
+        options = {"window_strategy": strategy} | ({"window_interval": 1} if strategy == "cyclic" else {})
+        check_resume_is_exact(make_trainer, tmp_path, window_size=1, **options)
+
+    @pytest.mark.slow
+    def test_share_of_each_step_in_the_gradient(self, tmp_path):
+        callback = GradientShareCallback(1)
+        trainer = make_trainer(
+            tmp_path, callbacks=[callback], window_size=2, window_interval=1, num_iterations=2, max_steps=4
+        )
+        trainer.train()
+        found = [{key for key in log if key.startswith("gradient_share")} for log in trainer.state.log_history[:4]]
+        first, second = ({f"gradient_share/step_0{step}" for step in steps} for steps in ((0, 1), (1, 2)))
+        assert found == [first, first, second, second]
 
 
 class TestRollouts:
@@ -402,6 +474,15 @@ class TestBadInput:
             {"t_init": 2},
             {"sde_type": "cps", "num_sde_steps": 4},
             {"sync_ref_model": True, "beta": 0.0},
+            {"loss_type": "ppo"},
+            {"divergence_threshold": 0.0},
+            {"divergence_threshold": 1e-3},
+            {"epsilon": 0.1, "loss_type": "flow_dppo"},
+            {"window_size": 4},
+            {"window_size": 0},
+            {"window_interval": 2},
+            {"window_stride": 2, "window_size": 1, "window_strategy": "random"},
+            {"window_strategy": "decay", "window_size": 1},
         ],
     )
     def test_configuration(self, tmp_path, kwargs):
