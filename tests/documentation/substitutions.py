@@ -24,7 +24,7 @@ TEXT = {
     r"num_frames=81, guidance_scale=5.0\)": "height=32, width=32, num_frames=5, num_inference_steps=2)",
     r"stabilityai/stable-diffusion-3\.5-medium": "tiny/sd3",
     r"stabilityai/stable-diffusion-xl-base-1\.0": "tiny/sd3",
-    r'{"num_inference_steps": 50, ': '{"num_inference_steps": 2, ',
+    r'{"num_inference_steps": (50|12), ': '{"num_inference_steps": 2, ',
     r"black-forest-labs/FLUX\.1-dev": "tiny/flux1",
     r"Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers": "tiny/wan",
     r'load_dataset\("my-name/pairs"': 'load_dataset("parquet", data_files="pairs.parquet"',
@@ -79,6 +79,9 @@ LARGEST = {
     "seeds": 1,
     "repeats": 1,
     "samples_per_prompt": 1,
+    "num": 33,
+    "same_source": 2,
+    "gold": 2,
 }
 
 # Flags of other scripts

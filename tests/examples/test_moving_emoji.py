@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from tapo_trl.human.elements import Elements
+from tapo_trl.human.writers import TemplateWriter
+
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "moving_emoji"
 if str(FOLDER) not in sys.path:
@@ -174,3 +177,16 @@ class TestMakePairs:
         with av.open(str(tmp_path / "fire.mp4")) as container:
             read = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
         np.testing.assert_array_equal(read, frames)
+
+
+class TestElements:
+    def test_they_are_prompts_of_the_world_and_the_study_has_subjects_of_its_own(self):
+        prompts, subjects = {}, {}
+        for name in ("train", "test"):
+            elements = Elements.load(FOLDER / "elements" / f"{name}.yaml")
+            combinations = list(elements.sample(100, seed=0))
+            prompts[name] = set(TemplateWriter(elements).write(combinations, seed=0))
+            subjects[name] = set(elements.values["subject"])
+            assert len(prompts[name]) == len(combinations) == elements.num_combinations
+        assert prompts["train"] | prompts["test"] == set(all_prompts())
+        assert not subjects["train"] & subjects["test"] and (len(prompts["train"]), len(prompts["test"])) == (72, 24)
