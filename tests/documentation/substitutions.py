@@ -149,6 +149,7 @@ EXEMPT = {
     r"pip install ": "installs; `.ci/run` does it in a new environment",
     r"hf ": "needs an account",
     r"tapo-trl bench .*--device cuda": "needs an NVIDIA GPU",
+    r"benchmarks/gpu/(pack|run)\.sh": "downloads, or needs an NVIDIA GPU; tests/gpu/test_rehearsal.py rehearses",
     r"tapo-trl reproduce": "trains for hours; tests/reproduction runs it in a small world",
     r"tapo-trl tapo .*--push_to_hub": "needs an account; tests/trainer/test_hub.py pushes to a Hub of its own",
     r'trainer\.dataset_name = "my-name/pairs"': "needs an account; tests/trainer/test_hub.py",
