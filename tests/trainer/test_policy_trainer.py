@@ -13,6 +13,8 @@ from peft.utils import get_peft_model_state_dict
 
 from tapo_trl import (
     DiffusionDPOTrainer,
+    DiffusionNFTTrainer,
+    DiffusionSFTTrainer,
     FlowGRPOTrainer,
     OnlineDiffusionDPOTrainer,
     SLRMConfig,
@@ -24,7 +26,9 @@ from tests.testing_utils import tiny_sd3_pipeline
 from tests.trainer import (
     test_diffusion_dpo_trainer,
     test_flow_grpo_trainer,
+    test_nft_trainer,
     test_online_dpo_trainer,
+    test_sft_trainer,
     test_tapo_trainer,
 )
 from tests.trainer.policy_checks import check_lora_loads_into_diffusers_exactly, trainable
@@ -35,9 +39,18 @@ METHODS = {
     "tapo": (TAPOTrainer, test_tapo_trainer.make_args),
     "online_dpo": (OnlineDiffusionDPOTrainer, test_online_dpo_trainer.make_args),
     "grpo": (FlowGRPOTrainer, test_flow_grpo_trainer.make_args),
+    "nft": (DiffusionNFTTrainer, test_nft_trainer.make_args),
     "dpo": (DiffusionDPOTrainer, test_diffusion_dpo_trainer.make_args),
+    "sft": (DiffusionSFTTrainer, test_sft_trainer.make_args),
 }
+OFFLINE = ("dpo", "slrm", "sft")
 SMALL = {"num_inference_steps": 2, "max_steps": 1, "per_device_train_batch_size": 1, "guidance_scale": 1.0}
+
+
+def latents(method, number, seed=0):
+    """Preference pairs, or for supervised fine-tuning one of their sides."""
+    pairs = latent_pairs(number, seed=seed)
+    return pairs.rename_column("chosen", "image") if method == "sft" else pairs
 
 
 def make_trainer(
@@ -46,13 +59,17 @@ def make_trainer(
     """The trainer of `method`; `eval_dataset` has prompts or pairs, as it needs."""
     torch.manual_seed(0)
     trainer_class, make_args = METHODS[method]
-    counts = {"tapo": {"num_sde_steps": 1}, "online_dpo": {"num_noise_levels": 1}, "grpo": {}, "dpo": {}}
+    counts = {
+        "tapo": {"num_sde_steps": 1},
+        "online_dpo": {"num_noise_levels": 1},
+        "nft": {"num_noise_levels": 1},
+    }.get(method, {})
     arguments = [tiny_sd3_pipeline() if pipeline is None else pipeline]
-    arguments += [] if method == "dpo" else [redness]
+    arguments += [] if method in OFFLINE else [redness]
     return trainer_class(
         *arguments,
-        make_args(tmp_path, **SMALL | counts[method] | kwargs),
-        train_dataset=latent_pairs(4) if method == "dpo" else Dataset.from_dict({"prompt": PROMPTS}),
+        make_args(tmp_path, **SMALL | counts | kwargs),
+        train_dataset=latents(method, 4) if method in OFFLINE else Dataset.from_dict({"prompt": PROMPTS}),
         eval_dataset=eval_dataset,
         optimizers=optimizers,
         peft_config=peft_config,
@@ -231,6 +248,7 @@ class TestAdapters:
             ("tapo", {"loss_type": "ipo"}),
             ("online_dpo", {}),
             ("grpo", {}),
+            ("nft", {}),
             ("dpo", {}),
         ],
     )
@@ -259,8 +277,8 @@ class TestAdapters:
 
 def eval_splits(method):
     """Two sets of held-out prompts or pairs."""
-    if method in ("dpo", "slrm"):
-        return {"near": latent_pairs(2, seed=1), "far": latent_pairs(3, seed=2)}
+    if method in OFFLINE:
+        return {"near": latents(method, 2, seed=1), "far": latents(method, 3, seed=2)}
     return {
         name: Dataset.from_dict({"prompt": prompts})
         for name, prompts in {"near": ["cat"], "far": ["emu", "yak"]}.items()
@@ -279,7 +297,8 @@ class TestEvaluation:
         splits = eval_splits(method)
         trainer = make(method, tmp_path, eval_dataset=splits, per_device_eval_batch_size=2)
         metrics = trainer.evaluate()
-        name = "accuracy" if method == "slrm" else "rewards/accuracies" if method == "dpo" else "reward"
+        names = {"slrm": "accuracy", "dpo": "rewards/accuracies", "sft": "loss/sigma_0.5"}
+        name = names.get(method, "reward")
         found = {split: evaluated(metrics, f"eval_{split}_") for split in splits}
         assert found["near"].keys() == found["far"].keys() and {name, "loss"} <= found["near"].keys()
         assert found["near"] != found["far"] and f"eval_{name}" not in metrics
@@ -327,7 +346,7 @@ class TestEvaluation:
         assert trainer.policy.pipeline.text_encoder is None
         with pytest.raises(ValueError, match="was not encoded at the start, and the text encoders have left"):
             trainer.evaluate(eval_splits(method)["far"].map(lambda row: {"prompt": "new"}))
-        known = latent_pairs(2, seed=1) if method == "dpo" else Dataset.from_dict({"prompt": PROMPTS[:1]})
+        known = latents(method, 2, seed=1) if method in OFFLINE else Dataset.from_dict({"prompt": PROMPTS[:1]})
         assert "eval_loss" in trainer.evaluate(known)
 
     def test_a_dataset_that_cannot_be_used(self, tmp_path):
@@ -341,7 +360,7 @@ class TestEvaluation:
 class TestTrainingAgain:
     @pytest.mark.parametrize("method", [*METHODS, "slrm"])
     def test_a_second_run_goes_on(self, tmp_path, method):
-        options = {} if method in ("dpo", "slrm") else {"num_iterations": 2, "max_steps": 3}
+        options = {} if method in OFFLINE else {"num_iterations": 2, "max_steps": 3}
         trainer = make(method, tmp_path, None, make_lora(), learning_rate=1e-2, **options)
         trainer.train()
         first = trainable(trainer)
@@ -350,7 +369,7 @@ class TestTrainingAgain:
         assert any(not torch.equal(value, first[name]) for name, value in trainable(trainer).items())
         assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", [method for method in METHODS if method != "sft"])  # which has no reference
     def test_a_first_run_that_failed_at_the_start_is_checked_again(self, tmp_path, method):
         trainer = make(method, tmp_path, None, make_lora())
         randomize_adapter(trainer)
@@ -387,7 +406,7 @@ def test_beta_is_that_of_the_pairing(tmp_path, pairing, beta):
     assert test_tapo_trainer.make_args(tmp_path, pairing=pairing, beta=7.0).beta == 7.0
 
 
-@pytest.mark.parametrize("method", ["tapo", "dpo", "slrm"])
+@pytest.mark.parametrize("method", ["tapo", "nft", "dpo", "sft", "slrm"])
 class TestFinishedAndFailed:
     SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
 

@@ -238,7 +238,7 @@ class TestSaving:
         check_lora_loads_into_diffusers_exactly(trainer, PROMPTS[0], tmp_path / "base")
         card = (tmp_path / "out" / "README.md").read_text()
         assert "diffusion-sft" in card and "lipman2023flow" in card and ", trained by **supervised" in card
-        assert "preference" not in card and str(tmp_path) not in card
+        assert "with preferences" not in card and "preference data" not in card and str(tmp_path) not in card
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 4
 
     def test_full_fine_tuning_is_saved_as_a_transformer(self, tmp_path):
