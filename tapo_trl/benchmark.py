@@ -25,7 +25,7 @@ from .networks.sharing import all_tensors
 from .policies import FlowPolicy, PromptEmbeddings
 from .profiling import StageTimer, on_forward
 from .rewards import SLRMModel
-from .rollouts import TAPOSampler, TrajectoryPairs
+from .rollouts import TAPOSampler, TrajectoryPairs, TransitionPairs
 from .trainer.policy_setup import eval_mode
 from .trainer.tapo_config import TAPOConfig
 from .trainer.tapo_trainer import TAPOTrainer
@@ -166,6 +166,56 @@ class Bench:
             (losses.mean() * chunk.share).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    def update_by_chunk(self, setting: Setting, chunk_sizes: list[int], repeats: int = 3) -> list[dict[str, float]]:
+        """
+        Seconds of the update by the size of its chunks, beside an ideal update: the reference's forwards, and the policy's
+        forwards and backwards without recomputation, in batches of the best of these sizes, and nothing else.
+
+        Args:
+            setting ([`Setting`]): what to run.
+            chunk_sizes (`list[int]`): values of `transition_batch_size`, in pairs.
+            repeats (`int`, *optional*, defaults to `3`): times each part is run after a first time; the median counts.
+
+        Returns:
+            `list[dict[str, float]]`: `chunk`, `update s` and `ideal s`, seconds per prompt, and `update / ideal`.
+        """
+        pairs = self.rollout(self.sampler(setting), self.embeddings(setting.prompts))
+        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-6)
+
+        def median(program: Callable[[], Any]) -> float:
+            return statistics.median([seconds(program, self.device)[0] for _ in range(repeats + 1)][1:])
+
+        updates = []
+        for size in chunk_sizes:
+            self.options.transition_batch_size = size
+            updates.append(median(lambda: self.update(pairs, optimizer)) / setting.prompts)
+        recomputes, bare = self.policy.transformer.is_gradient_checkpointing, []
+        self.policy.transformer.disable_gradient_checkpointing()
+        for size in chunk_sizes:
+            chunk = next(pairs.transitions(size)).to(self.device)
+            bare.append(median(lambda: self._bare_update(chunk)) / len(chunk.weights))  # noqa: B023
+        if recomputes:
+            self.policy.transformer.enable_gradient_checkpointing()
+        ideal = min(bare) * pairs.num_pairs / setting.prompts
+        return [
+            {"chunk": size, "update s": update, "ideal s": ideal, "update / ideal": update / ideal}
+            for size, update in zip(chunk_sizes, updates, strict=True)
+        ]
+
+    def _bare_update(self, chunk: TransitionPairs) -> None:
+        """A forward of the reference, and a forward and backward of the policy, for the parents of a chunk."""
+        trainer, options = self.trainer, self.options
+        embeds = chunk.prompt_embeds.repeat(chunk.num_parents)
+        sigma = trainer.scheduler.sigma(chunk.step_indices.repeat(chunk.num_parents).to(self.device))
+        guidance = (trainer.negative_prompt_embeds, options.guidance_scale)
+        arguments = (chunk.latents.flatten(0, 1), sigma, embeds, *guidance)
+        with trainer.accelerator.autocast():
+            with torch.no_grad(), trainer.reference(self.model) as reference:
+                self.policy.velocity(reference, *arguments)
+            loss = self.policy.velocity(self.model, *arguments).sum()
+        loss.backward()
+        self.model.zero_grad()
 
     def flops(self, size: tuple[int, ...]) -> dict[str, int]:
         """

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tapo_trl
-from tapo_trl.benchmark import Bench, Setting, linear_fit, matmul_peak
+from tapo_trl.benchmark import Bench, Setting, _latents_through, linear_fit, matmul_peak
 from tapo_trl.cli.bench import make_bench, make_parser, settings, summarize
 from tapo_trl.cli.main import main
 from tapo_trl.policies.wan_experts import WanExpertsPolicy
@@ -86,6 +86,19 @@ class TestMeasure:
         moved = {name for name, p in trained.items() if not torch.equal(p, before[name])}
         assert moved and all("lora_B" in name for name in moved)  # lora_A moves when B is no longer 0
 
+    @pytest.mark.parametrize("flag", ["true", "false"])
+    def test_updates_by_chunk_beside_their_bare_forwards(self, flag):
+        bench = make("--size", "tiny", "--lora_r", "2", "--activation_checkpointing", flag)
+        network = bench.policy.transformer
+        with _latents_through(network) as sizes:
+            rows = bench.update_by_chunk(Setting(4, 2, 2, 2, (32, 32)), [1, 4], repeats=1)
+        # Two times: 2 x 2 pairs of two sides with guidance, policy and reference, in chunks; then one chunk of each size
+        expected = 2 * [4] * 8 + 2 * [16] * 2 + 2 * [4] * 2 + 2 * [16] * 2
+        assert sizes[-len(expected) :] == expected
+        assert [row["chunk"] for row in rows] == [1, 4] and rows[0]["ideal s"] == rows[1]["ideal s"] > 0
+        assert all(row["update / ideal"] == row["update s"] / row["ideal s"] for row in rows)
+        assert network.is_gradient_checkpointing == (flag == "true")
+
     def test_share_backbone(self):
         bench = make("--size", "tiny", "--lora_r", "2", "--share_backbone", "true")
         base = bench.policy.transformer.pos_embed.proj.weight
@@ -149,13 +162,14 @@ class TestReport:
         pytest.importorskip("matplotlib")
         flags = ["--height", "32", "--width", "32", "--lora_r", "2", "--num_inference_steps", "5", "--repeats", "1"]
         flags += ["--num_sde_steps", "1", "2", "3", "--num_candidates", "2", "--prompts", "1", "--warm_up", "false"]
-        assert main(["bench", *flags, "--output_dir", str(tmp_path)]) == 0
+        assert main(["bench", *flags, "--output_dir", str(tmp_path), "--chunk_sizes", "1", "2"]) == 0
         report = json.loads((tmp_path / "bench.json").read_text())
         assert [row["n"] for row in report["rows"]] == [1, 2, 3]
         assert [row["reward forwards"] for row in report["rows"]] == [4, 8, 12]
         fit = report["fits"]["seconds of a rollout against its forwards, 1 prompts"]
         assert fit.keys() == {"intercept", "slope", "r2"}
         assert report["n"]["n = 3 over 1, P = 2, 1 prompts"]["forwards"] == pytest.approx((16 + 12) / (16 + 4))
+        assert [row["chunk"] for row in report["chunks"]] == [1, 2]
         text = (tmp_path / "bench.md").read_text()
         assert text.strip() in capsys.readouterr().out and "# tiny on cpu" in text and "expert" not in text
         assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -415,6 +415,12 @@ class BenchArguments:
     warm_up: bool = option("Whether to do one untimed run first.", True)
     plot: bool = option("Whether to draw `bench.png`, which needs matplotlib.", True)
     output_dir: str = option("Where to write the results.", "bench")
+    activation_checkpointing: bool = option("Whether the update recomputes activations, to save memory.", True)
+    chunk_sizes: list[int] = option(
+        "Values of `transition_batch_size` for which the update of the first setting is compared with its bare forwards and "
+        "backwards.",
+        [],
+    )
 
     def __post_init__(self):
         size = SIZES[self.size]

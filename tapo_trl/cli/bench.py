@@ -19,6 +19,7 @@ ONE_EXPERT = (
 TRAINER_OPTIONS = (  # of `TAPOConfig`
     *("max_sequence_length", "guidance_scale", "score_batch_size", "transition_batch_size", "share_backbone"),
     *("layerwise_casting", "reward_layerwise_casting", "reward_group_offload", "attention_backend", "torch_compile"),
+    "activation_checkpointing",
 )
 
 
@@ -177,6 +178,12 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         *table(report["rows"]),
     ]
+    if report.get("chunks"):
+        lines += [
+            "The update by the size of its chunks, beside one that is nothing but its forwards and backwards:",
+            "",
+        ]
+        lines += table(report["chunks"])
     for name, parts in (("least squares", report["fits"]), ("rollout", report["n"])):
         if parts:
             lines += table([{name: key} | values for key, values in parts.items()])
@@ -241,6 +248,7 @@ def main(args) -> None:
     for setting in settings(args):
         measurements.append(bench.measure(setting, args.repeats, warm_up=args.warm_up))
         print(setting, {name: round(value, 4) for name, value in measurements[-1].seconds.items()}, flush=True)
+    chunks = bench.update_by_chunk(settings(args)[0], args.chunk_sizes, args.repeats) if args.chunk_sizes else []
     machine = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "dtype": args.torch_dtype,
@@ -251,7 +259,7 @@ def main(args) -> None:
         "experts": bench.num_experts,
     }
     options = asdict(args) | {"name": args.model_name_or_path or args.size}
-    report = {"machine": machine, "settings": options, **summarize(measurements, peak)}
+    report = {"machine": machine, "settings": options, **summarize(measurements, peak), "chunks": chunks}
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
