@@ -3,6 +3,7 @@
 
 """The people of the emoji worlds vote as they are told to."""
 
+import json
 import math
 import random
 import re
@@ -101,6 +102,30 @@ def clips(tmp_path):
     known = Pair("known", "known", "panda face moving left", good, same, "a", "a", gold={"text_alignment": 0.0})
     study.write_pairs([*pairs, known])
     return study
+
+
+def test_flipped_labels_are_as_many_on_other_pairs(tmp_path, monkeypatch, capsys):
+    import flip_labels
+
+    kinds = ["right"] * 30 + ["wrong"] * 15 + ["tie"] * 5
+    rows = []
+    for number, kind in enumerate(kinds):
+        right, other = f"media/{number:04d}_{number % 2}.webp", f"media/{number:04d}_{1 - number % 2}.webp"
+        files = (other, right) if kind == "wrong" else (right, other)
+        row = {"pair_id": f"{number:04d}", "prompt": "fox", "label": 0.5 if kind == "tie" else 1.0}
+        rows.append(row | dict(zip(("chosen_file_name", "rejected_file_name"), files, strict=True)))
+    (tmp_path / "export/train").mkdir(parents=True)
+    (tmp_path / "export/train/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(flip_labels, monkeypatch, tmp_path / "export", tmp_path / "flipped", "--seed", "1")
+    assert "30 right, 15 wrong, 5 tie" in capsys.readouterr().out
+    lines = (tmp_path / "flipped/train/metadata.jsonl").read_text().splitlines()
+    flipped = [json.loads(line) | {"pair_id": row["pair_id"]} for line, row in zip(lines, rows, strict=True)]
+    found = [flip_labels.kind_of(row) for row in flipped]
+    assert sorted(found) == sorted(kinds) and found != kinds
+    assert all(
+        {row["chosen_file_name"], row["rejected_file_name"]} == {old["chosen_file_name"], old["rejected_file_name"]}
+        for row, old in zip(flipped, rows, strict=True)
+    )
 
 
 def test_moving_emoji(clips, monkeypatch, capsys):
