@@ -1,0 +1,140 @@
+# Copyright 2026 The tapo_trl authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Tables and learning curves of the trainings in `runs.jsonl`.
+
+    python -m benchmarks.mixture.report
+
+Writes `report.md` and `curves.png`, and prints the tables.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tapo_trl.metrics.plots import check_matplotlib
+
+from ..reproduction.statistics import Estimate, compare, estimate
+from .study import BUDGET, HERE, METHODS, best, end, read_runs, tried
+
+
+DISTANCES = (0.03, 0.1, 0.3)
+COLUMNS = ("reward", "style", "accuracy", "excess", "slrm", "distance", "diversity")
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The final trainings of a method, one per seed."""
+    chosen = best(name)
+    rows = [
+        row
+        for row in read_runs().values()
+        if row["key"].endswith("test")
+        and (row["method"], row["beta"], row["learning_rate"]) == (name, chosen.beta, chosen.learning_rate)
+    ]
+    return sorted((row for row in rows if row["curve"]), key=lambda row: row["seed"])
+
+
+def at(row: dict[str, Any], x: str, value: float, y: str = "reward") -> float:
+    """`y` of a learning curve where `x` first reaches `value`, by straight lines between its points."""
+    xs, ys = ([point[name] for point in row["curve"]] for name in (x, y))
+    return float(np.interp(value, np.maximum.accumulate(xs), ys))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def searched(name: str) -> str:
+    """All trials of a method: the true reward at the end."""
+    ends: dict[str, list[str]] = {}
+    for run, row in tried(name):
+        ends.setdefault(f"{run.beta:g} / {run.learning_rate:g}", []).append(f"{end(row):.2f}")
+    return ", ".join(f"{options}: {' and '.join(values)}" for options, values in ends.items())
+
+
+def write_report(names: Sequence[str], file: Path) -> str:
+    """The tables of the methods that have final trainings."""
+    final = {name: rows_of(name) for name in names}
+    judged: dict[str, Estimate] = {name: estimate([end(row) for row in rows]) for name, rows in final.items()}
+    seconds = min(row["curve"][-1]["seconds"] for rows in final.values() for row in rows)
+    first = next(iter(final.values()))[0]["curve"][0]
+    main_rows, equal = [["base", "", "", *(f"{first[column]:.2f}" for column in COLUMNS)]], []
+    for name, rows in final.items():
+        last = {column: estimate([row["curve"][-1][column] for row in rows]) for column in COLUMNS}
+        chosen = best(name)
+        cells = [f"{value.mean:.2f} ± {value.half_width or 0:.2f}" for value in last.values()]
+        main_rows.append([name, f"{chosen.beta:g} / {chosen.learning_rate:g}", rows[0]["curve"][-1]["step"], *cells])
+        by_seconds = estimate([at(row, "seconds", seconds) for row in rows])
+        peak = estimate([max(point["reward"] for point in row["curve"]) for row in rows])
+        by_distance = []
+        for distance in DISTANCES:
+            reached = [row for row in rows if max(point["distance"] for point in row["curve"]) >= distance]
+            values = [at(row, "distance", distance) for row in reached]
+            by_distance.append(f"{estimate(values)} ({len(values)})" if values else "not reached")
+        equal.append([name, by_seconds, peak, *by_distance])
+    claims = [
+        f"- {first} above {name}: {compare(judged[first], judged[name])}"
+        for first in ("TAPO", "TAPO, true reward")
+        for name in judged
+        if first in judged and name != first and METHODS[name].knows_truth == METHODS[first].knows_truth
+        if len(judged[name].values) == len(judged[first].values)
+    ]
+    seeds = {len(rows) for rows in final.values()}
+    text = "\n\n".join(
+        [
+            f"At {BUDGET:,} rows through the policy's network. Seeds: {', '.join(map(str, sorted(seeds)))}; mean and 95 % interval.",
+            table(["method", "beta / learning rate", "updates", *COLUMNS], main_rows),
+            f"The true reward at equal seconds of a core ({seconds:.1f} s), at the best point of each curve, and where the distance from "
+            "the base first reaches a value (with the number of seeds that reach it):",
+            table(["method", "equal seconds", "best point", *(f"distance {d}" for d in DISTANCES)], equal),
+            "\n".join(claims),
+            "All trials, true reward at the end on the noise of `validation`, of the first seed or three (beta / learning rate):",
+            table(["method", "trials"], [[name, searched(name)] for name in names]),
+        ]
+    )
+    file.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def plot(names: Sequence[str], file: Path) -> None:
+    """Learning curves: mean and 95 % interval of the seeds."""
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    panels = [("forwards", name) for name in ("reward", "slrm", "excess", "distance", "diversity")] + [
+        ("distance", "reward")
+    ]
+    for axes, (x, y) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        for index, name in enumerate(names):
+            rows = rows_of(name)
+            xs = np.mean([[point[x] for point in row["curve"]] for row in rows], axis=0)
+            ys = np.array([[point[y] for point in row["curve"]] for row in rows])
+            color = f"C{index}"
+            axes.plot(xs, ys.mean(0), label=name, color=color)
+            if len(rows) > 1 and x == "forwards":
+                half = [estimate(column).half_width for column in ys.T]
+                axes.fill_between(xs, ys.mean(0) - half, ys.mean(0) + half, alpha=0.2, color=color, linewidth=0)
+        axes.set(
+            xlabel={"forwards": "rows through the policy"}.get(x, x), ylabel="true reward" if y == "reward" else y
+        )
+        axes.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+    figure.savefig(file, dpi=60)
+
+
+def main() -> None:
+    finals = {row["method"] for row in read_runs().values() if row["key"].endswith("test") and row["curve"]}
+    names = [name for name in METHODS if name in finals]
+    if not names:
+        raise SystemExit("There are no final trainings: `python -m benchmarks.mixture.study seeds`.")
+    print(write_report(names, HERE / "report.md"))
+    plot(names, HERE / "curves.png")
+
+
+if __name__ == "__main__":
+    main()
