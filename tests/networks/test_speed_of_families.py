@@ -86,9 +86,9 @@ def assert_same(found, expected, atol=1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject", [make_policy, make_reward], ids=["policy", "slrm"], indirect=True)
+@pytest.mark.parametrize("subject", [make_policy], ids=["policy"], indirect=True)
 def test_blocks_are_compiled(subject):
-    """All of them, with and without gradients, and none breaks into several graphs."""
+    """All of them, with and without gradients, and none breaks into several graphs. Reward models: test_speed.py."""
     expected = subject.gradients()
     graphs = []
 
