@@ -21,6 +21,7 @@ include_patterns = [
     "benchmarks/*.md",
     "benchmarks/**/*.md",
     "examples/*/README.md",
+    "examples/*/HUMAN_LOOP.md",
     "examples/*/LICENSES.md",
     "examples/*/data/*.md",
 ]

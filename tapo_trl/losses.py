@@ -350,7 +350,7 @@ def diffusion_nft_loss(
 
     With `loss_weighting="none"`, \\( \ell(u) = \operatorname{mean}(u - v)^2 \\), Eq. 5 of the paper. With `"adaptive"` it is the
     squared error of the predicted clean latent, which is \\( \sigma \\) times that of the velocity, divided by its own mean absolute
-    value: \\( \ell(u) = \operatorname{mean}(e^2) / \operatorname{sg}(\operatorname{mean} |e|) \\) with
+    value: \\( \ell(u) = \operatorname{mean}(e^2) / \operatorname{sg}(\operatorname{mean} \lvert e \rvert) \\) with
     \\( e = \sigma (u - v) \\).
 
     Args:
