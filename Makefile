@@ -11,14 +11,15 @@
 #
 # Variables: PYTHON (the interpreter that creates .venv), VENV, TORCH (any requirement pip understands: a version, a wheel
 # file or an address; "torch" lets pip choose), PIP_FLAGS (for example an index of CPU-only wheels), PYTEST_FLAGS, JOBS (tests
-# at once: a number, by default one per core and 8 at most), THREADS (of each of the demo's two processes), SLRM_CONFIG and
-# TAPO_CONFIG (the recipes of the demo).
+# at once: a number, by default one per core and 8 at most), SLOW (which slow tests: `slow and not exhaustive` leaves out the same
+# check of every further family), THREADS (of each of the demo's two processes), SLRM_CONFIG and TAPO_CONFIG (the recipes of the demo).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+SLOW ?= slow
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -73,7 +74,7 @@ test: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 $(PYTEST_FLAGS)
 
 test-all: test
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m slow -n $(JOBS) --maxprocesses 8 $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "$(SLOW)" -n $(JOBS) --maxprocesses 8 $(PYTEST_FLAGS)
 	$(MAKE) test-distributed
 
 test-distributed: install

@@ -86,6 +86,7 @@ def assert_same(found, expected, atol=1e-5):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("subject", [make_policy], ids=["policy"], indirect=True)
 def test_blocks_are_compiled(subject):
     """All of them, with and without gradients, and none breaks into several graphs. Reward models: test_speed.py."""

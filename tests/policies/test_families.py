@@ -400,6 +400,7 @@ def test_qwen_images_template_is_cut_off():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("recipe", sorted(RECIPES), ids=lambda path: "-".join(path.parts[-2:]))
 def test_recipes_fit_their_gpu(capsys, recipe):
     """By the estimate, with a tenth of the GPU that the recipe names for what is not estimated."""
