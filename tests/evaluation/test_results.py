@@ -80,6 +80,22 @@ PUBLISHED = {
     ),
 }
 
+# Prompts of GenEval by task, and the scores of its repository: overall, then the tasks in this order
+GENEVAL_PROMPTS = {
+    "single_object": 80,
+    "two_object": 99,
+    "counting": 80,
+    "colors": 94,
+    "position": 100,
+    "color_attr": 100,
+}
+GENEVAL = {
+    "Stable Diffusion v1.5": (0.43, (0.97, 0.38, 0.35, 0.76, 0.04, 0.06)),
+    "Stable Diffusion v2.1": (0.50, (0.98, 0.51, 0.44, 0.85, 0.07, 0.17)),
+    "Stable Diffusion XL": (0.55, (0.98, 0.74, 0.39, 0.85, 0.15, 0.23)),
+    "IF-XL": (0.61, (0.97, 0.74, 0.66, 0.81, 0.13, 0.35)),
+}
+
 
 def scores_of(model):
     return {name: value / 100 for name, value in zip(DIMENSIONS, PUBLISHED[model][0], strict=True)}
@@ -135,6 +151,22 @@ class TestGenEval:
         text = "\n".join(json.dumps({"tag": tag, "correct": correct, "filename": "x"}) for tag, correct in rows)
         (tmp_path / "results.jsonl").write_text(text)
         assert read_geneval(tmp_path / "results.jsonl") == {"counting": 0.25, "colors": 1.0, "overall": 0.625}
+
+    @pytest.mark.parametrize("model", GENEVAL)
+    def test_published_overall_follows_from_the_counts_of_the_published_tasks(self, tmp_path, model):
+        """Four images for each of the 553 prompts; the published shares are rounded, and so is their overall score."""
+        overall, shares = GENEVAL[model]
+        rows = []
+        for (tag, num_prompts), share in zip(GENEVAL_PROMPTS.items(), shares, strict=True):
+            correct = round(4 * num_prompts * share)
+            rows += [{"tag": tag, "correct": index < correct} for index in range(4 * num_prompts)]
+        (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        found = read_geneval(tmp_path / "results.jsonl")
+        assert found["overall"] == pytest.approx(overall, abs=0.0075)
+of_images = sum(row["correct"] for row in rows) / len(rows)
+        assert found["overall"] > of_images + 0.01  # which weighs large tasks more
+            overall, abs=0.0075
+        )  # not that of all images
 
     def test_a_folder_or_binary_file_is_an_error(self, tmp_path):
         (tmp_path / "results.jsonl").write_bytes(b"\xff\xfe")
