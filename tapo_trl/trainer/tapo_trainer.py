@@ -124,7 +124,7 @@ class TAPOTrainer(RolloutTrainer):
     def _warn_of_saturation(self) -> None:
         """Say that the sigmoid will saturate long before the policy has moved far, which `beta` decides with the size."""
         args, num_dims = self.args, math.prod(self.latent_shape)
-        if (args.loss_type, args.logprob_reduction) != ("sigmoid", "mean") or not self.accelerator.is_main_process:
+        if (args.loss_type, args.logprob_reduction) != ("sigmoid", "mean") or args.process_index != 0:
             return
         beta = transferred_beta(args.beta, num_dims, args.beta_reference_dim)
         noise = logit_noise(beta, num_dims, kl=FAR)
