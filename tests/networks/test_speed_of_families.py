@@ -124,6 +124,9 @@ class TestAttentionBackend:
 
         monkeypatch.setitem(_AttentionBackendRegistry._backends, MATH, count)
         active, _ = _AttentionBackendRegistry.get_active_backend()
+        _AttentionBackendRegistry.set_active_backend(
+            AttentionBackendName.NATIVE
+        )  # an earlier test may have left another
         yield calls
         _AttentionBackendRegistry.set_active_backend(active)  # diffusers keeps the last one for the process
 
