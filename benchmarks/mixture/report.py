@@ -21,6 +21,7 @@ from ..reproduction.statistics import Estimate, compare, estimate
 from .study import BUDGET, HERE, METHODS, best, end, read_runs, tried
 
 
+TRUTH = ", true reward"
 DISTANCES = (0.03, 0.1, 0.3)
 COLUMNS = ("reward", "style", "accuracy", "excess", "slrm", "distance", "diversity")
 
@@ -101,21 +102,24 @@ def write_report(names: Sequence[str], file: Path) -> str:
 
 
 def plot(names: Sequence[str], file: Path) -> None:
-    """Learning curves: mean and 95 % interval of the seeds."""
+    """Learning curves: mean and 95 % interval of the seeds. Dashed lines learn from the true reward."""
     check_matplotlib()
     from matplotlib.figure import Figure
 
+    colors = {
+        name: f"C{index}" for index, name in enumerate(dict.fromkeys(name.removesuffix(TRUTH) for name in names))
+    }
     figure = Figure(figsize=(15, 8), layout="constrained")
     panels = [("forwards", name) for name in ("reward", "slrm", "excess", "distance", "diversity")] + [
         ("distance", "reward")
     ]
     for axes, (x, y) in zip(figure.subplots(2, 3).flat, panels, strict=True):
-        for index, name in enumerate(names):
+        for name in names:
             rows = rows_of(name)
             xs = np.mean([[point[x] for point in row["curve"]] for row in rows], axis=0)
             ys = np.array([[point[y] for point in row["curve"]] for row in rows])
-            color = f"C{index}"
-            axes.plot(xs, ys.mean(0), label=name, color=color)
+            color = colors[name.removesuffix(TRUTH)]
+            axes.plot(xs, ys.mean(0), "--" if METHODS[name].knows_truth else "-", label=name, color=color)
             if len(rows) > 1 and x == "forwards":
                 half = [estimate(column).half_width for column in ys.T]
                 axes.fill_between(xs, ys.mean(0) - half, ys.mean(0) + half, alpha=0.2, color=color, linewidth=0)
