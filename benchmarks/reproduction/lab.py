@@ -40,7 +40,18 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe and options
     "LRM": ("slrm_lrm", {}),
     "DiNa-LRM": ("slrm_dina", {}),
     "SPM": ("slrm_spm", {}),
+    "SLRM without task tokens": ("slrm", {"num_task_tokens": 0}),
+    "SLRM without task tokens, deployable target": ("slrm", {"num_task_tokens": 0, "velocity_target": "reference"}),
+    "SLRM, additive enhancement": ("slrm", {"enhancement": "additive"}),
+    "SLRM, additive enhancement, deployable target": (
+        "slrm",
+        {"enhancement": "additive", "velocity_target": "reference"},
+    ),
+    "SLRM trained at t = 0 only": ("slrm", {"timestep_sampling": "clean"}),
 }
+
+CURVE_STEPS, CURVE_EVERY = 300, 60
+"""Steps of the trainings whose accuracy is followed, and how often it is measured."""
 
 MAX_RATES = 6
 """Learning rates that are tried for a method at most."""
@@ -88,6 +99,16 @@ class Lab:
         """The training of a reward model."""
         recipe, options = REWARDS[name]
         return Run(REWARD_COMMAND, _slug(name), self.world.recipes[recipe], options, seed)
+
+    def reward_curve(self, name: str, seed: int) -> Run:
+        """The same for longer, with checkpoints that are measured, too."""
+        options = {
+            "max_steps": CURVE_STEPS,
+            "save_strategy": "steps",
+            "save_steps": CURVE_EVERY,
+            "save_only_model": True,
+        }
+        return self.reward(name, seed).with_options(f"{_slug(name)}-curve", **options)
 
     def base(self, reward: str | None, seed: int) -> Run:
         """The base model, rated by a reward model, too, if there is one."""

@@ -3,6 +3,7 @@
 
 """How good a reward model or a policy is, on held-out pairs and prompts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,45 @@ from .world import Judge, World
 SIGMAS = (0.0, 0.001, *(step / 10 + 0.001 for step in range(1, 10)))
 """Clean, and t = 1, 101, ..., 901, the timesteps of Table 4."""
 
+CURVE_SIGMAS = (0.0, 0.301, 0.601, 0.901)
+"""Where checkpoints are measured."""
+
 BATCH_SIZE = 48
 
 
-def measure_reward_model(folder: str | Path, pairs: str) -> dict[str, dict]:
+def measure_reward_model(folder: str | Path, pairs: str, sigmas: Sequence[float] = SIGMAS) -> dict[str, dict]:
     """
-    Accuracy, consistency and distributions at [`SIGMAS`], by rule, see [`~metrics.diagnosis.diagnose_scores`].
+    Accuracy, consistency and distributions, by rule, see [`~metrics.diagnosis.diagnose_scores`].
 
     Args:
         folder (`str` or `Path`): the reward model.
         pairs (`str`): parquet file of held-out pairs.
+        sigmas (`Sequence[float]`, *optional*, defaults to [`SIGMAS`]): the noise levels.
     """
     model = load_reward_model(folder)
     policy = load_policy(model.config.base_model_name_or_path)
     dataset = load_dataset("parquet", data_files=pairs, split="train")
     rules = ("ground_truth", "reference", "none") if model.uses_velocity_target else None
-    return diagnose_scores(score_pairs(model, policy, dataset, SIGMAS, rules, batch_size=BATCH_SIZE))
+    return diagnose_scores(score_pairs(model, policy, dataset, sigmas, rules, batch_size=BATCH_SIZE))
+
+
+def measure_checkpoints(folder: Path, pairs: dict[str, str]) -> dict[str, dict]:
+    """
+    Accuracy of the checkpoints of a training by step, split, rule and sigma, at [`CURVE_SIGMAS`].
+
+    Args:
+        folder (`Path`): where the training wrote them.
+        pairs (`dict[str, str]`): parquet file of held-out pairs of each split.
+    """
+    checkpoints = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    curves = {}
+    for step, path in sorted(checkpoints.items()):
+        measured = {split: measure_reward_model(path, file, CURVE_SIGMAS) for split, file in pairs.items()}
+        curves[str(step)] = {
+            split: {rule: parts["accuracy"]["by_sigma"] for rule, parts in rules.items()}
+            for split, rules in measured.items()
+        }
+    return curves
 
 
 class Samples:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .lab import MAX_RATES, METHODS, TAPO, Lab, Method
 from .report import Report, bars, grid, lines
-from .reward_experiments import accuracy_by_seed, available, deployable_rule
+from .reward_experiments import ADDITIVE, NO_TOKENS, accuracy_by_seed, available, deployable_rule
 from .runs import Run
 from .statistics import Estimate, compare, difference, verdict
 
@@ -79,24 +79,27 @@ def table1(lab: Lab) -> Report:
     )
 
 
+OTHER_COMPONENTS = ("SLRM without score enhancement", NO_TOKENS, "LRM", ADDITIVE)
+COMPONENTS = (*OTHER_COMPONENTS, "SLRM", "SLRM, deployable target")
+
+
 def table3(lab: Lab) -> Report:
     """Components of the reward model, and the number of stochastic steps."""
     rows, claims, judged, accuracies = [], [], {}, {}
-    components = available(lab, ("SLRM without score enhancement", "LRM", "SLRM", "SLRM, deployable target"))
+    components = available(lab, COMPONENTS)
     by_reward = _of_seeds(lab, {name: (_with_reward(name), {}) for name in components})
     by_steps = _of_seeds(lab, {steps: (TAPO, {"num_sde_steps": steps}) for steps in SDE_STEPS})
     for name, runs in by_reward.items():
         accuracies[name] = accuracy_by_seed(lab, name, deployable_rule(lab, name))
         judged[name] = lab.judged(runs)
-        label = f"{name} (image-text similarity in place of task tokens)" if name == "LRM" else name
         cells = [accuracies[name], _seconds_per_pair(lab, runs)]
-        rows.append([f"reward: {label}", *cells, *_training_cells(lab, runs), *_judge_cells(lab, runs)])
+        rows.append([f"reward: {name}", *cells, *_training_cells(lab, runs), *_judge_cells(lab, runs)])
     for steps, runs in by_steps.items():
         judged[steps] = lab.judged(runs)
         cells = ["", _seconds_per_pair(lab, runs)]
         rows.append([f"TAPO, n = {steps}", *cells, *_training_cells(lab, runs), *_judge_cells(lab, runs)])
     for name in components:
-        if name in ("SLRM without score enhancement", "LRM"):
+        if name in OTHER_COMPONENTS:
             claims += [
                 f"SLRM is the better reward model than {name} (accuracy, deployable rule): "
                 + compare(accuracies["SLRM"], accuracies[name]),

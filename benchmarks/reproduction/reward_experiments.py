@@ -1,15 +1,15 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tables 2 and 4, Figures 12 and 14: how well reward models read noisy latents."""
+"""Tables 2 and 4, Figures 4, 12, 14 and 15, ablations: how well reward models read noisy latents."""
 
 from functools import partial
 from typing import TYPE_CHECKING
 
 from tapo_trl.metrics.plots import draw_distributions
 
-from .lab import REWARDS, Lab
-from .measure import SIGMAS
+from .lab import CURVE_STEPS, REWARDS, Lab
+from .measure import CURVE_SIGMAS, SIGMAS
 from .report import Report, lines
 from .statistics import Estimate, compare, difference, estimate
 
@@ -24,6 +24,8 @@ RULES = {
     "none": "deployable: logit alone",
 }
 NO_ENHANCEMENT, DEPLOYABLE = "SLRM without score enhancement", "SLRM, deployable target"
+NO_TOKENS, ADDITIVE, CLEAN = "SLRM without task tokens", "SLRM, additive enhancement", "SLRM trained at t = 0 only"
+ABLATIONS = (NO_TOKENS, f"{NO_TOKENS}, deployable target", ADDITIVE, f"{ADDITIVE}, deployable target", CLEAN)
 TABLE_4_REWARDS = ("SPM", "LRM", NO_ENHANCEMENT, "SLRM", DEPLOYABLE)
 
 
@@ -122,31 +124,54 @@ def figure12(lab: Lab) -> Report:
     )
 
 
+def figure4(lab: Lab) -> Report:
+    """Accuracy by noise level along the training of an SLRM."""
+    shown = [("SLRM", "ground_truth"), ("SLRM", "reference"), (DEPLOYABLE, "reference"), (NO_ENHANCEMENT, "none")]
+    results = {name: lab.queue.make([lab.reward_curve(name, seed) for seed in lab.seeds]) for name, _ in shown}
+    curves: dict[str, dict[str, dict[int, Estimate]]] = {}
+    for name, rule in shown:
+        for step in results[name][0]["checkpoints"]:
+            splits = [result["checkpoints"][step].values() for result in results[name]]
+            for sigma in CURVE_SIGMAS:
+                values = [sum(part[rule][str(sigma)] for part in parts) / len(parts) for parts in splits]
+                of_sigma = curves.setdefault(f"{name} ({RULES[rule]})", {}).setdefault(f"t = {1000 * sigma:.0f}", {})
+                of_sigma[int(step)] = estimate(values)
+    claims = []
+    for label, by_sigma in curves.items():
+        for level, curve in by_sigma.items():
+            best, last = max(curve, key=lambda step: curve[step].mean), max(curve)
+            claims.append(f"{label}, {level}: best after {best} steps ({curve[best]}), {curve[last]} after {last}.")
+    without = curves[f"{NO_ENHANCEMENT} ({RULES['none']})"]
+    for level, curve in without.items():
+        first, last = min(curve), max(curve)
+        claims.append(
+            f"Without enhancement, more training harms the reading at {level}: {compare(curve[first], curve[last])}"
+        )
+    steps = list(next(iter(without.values())))
+    return Report(
+        title="Figure 4: accuracy along the training",
+        method=_pairs_text(lab) + f" Trainings of {CURVE_STEPS} steps, more than in the other experiments; the "
+        "learning rate falls along them.",
+        header=["reward model", "noise level", *(f"after {step} steps" for step in steps)],
+        rows=[
+            [label, level, *curve.values()] for label, by_sigma in curves.items() for level, curve in by_sigma.items()
+        ],
+        claims=claims,
+        panels=[lines(label, "training step", by_sigma, chance=0.5) for label, by_sigma in curves.items()],
+    )
+
+
 def figure14(lab: Lab) -> Report:
     """Distributions of the scores of chosen and rejected samples, with and without enhancement."""
     shown = [("SLRM", "ground_truth"), ("SLRM", "reference"), (DEPLOYABLE, "reference"), (NO_ENHANCEMENT, "none")]
-    rows, panels, areas = [], [], {}
-    for name, rule in shown:
-        results = lab.rewards(name)
-        areas[name, rule] = {}
-        for sigma in results[0]["pairs"]["test"][rule]["distributions"]:
-            parts = [part[sigma] for result in results for part in _splits(result, rule, "distributions")]
-            areas[name, rule][sigma] = estimate([part["auc"] for part in parts])
-        area = areas[name, rule]
-        middle, high = _level(area, 0.501), _level(area, 0.901)
-        rows.append([f"{name} ({RULES[rule]})", area["0.0"], area[middle], area[high]])
-        first = results[0]["pairs"]["test"][rule]["distributions"]
-        of_seed = {float(sigma): _with_numbers(values) for sigma, values in first.items()}
-        panels.append(partial(draw_distributions, f"{name}, {rule}", of_seed))
+    rows, panels, areas = _distributions(lab, shown)
     with_, without = areas["SLRM", "ground_truth"], areas[NO_ENHANCEMENT, "none"]
     deployable, trained = areas["SLRM", "reference"], areas[DEPLOYABLE, "reference"]
     high = _level(with_, 0.901)
     return Report(
         title="Figure 14: distributions of the scores",
-        method=_pairs_text(lab)
-        + " AUC: probability that a chosen sample scores higher than a rejected one, of whatever prompt. The picture shows "
-        "the first seed on the test split.",
-        header=["reward model", "AUC at t = 0", "AUC at t = 501", "AUC at t = 901"],
+        method=_pairs_text(lab) + DISTRIBUTIONS_TEXT,
+        header=DISTRIBUTIONS_HEADER,
         rows=rows,
         claims=[
             f"Enhancement keeps the two apart under noise (paper's rule, t = 901): {compare(with_[high], without[high])}",
@@ -157,7 +182,95 @@ def figure14(lab: Lab) -> Report:
     )
 
 
-COMPARED_REWARDS = tuple(name for name in REWARDS if name != "SLRM, 20 steps")
+def figure15(lab: Lab) -> Report:
+    """Distributions of the scores after training without noise."""
+    shown = [("SLRM", "ground_truth"), (CLEAN, "ground_truth"), (CLEAN, "reference"), (CLEAN, "none")]
+    rows, panels, areas = _distributions(lab, shown)
+    claims = []
+    for sigma in (0.0, 0.501, 0.901):
+        level = _level(areas["SLRM", "ground_truth"], sigma)
+        for rule in ("ground_truth", "reference", "none"):
+            with_noise, clean = areas_of(lab, "SLRM", rule)[level], areas[CLEAN, rule][level]
+            claims.append(
+                f"Training with noise keeps the two apart better than at t = 0 only (t = {1000 * sigma:.0f}, {RULES[rule]}): "
+                + compare(with_noise, clean)
+            )
+    return Report(
+        title="Figure 15: distributions of the scores after training at t = 0 only",
+        method=_pairs_text(lab) + DISTRIBUTIONS_TEXT,
+        header=DISTRIBUTIONS_HEADER,
+        rows=rows,
+        claims=claims,
+        panels=panels,
+    )
+
+
+DISTRIBUTIONS_TEXT = (
+    " AUC: probability that a chosen sample scores higher than a rejected one, of whatever prompt. The picture shows the first "
+    "seed on the test split."
+)
+DISTRIBUTIONS_HEADER = ["reward model", "AUC at t = 0", "AUC at t = 501", "AUC at t = 901"]
+
+
+def areas_of(lab: Lab, name: str, rule: str) -> dict[str, Estimate]:
+    """AUC of a reward model by noise level."""
+    results = lab.rewards(name)
+    return {
+        sigma: estimate([part[sigma]["auc"] for result in results for part in _splits(result, rule, "distributions")])
+        for sigma in results[0]["pairs"]["test"][rule]["distributions"]
+    }
+
+
+def _distributions(lab: Lab, shown: "Sequence[tuple[str, str]]") -> tuple[list, list, dict]:
+    """Rows, panels and AUC of reward models under rules."""
+    rows, panels, areas = [], [], {}
+    for name, rule in shown:
+        area = areas[name, rule] = areas_of(lab, name, rule)
+        middle, high = _level(area, 0.501), _level(area, 0.901)
+        rows.append([f"{name} ({RULES[rule]})", area["0.0"], area[middle], area[high]])
+        first = lab.rewards(name)[0]["pairs"]["test"][rule]["distributions"]
+        of_seed = {float(sigma): _with_numbers(values) for sigma, values in first.items()}
+        panels.append(partial(draw_distributions, f"{name}, {rule}", of_seed))
+    return rows, panels, areas
+
+
+def ablation(lab: Lab) -> Report:
+    """The parts of SLRM, one change at a time."""
+    names = _trained(lab, ("SLRM", DEPLOYABLE, NO_ENHANCEMENT, "LRM", *ABLATIONS))
+    cells = {
+        (name, rule): {split_range: _by_range(lab, name, rule, split_range) for split_range in RANGES}
+        for name in names
+        for rule in _rules(lab, name)
+    }
+    claims = []
+    for changed, whole, rule in (
+        (NO_TOKENS, "SLRM", "ground_truth"),
+        (f"{NO_TOKENS}, deployable target", DEPLOYABLE, "reference"),
+        (ADDITIVE, "SLRM", "ground_truth"),
+        (f"{ADDITIVE}, deployable target", DEPLOYABLE, "reference"),
+        (CLEAN, "SLRM", "ground_truth"),
+        (CLEAN, "SLRM", "none"),
+    ):
+        claims += [
+            f"{whole} is better than {changed} ({RANGES[of_range]}, {RULES[rule]}): "
+            + compare(cells[whole, rule][of_range], cells[changed, rule][of_range])
+            for of_range in RANGES
+        ]
+    return Report(
+        title="Ablation: the parts of SLRM, one change at a time",
+        method=_pairs_text(lab)
+        + " Without task tokens, the logit is the similarity of the mean image token after the last block to the pooled prompt "
+        "embedding, and the enhancement stays. An additive enhancement is S + exp(-rho d) in place of S exp(-rho d).",
+        header=["reward model", *RANGES.values(), "mean"],
+        rows=[
+            [f"{name} ({RULES[rule]})", *values.values(), estimate(_means(values))]
+            for (name, rule), values in cells.items()
+        ],
+        claims=claims,
+    )
+
+
+COMPARED_REWARDS = tuple(name for name in REWARDS if name not in ("SLRM, 20 steps", *ABLATIONS))
 
 
 def available(lab: Lab, names: "Sequence[str]" = COMPARED_REWARDS) -> list[str]:

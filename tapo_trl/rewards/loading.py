@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .dina import DiNaModel
+from .dina_released import is_released_dina, load_released_dina
 from .lrm import LRMModel
 from .slrm import SLRMModel
 from .spm import SPMModel
@@ -23,7 +24,8 @@ REWARD_MODELS: dict[str, type[StepRewardModel]] = {
 
 def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> StepRewardModel:
     """
-    Load a saved reward model, of whichever kind it is.
+    Load a saved reward model, of whichever kind it is, or a DiNa-LRM as its authors publish it, see
+    [`~rewards.dina_released.load_released_dina`].
 
     Args:
         name_or_path (`str` or `os.PathLike`): folder or Hub id.
@@ -37,6 +39,9 @@ def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> StepRewardMo
     """
     name_or_path = os.path.expanduser(name_or_path)
     hub_arguments = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
+    config = StepRewardModel.load_config(name_or_path, **hub_arguments)
+    if is_released_dina(config):
+        return load_released_dina(name_or_path, config, **kwargs)
     return saved_class(name_or_path, **hub_arguments).from_pretrained(name_or_path, **kwargs)
 
 
@@ -73,7 +78,13 @@ def saved_class(name_or_path: str | os.PathLike, **hub_arguments) -> type[StepRe
     Raises:
         ValueError: if it contains no reward model.
     """
-    name = StepRewardModel.load_config(name_or_path, **hub_arguments).get("_class_name")
+    config = StepRewardModel.load_config(name_or_path, **hub_arguments)
+    if is_released_dina(config):
+        raise ValueError(
+            f"`{name_or_path}` holds a DiNa-LRM as its authors publish it, which this option cannot read: convert it once with "
+            "`load_reward_model(...).save_pretrained(folder)`, and name that folder."
+        )
+    name = config.get("_class_name")
     classes = {model_class.__name__: model_class for model_class in REWARD_MODELS.values()}
     if not isinstance(name, str) or name not in classes:
         raise ValueError(f"`{name_or_path}` holds a `{name}`, which is no reward model: those are {sorted(classes)}.")

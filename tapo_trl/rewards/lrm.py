@@ -2,27 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent Reward Model (LRM) of LPO: how well the features of a noisy latent fit the text, as in CLIP."""
 
-import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import nn
 
 from ..method_card import MethodCard
 from ..policies import FlowPolicy, PromptEmbeddings
 from ..policies.loading import family_of_transformer
 from .backbones.features import FeatureTransformerMixin, check_layers, proportional_layers
+from .backbones.similarity import LRMHead
 from .base import LatentRewardModel
 from .step_reward import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, RewardOutput
 
 
 DEFAULT_DEPTH = 0.75  # block 18 of the 24 of SD3
 DEFAULT_GUIDANCE_SCALE = 7.5
-INITIAL_LOGIT_SCALE = math.log(100)  # CLIP's after its training
 
 
 def enhanced_feature(unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
@@ -38,41 +34,6 @@ def enhanced_feature(unconditional: torch.Tensor, conditional: torch.Tensor, gui
         `torch.Tensor` of shape `(batch_size, dim)`.
     """
     return unconditional + guidance_scale * (conditional - unconditional)
-
-
-class LRMHead(nn.Module):
-    """
-    CLIP's similarity, in float32 whatever the model's precision. The projection of the text, which CLIP has projected
-    before, starts at the identity.
-
-    Args:
-        visual_dim (`int`): width of the visual feature.
-        text_dim (`int`): width of the pooled prompt embeddings.
-    """
-
-    def __init__(self, visual_dim: int, text_dim: int):
-        super().__init__()
-        self.visual_projection = nn.Linear(visual_dim, text_dim, bias=False)
-        self.text_projection = nn.Linear(text_dim, text_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
-        nn.init.eye_(self.text_projection.weight)
-
-    def forward(self, visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        r"""
-        \\( e^s \cos(P_v f_v, P_t f_t) \\)
-
-        Args:
-            visual (`torch.Tensor` of shape `(batch_size, visual_dim)`): f_v.
-            text (`torch.Tensor` of shape `(batch_size, text_dim)`): f_t.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size,)`.
-        """
-        # On the meta device, that of dry runs, there is no autocast
-        with nullcontext() if visual.is_meta else torch.autocast(visual.device.type, enabled=False):
-            visual = F.linear(visual.float(), self.visual_projection.weight.float())
-            text = F.linear(text.float(), self.text_projection.weight.float())
-            return self.logit_scale.float().exp() * F.cosine_similarity(visual, text)
 
 
 class LRMModel(LatentRewardModel):

@@ -15,16 +15,19 @@ from diffusers.configuration_utils import register_to_config
 
 from ..method_card import MethodCard
 from ..policies import PromptEmbeddings
+from .backbones.score_stream import ScoreTransformerMixin
 from .base import LatentRewardModel
 from .step_reward import DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_RESOLUTION, RewardOutput
 from .targets import MIN_SIGMA, ROLLOUT_TARGETS, TrainingVelocityTarget
 
 
 ScoreLink = Literal["exp", "softplus"]
+Enhancement = Literal["multiplicative", "additive"]
 
 DEFAULT_NUM_TASK_TOKENS = 8
 DEFAULT_RHO = math.log(4)
 DEFAULT_SCORE_LINK: ScoreLink = "exp"
+DEFAULT_ENHANCEMENT: Enhancement = "multiplicative"
 DEFAULT_VELOCITY_TARGET: TrainingVelocityTarget = "reference"
 
 
@@ -65,9 +68,11 @@ def enhanced_log_score(
     sigma: torch.Tensor,
     rho: float = DEFAULT_RHO,
     score_link: ScoreLink = DEFAULT_SCORE_LINK,
+    enhancement: Enhancement = DEFAULT_ENHANCEMENT,
 ) -> torch.Tensor:
     r"""
-    Eq. 7 and 8 in the log domain: \\( \log \hat{S} = \log S - \rho d \\), and log S alone where `sigma < 0.01`.
+    Eq. 7 and 8 in the log domain: \\( \log \hat{S} = \log S - \rho d \\), and log S alone where `sigma < 0.01`. With an
+    additive enhancement, \\( \log \hat{S} = \log (S + e^{-\rho d}) \\).
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size,)`): see [`SLRMOutput`].
@@ -75,12 +80,21 @@ def enhanced_log_score(
         sigma (`torch.Tensor` of shape `(batch_size,)`): noise levels in [0, 1].
         rho (`float`, *optional*, defaults to `ln 4`): scale of the distance.
         score_link (`str`, *optional*, defaults to `"exp"`): how a logit becomes a positive score.
+        enhancement (`str`, *optional*, defaults to `"multiplicative"`):
+            how the score is combined with \\( e^{-\rho d} \\): `"multiplicative"`, as in the paper, or `"additive"`.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`
     """
     log_scores = log_score(logits, score_link)
-    return torch.where(sigma >= MIN_SIGMA, log_scores - rho * distance, log_scores)
+    if enhancement == "multiplicative":
+        enhanced = log_scores - rho * distance
+    elif enhancement == "additive":
+        # Where nothing is enhanced the distance may be infinite, whose gradient here would be NaN
+        enhanced = torch.logaddexp(log_scores, -rho * torch.where(sigma >= MIN_SIGMA, distance, 0.0))
+    else:
+        raise ValueError(f"`enhancement` must be 'multiplicative' or 'additive', got {enhancement!r}.")
+    return torch.where(sigma >= MIN_SIGMA, enhanced, log_scores)
 
 
 class SLRMModel(LatentRewardModel):
@@ -93,12 +107,14 @@ class SLRMModel(LatentRewardModel):
     score latents with [`~SLRMModel.score`].
 
     Args:
-        num_task_tokens (`int`, *optional*, defaults to `8`): number of score tokens n_s.
+        num_task_tokens (`int`, *optional*, defaults to `8`):
+            number of score tokens n_s. 0 for the image-text similarity of Eq. 4 in their place, on SD3 and SD3.5.
         task_projection_rank (`int`, *optional*):
             if set, the projections P^S of Eq. 5 are low-rank updates of the backbone's, else full matrices.
         score_link (`str`, *optional*, defaults to `"exp"`): `"exp"` or `"softplus"`, how a logit becomes S > 0.
         rho (`float`, *optional*, defaults to `ln 4`): weight of the distance in Eq. 7.
         velocity_target (`str`, *optional*, defaults to `"reference"`): v_target in training, kept as a record.
+        enhancement (`str`, *optional*, defaults to `"multiplicative"`): see [`~rewards.slrm.enhanced_log_score`].
 
     The others are those of [`LatentRewardModel`].
     """
@@ -144,11 +160,23 @@ class SLRMModel(LatentRewardModel):
         base_fingerprint: str = "",
         trained: bool = True,
         base_subfolder: str = "transformer",
+        enhancement: Enhancement = DEFAULT_ENHANCEMENT,
     ):
         super().__init__()
         score_class = self.backbone_class(transformer_class)
+        if num_task_tokens == 0:
+            score_class = self._without_tokens(score_class, transformer_class)
         self.transformer = score_class(num_task_tokens, task_projection_rank, **transformer_config)
         self._no_split_modules = score_class._no_split_modules
+
+    @staticmethod
+    def _without_tokens(score_class: type[ScoreTransformerMixin], name: str) -> type[ScoreTransformerMixin]:
+        if score_class.without_tokens is None:
+            raise ValueError(
+                f"`num_task_tokens=0` compares image tokens with pooled prompt embeddings and is written for SD3 and SD3.5 alone, "
+                f"not for a `{name}`: use score tokens, or another kind of reward model."
+            )
+        return score_class.without_tokens
 
     def _attach_base(self, transformer: ModelMixin, share: bool = False) -> None:
         self.transformer = type(self.transformer).from_base(
@@ -188,18 +216,20 @@ class SLRMModel(LatentRewardModel):
 
     def _mixed_precision(self, device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
         """Autocast where float32 weights in training meet a backbone in half precision outside of a trainer."""
-        if self.transformer.task_tokens.dtype == dtype or torch.is_autocast_enabled(device.type):
+        added = next(iter(self.trained_in_full().values()))
+        if added.dtype == dtype or torch.is_autocast_enabled(device.type):
             return nullcontext()
         return torch.autocast(device.type, dtype=dtype)
 
     def score_output(
         self, output: SLRMOutput, sigma: torch.Tensor, velocity_target: torch.Tensor | None = None
     ) -> torch.Tensor:
-        r"""Eq. 8 in the log domain, \\( \log S - \rho d \\), or log S alone without a target and where `sigma < 0.01`."""
+        r"""Eq. 8 in the log domain, see [`enhanced_log_score`], or log S alone without a target and where `sigma < 0.01`."""
         if velocity_target is None:
             return log_score(output.logits, self.config.score_link)
         distance = score_distance(output.velocity, velocity_target.float())
-        return enhanced_log_score(output.logits, distance, sigma, self.config.rho, self.config.score_link)
+        how = (self.config.rho, self.config.score_link, self.config.enhancement)
+        return enhanced_log_score(output.logits, distance, sigma, *how)
 
 
 score_transformer_class = SLRMModel.backbone_class

@@ -12,12 +12,18 @@ from . import FlowMatchSDEScheduler
 
 
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
+REWARD_TIMESTEP_SAMPLINGS = (*TIMESTEP_SAMPLINGS, "clean")
 
 
 def draw_uniform_or_logit_normal(
-    timestep_sampling: Literal["uniform", "logit_normal"], generator: torch.Generator
+    timestep_sampling: Literal["uniform", "logit_normal", "clean"], generator: torch.Generator
 ) -> torch.Tensor:
-    """A number in (0, 1), of shape `(1,)`. The logit-normal law is the standard one, as in the training of SD3."""
+    """
+    A number in (0, 1), of shape `(1,)`, or 0 with `"clean"`. The logit-normal law is the standard one, as in the training of
+    SD3.
+    """
+    if timestep_sampling == "clean":
+        return torch.zeros(1)
     if timestep_sampling == "uniform":
         return torch.rand(1, generator=generator)
     return compute_density_for_timestep_sampling(

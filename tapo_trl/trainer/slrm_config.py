@@ -13,17 +13,19 @@ from ..rewards import REWARD_MODELS
 from ..rewards.dina import DEFAULT_NUM_QUERIES
 from ..rewards.lrm import DEFAULT_GUIDANCE_SCALE
 from ..rewards.slrm import (
+    DEFAULT_ENHANCEMENT,
     DEFAULT_NUM_TASK_TOKENS,
     DEFAULT_RESOLUTION,
     DEFAULT_RHO,
     DEFAULT_SCORE_LINK,
     DEFAULT_VELOCITY_TARGET,
+    Enhancement,
     ScoreLink,
     TrainingVelocityTarget,
 )
 from ..rewards.spm import DEFAULT_CLIP_MODEL
 from ..runs.checks import check_without_effect
-from ..schedulers.noise_levels import TIMESTEP_SAMPLINGS
+from ..schedulers.noise_levels import REWARD_TIMESTEP_SAMPLINGS
 from .preference_config import PreferenceDataConfig
 
 
@@ -46,16 +48,17 @@ MODEL_FIELDS = {
     "spm": {"spm_clip_model": "clip_model_name_or_path"},
 }
 _RECORDED = (
-    *("rho", "score_link", "velocity_target"),
+    *("rho", "score_link", "enhancement", "velocity_target"),
     *("max_sequence_length", "resolution", "height", "width", "num_frames"),
 )
 _DEFAULTS = {
     "rho": DEFAULT_RHO,
     "score_link": DEFAULT_SCORE_LINK,
+    "enhancement": DEFAULT_ENHANCEMENT,
     "velocity_target": DEFAULT_VELOCITY_TARGET,
     "resolution": DEFAULT_RESOLUTION,
 }
-SLRM_FIELDS = ("score_link", "rho", "velocity_target", "detach_score", "score_preservation_coef")
+SLRM_FIELDS = ("score_link", "rho", "enhancement", "velocity_target", "detach_score", "score_preservation_coef")
 
 LOSS_TYPES = ("bradley_terry", "thurstone")
 
@@ -93,7 +96,8 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         > Parameters that control the model, if `reward_model_type="slrm"`
 
         num_task_tokens (`int`, *optional*, defaults to `8`):
-            Number of score tokens n_s (Eq. 5). Ignored if `model` is an SLRM already.
+            Number of score tokens n_s (Eq. 5). 0 scores the image-text similarity of Eq. 4 instead, on SD3 and SD3.5: the
+            ablation "w/o Task Tokens" of Table 3. Ignored if `model` is an SLRM already.
         task_projection_rank (`int`, *optional*):
             If set, the score tokens' projections P^S are updates of this rank of the text stream's, instead of full
             matrices. Ignored if `model` is an SLRM already.
@@ -150,8 +154,11 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
         shared_noise (`bool`, *optional*, defaults to `True`):
             Whether the two sides of a pair get the same noise x1. They always get the same noise level.
         timestep_sampling (`str`, *optional*, defaults to `"uniform"`):
-            Distribution of the noise level in (0, 1): `"uniform"`, as in the paper, or `"logit_normal"`, as in the
-            training of SD3.
+            Distribution of the noise level in (0, 1): `"uniform"`, as in the paper; `"logit_normal"`, as in the training of
+            SD3; or `"clean"`, no noise at all, the ablation of Figure 15.
+        enhancement (`str`, *optional*):
+            How the distance enters the score: `"multiplicative"`, S exp(-rho d), as in the paper (Eq. 8), or `"additive"`,
+            S + exp(-rho d). Defaults to that of `model`, if it is a reward model already, else to `"multiplicative"`.
 
         > Parameters that control the evaluation
 
@@ -172,7 +179,10 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     freeze_backbone: bool = option(
         "Whether to train only the parts added to the backbone: score stream, head or modulation.", False
     )
-    num_task_tokens: int = option("Number of score tokens n_s (Eq. 5).", DEFAULT_NUM_TASK_TOKENS)
+    num_task_tokens: int = option(
+        "Number of score tokens n_s (Eq. 5). 0 for the image-text similarity in their place (SD3).",
+        DEFAULT_NUM_TASK_TOKENS,
+    )
     task_projection_rank: int | None = option("Rank of the score tokens' projections P^S. Full matrices by default.")
     score_link: str | None = option(
         "How the logit becomes a positive score. Defaults to the value of the loaded reward model, else `exp`.",
@@ -206,7 +216,9 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     score_preservation_coef: float = option("Weight of a flow-matching loss on the chosen latents.", 1.0)
     shared_noise: bool = option("Whether the two sides of a pair get the same noise.", True)
     timestep_sampling: str = option(
-        "Distribution of the noise level in (0, 1).", "uniform", choices=list(TIMESTEP_SAMPLINGS)
+        "Distribution of the noise level in (0, 1). `clean` is no noise.",
+        "uniform",
+        choices=list(REWARD_TIMESTEP_SAMPLINGS),
     )
 
     # Parameters that control the data
@@ -218,6 +230,11 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     # Parameters that control the evaluation
     eval_rules: list[str] | None = option(
         "Velocity targets for the accuracy. Defaults to `ground_truth` and one target that is known at inference time."
+    )
+
+    enhancement: str | None = option(
+        "How the distance enters the score. Defaults to the value of the loaded SLRM, else `multiplicative`, as in the paper.",
+        choices=list(get_args(Enhancement)),
     )
 
     def __post_init__(self):
@@ -236,18 +253,24 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
             reward_model_type=tuple(REWARD_MODELS),
             loss_type=LOSS_TYPES,
             score_link=(None, *get_args(ScoreLink)),
+            enhancement=(None, *get_args(Enhancement)),
             velocity_target=(None, *get_args(TrainingVelocityTarget)),
-            timestep_sampling=TIMESTEP_SAMPLINGS,
+            timestep_sampling=REWARD_TIMESTEP_SAMPLINGS,
         )
         self._check_fields_of_kind()
-        self.check_minimum(1, "num_task_tokens", "task_projection_rank", "lrm_layer", "dina_num_queries")
+        self.check_minimum(0, "num_task_tokens")
+        self.check_minimum(1, "task_projection_rank", "lrm_layer", "dina_num_queries")
         if self.dina_layers is not None and (
             not self.dina_layers or self.dina_layers != sorted(set(self.dina_layers))
         ):
             raise ValueError(f"`dina_layers` must be numbers of blocks in ascending order, got {self.dina_layers}.")
         self.check_not_negative("rho", "score_preservation_coef")
+        if self.num_task_tokens == 0:
+            check_without_effect(self, ["task_projection_rank"], "with `num_task_tokens=0`")
         if self.velocity_target == "none":
-            check_without_effect(self, ["rho", "detach_score"], 'with `velocity_target="none"`')
+            check_without_effect(self, ["rho", "enhancement", "detach_score"], 'with `velocity_target="none"`')
+        if self.timestep_sampling == "clean":  # the score has a distance from sigma = 0.01 on
+            check_without_effect(self, ["detach_score"], 'with `timestep_sampling="clean"`')
         if self.rho == 0:
             check_without_effect(self, ["detach_score"], "with `rho=0`")
         self.check_positive("eta")

@@ -122,7 +122,7 @@ class SLRMTrainer(PreferenceTrainer, RewardTrainer):
 
     def _build_network(self, args: SLRMConfig, peft_config: LoraConfig | None) -> StepRewardModel:
         model = self._reward_model
-        recorded = ("rho", "score_link", "velocity_target") if model.uses_velocity_target else ()
+        recorded = ("rho", "score_link", "enhancement", "velocity_target") if model.uses_velocity_target else ()
         for name in (*recorded, "max_sequence_length", "resolution", "height", "width", "num_frames"):
             model.register_to_config(**{name: getattr(args, name)})
         model.register_to_config(trained=True)
@@ -261,7 +261,7 @@ class SLRMTrainer(PreferenceTrainer, RewardTrainer):
         else:
             distance = score_distance(output.velocity, target)
             enhancing = distance.detach() if args.detach_score else distance
-            scores = enhanced_log_score(output.logits, enhancing, sigmas, args.rho, args.score_link)
+            scores = enhanced_log_score(output.logits, enhancing, sigmas, args.rho, args.score_link, args.enhancement)
         preservation, _ = score_distance(output.velocity, velocity).chunk(2)  # flow matching on the chosen ones
         chosen_distance, rejected_distance = distance.chunk(2)
         metrics = {

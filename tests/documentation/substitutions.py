@@ -131,6 +131,9 @@ assert [(vote["annotator"], vote["labels"]) for vote in added] == [
 
 # Why a command or a block of Python cannot run here. The first words or lines of it decide
 EXEMPT = {
+    r'(?s)from tapo_trl import load_policy, load_reward_model\n.*"liuhuohuo/DiNa-LRM': (
+        "downloads weights; tests/rewards/test_dina_released.py loads a tiny checkpoint"
+    ),
     r"python examples/check_reward\.py": "downloads weights; tests/examples/test_check_reward.py runs it",
     r"make (install|test|lint|format)": "what runs these tests",
     r"tapo-trl rewards --prepare": "downloads; tests/rewards/pretrained/test_instructions.py",

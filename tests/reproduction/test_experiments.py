@@ -15,7 +15,7 @@ from tapo_trl.metrics import diagnose_scores
 from tapo_trl.metrics.pair_scores import PairScores
 from tapo_trl.reproduction import EXPERIMENTS, Lab, Run, World
 from tapo_trl.reproduction.lab import METHODS
-from tapo_trl.reproduction.measure import SIGMAS
+from tapo_trl.reproduction.measure import CURVE_SIGMAS, SIGMAS
 from tapo_trl.reproduction.report import write_index
 
 
@@ -40,7 +40,9 @@ class PretendQueue:
 
     def _result(self, run: Run) -> dict:
         if run.command == "slrm":
-            return {"pairs": {split: self._pairs(run) for split in ("validation", "test")}}
+            pairs = {split: self._pairs(run) for split in ("validation", "test")}
+            steps = [str(step) for step in (60, 120, 180)] if "save_steps" in run.options else []
+            return {"pairs": pairs, "checkpoints": {step: pretended_curve(int(step), run.seed) for step in steps}}
         options = run.options
         if run.is_probe:
             return {"forwards": {"policy": PROBED.get(options.get("pairing"), 100), "reward": 10}}
@@ -68,6 +70,18 @@ def pretended_pairs(seed: int, rules: tuple[str, ...], enhanced: float) -> dict:
     chosen = {rule: margins if rule == "none" else margins + enhanced for rule in rules}
     rejected = {rule: torch.zeros_like(margins) for rule in rules}
     return json.loads(json.dumps(diagnose_scores(PairScores(SIGMAS, torch.ones(60), chosen, rejected))))
+
+
+def pretended_curve(step: int, seed: int) -> dict:
+    """Accuracies of a checkpoint: they fall along the training, the more the noisier, and differ by split."""
+    by_split = {"validation": 0.02, "test": -0.02}
+    return {
+        split: {
+            rule: {str(sigma): 0.9 - sigma * step / 600 + offset + 0.001 * seed for sigma in CURVE_SIGMAS}
+            for rule in ("ground_truth", "reference", "none")
+        }
+        for split, offset in by_split.items()
+    }
 
 
 @pytest.fixture
@@ -113,6 +127,17 @@ def test_every_experiment_writes_its_report(world, tmp_path, name, seeds):
     content = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert len(content["rows"]) == len(report.rows)
     assert (tmp_path / "out" / f"{name}.png").is_file() == bool(report.panels)
+
+
+def test_curves_are_means_over_the_splits_and_say_where_they_turn(world):
+    report = EXPERIMENTS["fig4"](lab_of(world))
+    assert report.header[2:] == ["after 60 steps", "after 120 steps", "after 180 steps"]
+    noisiest = report.rows[3]
+    assert noisiest[:2] == ["SLRM (paper's rule, which sees the clean latent)", "t = 901"]
+    for value, step in zip(noisiest[2:], (60, 120, 180), strict=True):
+        assert value.mean == pytest.approx(0.9 - 0.901 * step / 600 + 0.001)
+    falls = [claim for claim in report.claims if "more training harms" in claim]
+    assert ["**holds**" in claim for claim in falls] == [False, True, True, True]
 
 
 def test_the_index_has_the_claims_of_what_was_written(world, tmp_path):

@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from tapo_trl.reproduction import Run, RunQueue, load_world
-from tapo_trl.reproduction.measure import Samples
+from tapo_trl.reproduction.measure import CURVE_SIGMAS, Samples
 from tapo_trl.reproduction.runs import RECIPE, RESULT, read_results, write_results
 from tests.testing_utils import tiny_sd3_pipeline
 
@@ -142,6 +142,18 @@ class TestRunQueue:
         (again,) = queue.make([tapo])
         assert again["judges"] == result["judges"]
         assert (tmp_path / reward.folder / RESULT).stat().st_mtime_ns == times[tmp_path / reward.folder / RESULT]
+
+    def test_checkpoints_are_measured_along_a_training(self, folder, reward, tmp_path):
+        queue = RunQueue(load_world(str(folder)), str(folder), tmp_path)
+        saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+        (result,) = queue.make([reward.with_options(**saving)])
+        assert list(result["checkpoints"]) == ["1", "2"]
+        last = result["checkpoints"]["2"]
+        assert {len(curve) for rules in last.values() for curve in rules.values()} == {len(CURVE_SIGMAS)}
+        for split, rules in result["pairs"].items():  # the last checkpoint is what was trained
+            for rule, parts in rules.items():
+                expected = parts["accuracy"]["by_sigma"]
+                assert last[split][rule] == {str(sigma): expected[str(sigma)] for sigma in CURVE_SIGMAS}
 
     @pytest.mark.slow
     def test_hard_prompts_are_the_half_with_the_least_reward(self, folder, tapo, reward, tmp_path):

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from tapo_trl.policies import SD3Policy, load_policy
 from tapo_trl.rewards.slrm import SLRMModel, enhanced_log_score, log_score, score_distance
-from tests.testing_utils import tiny_sd3_pipeline
+from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,43 @@ class TestScore:
         in_log_domain = -torch.nn.functional.logsigmoid(eta * (log_scores[0] - log_scores[1]))
         torch.testing.assert_close(in_log_domain, eq_9)
 
+    def test_additive_enhancement_adds_the_plain_scores(self):
+        """S + exp(-rho d) and its loss, in float64, far from where exponentials would overflow in the log domain, too."""
+        torch.manual_seed(0)
+        rho, eta = math.log(4), 1.7
+        logits = (3 * torch.randn(2, 6, dtype=torch.float64)).requires_grad_()
+        distance = torch.rand(2, 6, dtype=torch.float64).mul(4).requires_grad_()
+        sigma = torch.full((6,), 0.4, dtype=torch.float64)
+        plain = logits.exp() + (-rho * distance).exp()
+        ours = torch.stack(
+            [enhanced_log_score(z, d, sigma, rho, "exp", "additive") for z, d in zip(logits, distance, strict=True)]
+        )
+        torch.testing.assert_close(ours.exp(), plain, rtol=1e-12, atol=0)
+        eq_9 = -torch.log(plain[0] ** eta / (plain[0] ** eta + plain[1] ** eta))
+        in_log_domain = -torch.nn.functional.logsigmoid(eta * (ours[0] - ours[1]))
+        torch.testing.assert_close(in_log_domain, eq_9, rtol=1e-10, atol=0)
+        gradients = (
+            torch.autograd.grad(x.sum(), (logits, distance), retain_graph=True) for x in (in_log_domain, eq_9)
+        )
+        for own, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12)
+
+        extreme = torch.tensor([-400.0, 400.0], dtype=torch.float32)
+        values = enhanced_log_score(extreme, torch.full((2,), 3.0), torch.ones(2), 1.0, "exp", "additive")
+        torch.testing.assert_close(values, torch.tensor([-3.0, 400.0]))
+
+    def test_additive_enhancement_leaves_clean_latents_alone(self):
+        logits = torch.tensor([0.5, 0.5], requires_grad=True)
+        distance = torch.tensor([float("inf"), 1.0], requires_grad=True)
+        values = enhanced_log_score(logits, distance, torch.tensor([0.0, 0.5]), 1.0, "exp", "additive")
+        assert values[0] == 0.5 and values[1] > 0.5
+        values.sum().backward()
+        assert distance.grad[0] == 0 and distance.grad[1] < 0 and torch.isfinite(logits.grad).all()
+
+    def test_unknown_enhancement(self):
+        with pytest.raises(ValueError, match="`enhancement` must be 'multiplicative' or 'additive', got 'minus'"):
+            enhanced_log_score(torch.zeros(1), torch.zeros(1), torch.ones(1), enhancement="minus")
+
     def test_softplus_link(self):
         logits = torch.tensor([-100.0, -20.0, -15.0, -3.0, 0.0, 4.0, 80.0], dtype=torch.float64, requires_grad=True)
         values = log_score(logits, "softplus")
@@ -92,6 +129,16 @@ class TestScore:
         assert (distance > 0.1).all()
         torch.testing.assert_close(score, log_s - 0.7 * distance)
         torch.testing.assert_close(plain, log_s)
+
+    def test_additive_score_of_a_model(self, policy, tmp_path):
+        make(policy, enhancement="additive", rho=0.7).save_pretrained(tmp_path)
+        model = SLRMModel.from_pretrained(tmp_path)
+        args = inputs(policy)
+        target = torch.randn_like(args[0])
+        with torch.no_grad():
+            output, score = model(*args), model.score(*args, velocity_target=target)
+        distance = (output.velocity - target).square().mean(dim=(1, 2, 3)).double()
+        torch.testing.assert_close(score.double(), (output.logits.double().exp() + (-0.7 * distance).exp()).log())
 
     def test_without_noise_the_logit_decides_alone(self, policy):
         model = make(policy)
@@ -124,6 +171,78 @@ class TestScore:
             expected = policy.velocity(policy.transformer, latents, sigma, embeds)
             output = make(policy)(*inputs(policy), mask_task_tokens=True)
         torch.testing.assert_close(output.velocity, expected, rtol=0, atol=2e-6)
+
+
+class TestWithoutTaskTokens:
+    """The similarity of Eq. 4 in place of score tokens: `num_task_tokens=0`."""
+
+    @pytest.fixture
+    def model(self, policy):
+        torch.manual_seed(3)
+        model = SLRMModel.from_policy(policy, num_task_tokens=0)
+        with torch.no_grad():
+            for parameter in model.transformer.score_head.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    def test_score_is_the_similarity_of_features_and_pooled_text(self, policy, model):
+        """Against the tokens that the pipeline's own transformer hands to its last norm."""
+        args, tokens = inputs(policy), []
+        latents, sigma, prompt_embeds, pooled = args
+        hook = policy.transformer.norm_out.register_forward_hook(lambda module, read, output: tokens.append(read[0]))
+        with torch.no_grad():
+            velocity = policy.transformer(
+                hidden_states=latents,
+                timestep=1000 * sigma,
+                encoder_hidden_states=prompt_embeds,
+                pooled_projections=pooled,
+            ).sample
+            output = model(*args)
+        hook.remove()
+        head = model.transformer.score_head
+        visual = tokens[0].double().mean(dim=1) @ head.visual_projection.weight.double().T
+        text = pooled.double() @ head.text_projection.weight.double().T
+        cosine = (visual * text).sum(dim=1) / (visual.norm(dim=1) * text.norm(dim=1))
+        torch.testing.assert_close(
+            output.logits.double(), head.logit_scale.double().exp() * cosine, rtol=1e-4, atol=1e-4
+        )
+        assert torch.equal(output.velocity, velocity)
+        target = torch.randn_like(latents)
+        enhanced = output.logits - model.config.rho * (velocity - target).square().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(model.score(*args, velocity_target=target), enhanced)
+
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_saved_and_loaded(self, policy, model, lora, tmp_path):
+        if lora:
+            model.add_lora(lora_config(policy))
+            assert set(model.trained_in_full()) == {
+                f"score_head.{name}" for name, _ in model.transformer.score_head.named_parameters()
+            }
+        model.eval().save_pretrained(tmp_path)
+        loaded = SLRMModel.from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(loaded(*inputs(policy)).logits, model(*inputs(policy)).logits)
+
+    def test_checkpointed_gradients(self, policy, model):
+        def gradients():
+            model.zero_grad()
+            model.score(*inputs(policy), velocity_target=torch.zeros(3, 4, 8, 8)).sum().backward()
+            return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+        model.train().requires_grad_(True)
+        plain = gradients()
+        model.activation_checkpointing_enable()
+        again = gradients()
+        assert plain.keys() == again.keys() and "transformer.score_head.logit_scale" in plain
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+    def test_projections_of_nothing(self, policy):
+        with pytest.raises(ValueError, match="leave `task_projection_rank` unset, got 2"):
+            SLRMModel.from_policy(policy, num_task_tokens=0, task_projection_rank=2)
+
+    def test_other_families(self):
+        with pytest.raises(ValueError, match="SD3 and SD3.5 alone, not for a `WanTransformer3DModel`"):
+            SLRMModel.from_policy(load_policy(tiny_wan_pipeline()), num_task_tokens=0)
 
 
 class TestFromPolicy:

@@ -135,7 +135,10 @@ class ScoreTransformerMixin(RewardBackboneMixin):
         interface_fields (`tuple[str, ...]`): fields of its configuration that latents and prompts depend on.
         task_tokens (`torch.nn.Parameter` of shape `(1, n_s, text_dim)`): score tokens in the text embeddings' width.
         score_head ([`ScoreHead`]): reads the logit out of the score tokens after the last block.
+        without_tokens (`type`, *optional*): the transformer for `num_task_tokens=0`, if there is one.
     """
+
+    without_tokens: type["ScoreTransformerMixin"] | None = None
 
     def _add_score_stream(self, num_task_tokens: int, text_dim: int, make_block: Callable[[int], nn.Module]) -> None:
         """Put blocks with score tokens in the place of the base's, and the tokens and their head beside them."""

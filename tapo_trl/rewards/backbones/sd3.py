@@ -13,6 +13,7 @@ from torch import nn
 from .base import RewardBackboneMixin
 from .features import SteppedFeatureTransformerMixin
 from .score_stream import ScoreProjections, ScoreTransformerMixin
+from .similarity import SimilarityTransformerMixin
 
 
 class SD3Backbone(RewardBackboneMixin):
@@ -174,6 +175,12 @@ def _residual_update(tokens, attention, modulation, to_out, norm, ff):
     return tokens + gate_mlp.unsqueeze(1) * ff(normed)
 
 
+class SD3SimilarityTransformer2DModel(SD3Backbone, SimilarityTransformerMixin, SD3Transformer2DModel):
+    """SD3's transformer with a logit but without score tokens, see [`SimilarityTransformerMixin`]."""
+
+    _supports_gradient_checkpointing = True
+
+
 class SD3ScoreTransformer2DModel(SD3Backbone, ScoreTransformerMixin, SD3Transformer2DModel):
     """
     SD3's transformer with learnable score tokens as a third stream in every joint attention. It returns the velocity,
@@ -187,6 +194,7 @@ class SD3ScoreTransformer2DModel(SD3Backbone, ScoreTransformerMixin, SD3Transfor
 
     _no_split_modules = ["JointScoreBlock"]
     _supports_gradient_checkpointing = True
+    without_tokens = SD3SimilarityTransformer2DModel
 
     def __init__(self, num_task_tokens: int, task_projection_rank: int | None = None, **transformer_config):
         super().__init__(**transformer_config)
