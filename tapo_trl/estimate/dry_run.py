@@ -26,6 +26,7 @@ from ..trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 from ..trainer.model_config import DiffusionModelConfig, get_lora_config
 from ..trainer.nft_trainer import DiffusionNFTTrainer
 from ..trainer.policy_setup import fill_in_sizes, leave_out_experts
+from ..trainer.refl_trainer import ReFLTrainer
 from ..trainer.reward_setup import check_has_transformer
 from ..trainer.rollout_config import RolloutConfig
 from ..trainer.sft_config import DiffusionSFTConfig
@@ -33,10 +34,12 @@ from ..trainer.sft_trainer import DiffusionSFTTrainer
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.slrm_loading import choose_expert, is_reward_model
 from ..trainer.slrm_trainer import SLRMTrainer
+from .fitting import Chunks, fitting_lines
 from .forward_counts import count_pair, count_reward_pair, count_rollout, count_sample
 from .memory import (
     TRAINED,
     TRAINED_BYTES,
+    Activations,
     count_lora,
     count_parameters,
     policy_activations,
@@ -58,8 +61,24 @@ NOTE = (
 TRAINING = "policy, training (forward and backward)"
 
 
-def print_dry_run(report: DryRun) -> None:
-    """Print the report on one process of several."""
+def print_dry_run(report: DryRun, device_memory: float | None = None) -> None:
+    """
+    Print the report on one process of several.
+
+    Args:
+        report ([`~estimate.report.DryRun`]): The report.
+        device_memory (`float`, *optional*): Memory of a device in GiB, for which it says what fits.
+
+    Raises:
+        ValueError: if that is not known, because the activations are not estimated.
+    """
+    if device_memory is not None:
+        if report.chunks is None:
+            raise ValueError(
+                f"`device_memory={device_memory:g}`: what fits is not known, since some of the activations (of the VAE, and of what "
+                "reads images) are not estimated. Leave it unset."
+            )
+        report.fitting = [*fitting_lines(report.chunks, device_memory), ""]
     if PartialState().is_main_process:
         print(report)
 
@@ -117,18 +136,17 @@ def dry_run_slrm(args: SLRMConfig, model_args: DiffusionModelConfig) -> DryRun:
     if any(row.name == "base model" for row in forwards):
         base = parameters["base model"] * dtype.itemsize
         memory.append(Row("base model", base, f"parameters x {dtype.itemsize} bytes"))
-    notes = [NOTE]
+    notes, chunks = [NOTE], None
     if model.scores_x0_prediction or not args.cache_latents:
         memory.append(vae_memory(policy, dtype))
     if model.scores_x0_prediction:
         notes.append("The activations of the CLIP and of the VAE are not estimated: they come on top.")
     else:
         activations = reward_activations(model, policy, latent_shape, autocast_dtype(args))
-        latents = 2 * args.per_device_train_batch_size
-        memory += activations.rows(latents, args.activation_checkpointing)
-    return _report(
-        "slrm", "pair", policy, source, args, parameters=parameters, forwards=forwards, memory=memory, notes=notes
-    )
+        chunks = _chunks(activations, 2, args, memory)
+        memory += chunks.rows()
+    facts = {"parameters": parameters, "forwards": forwards, "memory": memory, "notes": notes, "chunks": chunks}
+    return _report("slrm", "pair", policy, source, args, **facts)
 
 
 def dry_run_dpo(args: DiffusionDPOConfig, model_args: DiffusionModelConfig) -> DryRun:
@@ -145,7 +163,8 @@ def dry_run_dpo(args: DiffusionDPOConfig, model_args: DiffusionModelConfig) -> D
     forwards = count_pair(DiffusionDPOTrainer, args, policy).rows()
     parameters, memory = _policy_memory(policy, args, model_args)
     activations = policy_activations(policy, latent_shape, args.max_sequence_length, autocast_dtype(args))
-    memory += activations.rows(2 * args.per_device_train_batch_size, args.activation_checkpointing)
+    chunks = _chunks(activations, 2, args, memory)
+    memory += chunks.rows()
     beside = []
     if args.cache_inversions:
         latents = 2 * args.num_inference_steps
@@ -162,6 +181,7 @@ def dry_run_dpo(args: DiffusionDPOConfig, model_args: DiffusionModelConfig) -> D
         memory=memory,
         beside=beside,
         notes=[NOTE],
+        chunks=chunks,
     )
 
 
@@ -180,8 +200,9 @@ def dry_run_sft(args: DiffusionSFTConfig, model_args: DiffusionModelConfig) -> D
     parameters, memory = _policy_memory(policy, args, model_args)
     memory = [row for row in memory if row.name != "reference"]
     activations = policy_activations(policy, latent_shape, args.max_sequence_length, autocast_dtype(args))
-    memory += activations.rows(args.per_device_train_batch_size, args.activation_checkpointing)
-    facts = {"parameters": parameters, "forwards": forwards, "memory": memory, "notes": [NOTE]}
+    chunks = _chunks(activations, 1, args, memory)
+    memory += chunks.rows()
+    facts = {"parameters": parameters, "forwards": forwards, "memory": memory, "notes": [NOTE], "chunks": chunks}
     return _report("sft", "sample", policy, source, args, **facts)
 
 
@@ -247,9 +268,10 @@ def dry_run_rollouts(
     memory.append(Row("samples that are scored at once", 5 * scored * prompts * latent_bytes, words))
     per_example = sum(counts.sizes[TRAINING]) // rollout.num_examples
     activations = policy_activations(policy, latent_shape, args.max_sequence_length, autocast_dtype(args))
-    latents = per_example * (args.transition_batch_size or prompts)
-    memory += activations.rows(latents, args.activation_checkpointing)
-    beside = [_stored_latents(rollout, policy, args, latent_shape)]
+    stored = _stored_latents(rollout, policy, args, latent_shape)
+    resident = [*memory, *([] if _is_offloaded(policy, args) else [stored])]
+    chunks = _chunks(activations, per_example, args, resident, rollout.num_examples * prompts)
+    memory += chunks.rows()
     return _report(
         command,
         "prompt",
@@ -259,9 +281,33 @@ def dry_run_rollouts(
         parameters=parameters,
         forwards=counts.rows(),
         memory=memory,
-        beside=beside,
+        beside=[stored],
         notes=notes,
+        chunks=None if issubclass(trainer_class, ReFLTrainer) else chunks,  # which goes on through the reward
     )
+
+
+def _chunks(activations: Activations, latents: int, args: Any, memory: list[Row], most: int | None = None) -> Chunks:
+    """
+    The forward and backward passes of a training.
+
+    Args:
+        activations ([`~estimate.memory.Activations`]): Bytes that one latent keeps.
+        latents (`int`): Latents of an example.
+        args (`TrainingArguments`): The training.
+        memory (`list[Row]`): All else on the accelerator.
+        most (`int`, *optional*): Examples of the rollouts of a step, if there are rollouts.
+    """
+    option, number = "per_device_train_batch_size", args.per_device_train_batch_size
+    if most is not None:
+        option, number = "transition_batch_size", min(args.transition_batch_size or number, most)
+    other, recomputes = sum(row.value for row in memory), args.activation_checkpointing
+    return Chunks(activations, latents, option, number, most, recomputes, other)
+
+
+def _is_offloaded(policy: FlowPolicy, args: RolloutConfig) -> bool:
+    """Whether the latents of a rollout are on the CPU."""
+    return policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
 
 
 def _stored_latents(rollout: Rollout, policy: FlowPolicy, args: RolloutConfig, latent_shape: tuple[int, ...]) -> Row:
@@ -272,8 +318,7 @@ def _stored_latents(rollout: Rollout, policy: FlowPolicy, args: RolloutConfig, l
         if isinstance(value, torch.Tensor) and value.shape[-len(latent_shape) :] == latent_shape
     }
     prompts = args.per_device_train_batch_size
-    offload = policy.modality == "video" if args.offload_transitions is None else args.offload_transitions
-    place = "on the CPU" if offload else "on the accelerator, beside the sum"
+    place = "on the CPU" if _is_offloaded(policy, args) else "on the accelerator, beside the sum"
     words = f"{place}: {prompts} prompts x ({', '.join(f'{number} {name}' for name, number in stored.items())})"
     return Row("latents of a rollout", prompts * sum(stored.values()) * 4 * math.prod(latent_shape), words)
 

@@ -20,6 +20,7 @@ from ..rewards import LatentRewardModel, StepRewardModel
 from ..rewards.scoring import Candidates, LatentReward, WeightedReward
 from ..rewards.step_reward import RewardOutput
 from ..rollouts import Rollout
+from ..rollouts.subset import draw_examples
 from ..seeding import seeded_generator
 from .meta_models import prompts_of_shapes, shrink
 from .report import Row
@@ -179,6 +180,9 @@ def count_rollout(
         rollout = trainer.sampler.sample(trainer.model, [""], embeds, trainer.negative_prompt_embeds, generators)
     if hasattr(rollout, "advantages"):  # which the trainer computes of all processes
         rollout.advantages = rollout.rewards
+    if args.pairs_per_update is not None:
+        rollout.weights = torch.ones(rollout.weights.shape)  # which have no values on the meta device
+        rollout = draw_examples(rollout, args.pairs_per_update, generators)
     with counts.phase("training"):
         for chunk in rollout.transitions(args.transition_batch_size or 1):
             trainer.transition_losses(trainer.model, chunk.to(META))

@@ -2,6 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .fitting import Chunks
 
 
 @dataclass
@@ -29,6 +34,8 @@ class DryRun:
         forwards (`list[Row]`): Latents that go through a network for one unit.
         memory (`list[Row]`): Estimated bytes of one process.
         notes (`list[str]`): Remarks.
+        chunks ([`~estimate.fitting.Chunks`], *optional*): The forward and backward passes, if their activations are estimated.
+        fitting (`list[str]`): What fits a device.
     """
 
     title: str
@@ -41,6 +48,8 @@ class DryRun:
     forwards: list[Row]
     memory: list[Row]
     notes: list[str] = field(default_factory=list)
+    chunks: "Chunks | None" = None
+    fitting: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         height, width, *frames = self.size
@@ -62,6 +71,7 @@ class DryRun:
             "Estimate of the memory of one process, in GiB (1024^3 bytes):",
             *(f"{row.value / 2**30:>8.2f} {row.name:<42}{row.formula}" for row in self.memory),
             "",
+            *self.fitting,
             *self.notes,
         ]
         return "\n".join(lines).rstrip() + "\n"

@@ -36,6 +36,8 @@ class Rollout(ABC):
             The same as `rewards` for each reward by name.
         ref_velocities (`dict[tuple[int, int], torch.Tensor]`, *optional*):
             Velocities of the reference, by the first and the last example of a chunk, see [`~Rollout.transitions`].
+        examples (`torch.LongTensor`, *optional*):
+            Examples to train on, number l N + i for row i of noise level l. All by default.
     """
 
     prompt_embeds: PromptEmbeddings
@@ -43,16 +45,16 @@ class Rollout(ABC):
     rewards: torch.Tensor
     reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
     ref_velocities: dict[tuple[int, int], torch.Tensor] | None = None
+    examples: torch.Tensor | None = None
 
-    of_levels: ClassVar[
-        tuple[str, ...]
-    ]  # fields whose first dimension is the n noise levels; the last one are latents
+    # Fields whose first dimension is the n noise levels; the last one are latents
+    of_levels: ClassVar[tuple[str, ...]]
     former_names: ClassVar[tuple[str, ...]] = ()  # of the class in the checkpoints of earlier versions
 
     @property
     def num_examples(self) -> int:
-        """n x N."""
-        return self.weights.numel()
+        """n x N, or the number of `examples`."""
+        return self.weights.numel() if self.examples is None else len(self.examples)
 
     def transitions(
         self,
@@ -62,8 +64,8 @@ class Rollout(ABC):
         keep_reference: bool = False,
     ) -> Iterator["Transitions"]:
         """
-        All n x N examples, noise level by noise level, in chunks of at most `chunk_size`. Each is made when it is asked
-        for, where the rollout is stored.
+        All examples, noise level by noise level, in chunks of at most `chunk_size`. Each is made when it is asked for, where
+        the rollout is stored.
 
         Args:
             chunk_size (`int`): examples in a chunk.
@@ -74,7 +76,8 @@ class Rollout(ABC):
                 the same chunk of an earlier pass. As the latents are the same and so is the batch they are in, they are
                 what the reference would compute again, bit for bit.
         """
-        for chunk in torch.arange(self.num_examples).split(chunk_size):
+        examples = torch.arange(self.num_examples) if self.examples is None else self.examples
+        for chunk in examples.split(chunk_size):
             level, row = chunk // self.weights.shape[1], chunk % self.weights.shape[1]
             transitions = replace(self._examples(level, row), share=len(chunk) / self.num_examples)
             if prompts is not None:

@@ -24,9 +24,9 @@ class TrajectoryGroups(Rollout):
             x before each step, float32. Not always on the device of the rollout, see
             [`~rollouts.base.RolloutSampler`].
         next_latents (`torch.Tensor` of shape `(n, N, *latent_shape)`):
-            x' after it.
+            x' after it. Without `train_cfg`, what the same noise makes of the mean below.
         means (`torch.Tensor` of shape `(n, N, *latent_shape)`):
-            Mean of x' under the policy that sampled it.
+            Mean of x' under the policy that sampled it. Without `train_cfg`, that of its prediction without guidance.
         rewards (`torch.Tensor` of shape `(B, K)`):
             Rewards of the final samples.
         advantages (`torch.Tensor` of shape `(B, K)`, *optional*):
@@ -90,12 +90,16 @@ class FlowGRPOSampler(RolloutSampler):
             Stochastic steps W_T, see [`sde_step_indices`].
         num_generations (`int`):
             Trajectories per prompt K, at least 2.
+        train_cfg (`bool`, *optional*, defaults to `True`):
+            Whether the steps are kept as they were sampled. Otherwise they are shifted by what guidance has added to their mean,
+            which takes one more forward per step, without guidance.
 
     The others are those of [`~rollouts.base.RolloutSampler`].
     """
 
     step_indices: list[int]
     num_generations: int
+    train_cfg: bool = True
 
     def run(self, inputs: RolloutInputs) -> TrajectoryGroups:
         device = inputs.prompt_embeds.device
@@ -112,10 +116,13 @@ class FlowGRPOSampler(RolloutSampler):
                 continue
             with self.timer.stage("stochastic steps"):
                 mean, std = self.scheduler.sde_mean_std(latents, velocity, index)
-                next_latents = mean + std * inputs.randn(*one_each).transpose(0, 1)
+                change = std * inputs.randn(*one_each).transpose(0, 1)
+            trained = mean if self.train_cfg else self._conditional_mean(inputs, latents, index)
             step = self.step_indices.index(index)
-            parents[step], children[step], means[step] = (x.flatten(0, 1) for x in (latents, next_latents, mean))
-            latents = next_latents
+            parents[step], children[step], means[step] = (
+                x.flatten(0, 1) for x in (latents, trained + change, trained)
+            )
+            latents = mean + change
 
         rewards, parts = self.score(inputs, latents, noise)
         return TrajectoryGroups(
@@ -129,3 +136,15 @@ class FlowGRPOSampler(RolloutSampler):
             means=means,
             final_latents=latents,
         )
+
+    def _conditional_mean(self, inputs: RolloutInputs, latents: torch.Tensor, index: int) -> torch.Tensor:
+        """Mean of a step without classifier-free guidance, `(K, B, *latent_shape)`."""
+        with self.timer.stage("policy", latents=latents.shape[:2].numel()):
+            velocity = self.policy.velocity(
+                inputs.model,
+                latents.flatten(0, 1),
+                self.scheduler.sigma(index),
+                inputs.prompt_embeds.repeat(len(latents)),
+                guidance_scale=self.policy.unguided(self.guidance_scale),
+            )
+        return self.scheduler.sde_mean_std(latents, velocity.view_as(latents), index)[0]

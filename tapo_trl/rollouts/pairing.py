@@ -115,6 +115,24 @@ class Pairing:
         """Pairs that a prompt gives at each stochastic step."""
         return self.num_branches if self.shared_parent else 1
 
+    def check_number(self, pairs_per_update: int | None, num_steps: int) -> None:
+        """
+        Check that a prompt has so many pairs.
+
+        Args:
+            pairs_per_update (`int`, *optional*): pairs of each prompt that an update trains on. All by default.
+            num_steps (`int`): number of stochastic steps that are trained on.
+
+        Raises:
+            ValueError: if it has fewer.
+        """
+        available = num_steps * self.pairs_per_prompt
+        if pairs_per_update is not None and pairs_per_update > available:
+            raise ValueError(
+                f"`pairs_per_update={pairs_per_update}`, but {num_steps} stochastic steps give a prompt only {available} pairs to "
+                "train on: lower it, or leave it unset for all of them."
+            )
+
     def weights(
         self, rewards: torch.Tensor, stds: torch.Tensor, final_rewards: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -70,6 +70,21 @@ def check_without_effect(args: TrainingArguments, names: Iterable[str], reason: 
             raise ValueError(f"`{name}={value!r}` has no effect {reason}: leave it unset ({defaults[name]!r}).")
 
 
+def check_train_cfg(args: TrainingArguments, policy: FlowPolicy) -> None:
+    """
+    Check that `train_cfg=False` has an effect: that there is classifier-free guidance.
+
+    Args:
+        args ([`TAPOConfig`] or [`FlowGRPOConfig`]): the configuration.
+        policy ([`FlowPolicy`]): says which guidance scale is none.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if policy.guidance == "classifier_free" and not policy.is_guided(args.guidance_scale):
+        check_without_effect(args, ["train_cfg"], f"without guidance (`guidance_scale={args.guidance_scale:g}`)")
+
+
 def check_arguments_of_trainer(args: TrainingArguments, model: Any) -> None:
     """
     Check what depends on the trainer's `model`, and options of `Trainer` that something here replaces.

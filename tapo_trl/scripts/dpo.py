@@ -81,7 +81,7 @@ def main(script_args, training_args, model_args):
     if script_args.dry_run:
         from tapo_trl.estimate.dry_run import dry_run_dpo, print_dry_run
 
-        return print_dry_run(dry_run_dpo(training_args, model_args))
+        return print_dry_run(dry_run_dpo(training_args, model_args), script_args.device_memory)
 
     from tapo_trl.scripts.utils import save_or_push
 

@@ -65,7 +65,7 @@ def main(script_args, training_args, model_args):
             script_args.guard_reward,
             script_args.guard_reward_init_kwargs,
         )
-        return print_dry_run(report)
+        return print_dry_run(report, script_args.device_memory)
 
     from tapo_trl.scripts.utils import save_or_push
 

@@ -30,20 +30,39 @@ from ..trainer.model_config import DiffusionModelConfig
 HUMAN = "human"  # the reward of live votes, which only online DPO can wait for
 
 
-DRY_RUN = "Print shapes, tokens, parameters, forwards and an estimate of the memory, and stop."
+@dataclass
+class DryRunArguments:
+    """Options of all training commands for dry runs."""
+
+    dry_run: bool = option(
+        "Print shapes, tokens, parameters, forwards and an estimate of the memory, and stop.", False
+    )
+    device_memory: float | None = option(
+        "Memory of the device in GiB. The dry run then says how large chunks may be, with and without recomputation of "
+        "activations."
+    )
+
+    def __post_init__(self):
+        if self.device_memory is not None and not self.dry_run:
+            raise ValueError(
+                f"`device_memory={self.device_memory:g}` has no effect without `dry_run=True`: leave it unset. A training takes "
+                "what its options need."
+            )
+        if self.device_memory is not None and not 0 < self.device_memory < float("inf"):
+            raise ValueError(f"`device_memory` must be a positive number of GiB, got {self.device_memory}.")
 
 
 @dataclass
-class SLRMScriptArguments(PreferenceDatasetArguments):
+class SLRMScriptArguments(PreferenceDatasetArguments, DryRunArguments):
     """Arguments of `tapo-trl slrm` beside [`SLRMConfig`] and [`DiffusionModelConfig`]."""
 
     dataset_train_split: str = option(
         "Split to train on; slices such as `train[:90%%]` work for files and Hub datasets.", "train"
     )
-    dry_run: bool = option(DRY_RUN, False)
 
     def __post_init__(self):
         super().__post_init__()
+        DryRunArguments.__post_init__(self)
         if self.dataset_name is None:
             raise ValueError("`dataset_name` is missing: give the Hub id, folder or file of the preference pairs.")
 
@@ -72,7 +91,7 @@ class DPOScriptArguments(SampleCallbackArguments, SLRMScriptArguments):
 
 
 @dataclass
-class SFTScriptArguments(SampleCallbackArguments):
+class SFTScriptArguments(SampleCallbackArguments, DryRunArguments):
     """Arguments of `tapo-trl sft` beside [`DiffusionSFTConfig`] and [`DiffusionModelConfig`]: where the samples are."""
 
     dataset_name: str | None = option(
@@ -86,15 +105,15 @@ class SFTScriptArguments(SampleCallbackArguments):
     prompt_column: str = option("Column of the prompts.", "prompt")
     media_column: str | None = option("Column of the images or videos. `image` or `video` by default.")
     media_root: str | None = option("Folder that relative paths of images and videos start from.")
-    dry_run: bool = option(DRY_RUN, False)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.dataset_name is None:
             raise ValueError("`dataset_name` is missing: give the Hub id, folder or file of the images or videos.")
 
 
 @dataclass
-class TAPOScriptArguments(SampleCallbackArguments):
+class TAPOScriptArguments(SampleCallbackArguments, DryRunArguments):
     """
     Arguments of `tapo-trl tapo`, `online_dpo` and `grpo` beside the configuration of the trainer (which has `dataset_name` and
     `dataset_split`) and [`DiffusionModelConfig`]: prompts, rewards and callbacks.
@@ -123,9 +142,9 @@ class TAPOScriptArguments(SampleCallbackArguments):
     gradient_share_every_steps: int | None = option(
         "Measure the share of each stochastic step in the gradient every so many optimizer steps."
     )
-    dry_run: bool = option(DRY_RUN, False)
 
     def __post_init__(self):
+        super().__post_init__()
         read_mapping(self, "guard_reward_init_kwargs")
         if self.guard_reward_init_kwargs and (self.guard_reward is None or is_function(self.guard_reward)):
             raise ValueError(

@@ -4,11 +4,13 @@
 from typing import Any
 
 import torch
+from peft import PeftConfig
 
 from ..losses import flow_dppo_loss, flow_grpo_loss
 from ..method_card import MethodCard
 from ..rollouts import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
 from ..rollouts.base import group_metrics
+from ..runs.checks import check_train_cfg
 from ..schedulers import gaussian_kl, normalised_log_ratio, window_step_indices
 from .flow_grpo_config import FlowGRPOConfig
 from .group_rewards import advantages_of_process
@@ -75,7 +77,12 @@ class FlowGRPOTrainer(RolloutTrainer):
         "noise_level",
         "sde_type",
         "guidance_scale",
+        "train_cfg",
     )
+
+    def _build_network(self, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
+        check_train_cfg(args, self.policy)
+        return super()._build_network(args, peft_config)
 
     # Rollout: groups of trajectories and their advantages
 
@@ -92,6 +99,7 @@ class FlowGRPOTrainer(RolloutTrainer):
             scheduler=self.scheduler,
             step_indices=self._window(0),
             num_generations=args.num_generations,
+            train_cfg=args.train_cfg,
             **kwargs,
         )
 
@@ -125,8 +133,11 @@ class FlowGRPOTrainer(RolloutTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         latents, indices = inputs.latents, inputs.step_indices
         sigma = self.scheduler.sigma(indices.to(self.scheduler.sigmas.device))
-        # With the guidance of the rollout: the ratio is to the policy that sampled
-        arguments = (latents, sigma, inputs.prompt_embeds, self.negative_prompt_embeds, self.args.guidance_scale)
+        guidance_scale = self.args.guidance_scale
+        if not self.args.train_cfg:
+            guidance_scale = self.policy.unguided(guidance_scale)
+        # As in the rollout: the ratio is to the policy that sampled
+        arguments = (latents, sigma, inputs.prompt_embeds, self.negative_prompt_embeds, guidance_scale)
         with self.timer.stage("policy, training", latents=len(latents)):
             velocity = self.policy.velocity(model, *arguments)
         mean, std = self.scheduler.sde_mean_std(latents, velocity, indices)

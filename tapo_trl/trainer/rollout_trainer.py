@@ -256,7 +256,7 @@ class RolloutTrainer(DiffusionTrainer):
 
     def _chunks(self, rollout: Rollout, prompts: list[str], chunk_size: int) -> Iterator[Transitions]:
         num_real = None if self.model.training else self._num_real_rows(len(prompts))
-        is_used_again = self.model.training and self.args.num_iterations > 1
+        is_used_again = self.model.training and self.args.num_iterations > 1 and rollout.examples is None
         return rollout.transitions(chunk_size, prompts, num_real, keep_reference=is_used_again)
 
     @contextmanager

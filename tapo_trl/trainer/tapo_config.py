@@ -84,7 +84,10 @@ class TAPOConfig(StochasticRolloutConfig):
             `"none"`: equal weights for all steps (Eq. 13), which gives late steps a much larger gradient with respect
             to the predicted velocity. `"velocity"`: weights that equalise this gradient over the steps.
         train_cfg (`bool`, *optional*, defaults to `True`):
-            Whether transitions are scored with the guidance they were sampled with.
+            Whether transitions are scored with the guidance they were sampled with. With `False`, policy and reference are
+            compared without guidance, with one forward per latent in place of two: the loss is exactly ln 2 at the start and
+            that of Eq. 13 for the policy without guidance, but transitions are those of the guided one, so that the
+            log-ratios also see what guidance has added to the mean.
         beta_reference_dim (`int`, *optional*):
             Dimensions of the latents that `beta` is meant for, such as 65536 for SD3.5 at 512 x 512. With it, `beta` is scaled
             by sqrt(D / beta_reference_dim), so that a pair's logit has the same noise, see [`~losses.transferred_beta`]. By
@@ -93,6 +96,11 @@ class TAPOConfig(StochasticRolloutConfig):
             Whether the log-ratio of each side counts relative to its mean over the P candidates of the same parent. The sides of
             `"tapo"` have different parents, whose log-partition functions do not cancel in Eq. 13. Not for pairings with one
             parent, where it does cancel.
+        pairs_per_update (`int`, *optional*):
+            Number of pairs of each prompt that an optimiser step trains on, drawn at random anew for every step. The expected
+            gradient is that of all pairs, see [`~rollouts.subset.draw_examples`]; it is noisier, and the update costs as much
+            less. Pairs that do not count (ties, `pair_threshold`) are drawn only if there are too few others. By default, all
+            pairs: n, or 2n for `"tapo_within"`. Evaluation uses all.
     """
 
     # Parameters that control the rollout
@@ -142,6 +150,9 @@ class TAPOConfig(StochasticRolloutConfig):
     center_log_ratios: bool = option(
         "Whether the log-ratio of each side counts relative to its mean over the candidates of the same parent.", False
     )
+    pairs_per_update: int | None = option(
+        "Pairs of each prompt that an optimiser step trains on, drawn at random. All by default."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -158,7 +169,8 @@ class TAPOConfig(StochasticRolloutConfig):
         if self.num_candidates < 2:
             raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
         self.check_positive("beta")
-        self.check_minimum(1, "beta_reference_dim")
+        self.check_minimum(1, "beta_reference_dim", "pairs_per_update")
+        pairing.check_number(self.pairs_per_update, len(step_indices))
         if self.logprob_reduction == "sum":
             check_without_effect(self, ["beta_reference_dim"], "with `logprob_reduction='sum'`: it is for means")
         self.check_not_negative("kl_coef")

@@ -2,16 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from transformers.utils import logging
 
+from ..data.prompts import ROW_COLUMN
 from ..losses import logit_noise, tapo_loss, transferred_beta
 from ..rollouts import PAIRINGS, TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
 from ..rollouts.pairs import pair_metrics
-from ..runs.checks import check_without_effect
+from ..rollouts.subset import draw_examples
+from ..runs.checks import check_train_cfg
 from ..schedulers import gaussian_kl, sde_step_indices
+from ..seeding import seeded_generator
 from .rollout_trainer import RolloutTrainer
 from .tapo_config import TAPOConfig
 
@@ -90,6 +94,7 @@ class TAPOTrainer(RolloutTrainer):
         "sde_type",
         "guidance_scale",
         "velocity_target",
+        "pairs_per_update",
     )
 
     def _check_options(self, args: TAPOConfig, peft_config: PeftConfig | None) -> None:
@@ -97,8 +102,7 @@ class TAPOTrainer(RolloutTrainer):
         self.method_card = PAIRINGS[args.pairing].card
 
     def _build_network(self, args: TAPOConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
-        if self.policy.guidance == "classifier_free" and not self.policy.is_guided(args.guidance_scale):
-            check_without_effect(args, ["train_cfg"], f"without guidance (`guidance_scale={args.guidance_scale:g}`)")
+        check_train_cfg(args, self.policy)
         return super()._build_network(args, peft_config)
 
     # Rollout: Algorithm 1, lines 2-13
@@ -108,13 +112,15 @@ class TAPOTrainer(RolloutTrainer):
         self.scheduler = self.stochastic_scheduler()
         indices = sde_step_indices(args.num_inference_steps, args.num_sde_steps, args.t_init)
         self.step_indices = self.stochastic_steps(indices)
+        pairing = get_pairing(args.pairing, args.continue_with, args.pair_threshold, args.consistent_pairs)
+        pairing.check_number(args.pairs_per_update, len(self.step_indices))  # the steps of the trained `expert`
         self.step_weights = self._step_weights()
         self._warn_of_saturation()
         return TAPOSampler(
             scheduler=self.scheduler,
             step_indices=self.step_indices,
             num_candidates=args.num_candidates,
-            pairing=get_pairing(args.pairing, args.continue_with, args.pair_threshold, args.consistent_pairs),
+            pairing=pairing,
             reference=self.reference,
             score_batch_size=args.score_batch_size,
             keep_candidate_means=args.center_log_ratios,
@@ -148,6 +154,13 @@ class TAPOTrainer(RolloutTrainer):
             inverse = (std / slope.abs()).flatten().cpu()
             weights[steps] = inverse / inverse.mean()
         return weights
+
+    def _rollout_of_step(self, batch: list[dict[str, Any]]) -> TrajectoryPairs:
+        rollout, args = super()._rollout_of_step(batch), self.args
+        if args.pairs_per_update is None:
+            return rollout
+        keys = [(args.seed, self.state.global_step, row[ROW_COLUMN]) for row in batch]
+        return draw_examples(rollout, args.pairs_per_update, [seeded_generator("tapo, pairs", *key) for key in keys])
 
     def rollout_metrics(self, rollout: TrajectoryPairs) -> dict[str, torch.Tensor]:
         return pair_metrics(rollout)

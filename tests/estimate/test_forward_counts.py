@@ -164,6 +164,28 @@ class TestUpdates:
         assert sum(policy.latents) == sum(rows.values())
         assert ("reference, training" in rows) == (args.beta > 0)
 
+    def test_on_samples_with_an_update_without_guidance(self, tmp_path):
+        kwargs = {"num_sde_steps": 2, "train_cfg": False}
+        self.test_on_samples(tmp_path, FlowGRPOConfig, FlowGRPOTrainer, kwargs, guidance_scale=2.0)
+
+    @pytest.mark.parametrize(
+        ("pairing", "pairs_per_update", "train_cfg", "guidance_scale"),
+        [("tapo", 2, True, 2.0), ("tapo", None, False, 2.0), ("tapo_within", 3, True, 1.0), ("spo", 1, False, 2.0)],
+    )
+    def test_on_some_of_the_pairs(self, tmp_path, pairing, pairs_per_update, train_cfg, guidance_scale):
+        kwargs = {"pairing": pairing, "pairs_per_update": pairs_per_update, "num_sde_steps": 3, "num_candidates": 2}
+        kwargs |= {"train_cfg": train_cfg, "velocity_target": "parent"}
+        policy, args, meta, peft_config = self.count(tmp_path, TAPOConfig, kwargs, guidance_scale)
+        counts, rollout, _ = count_rollout(TAPOTrainer, args, meta, [SLRMModel.without_weights(meta)])
+        slrm = SLRMModel.from_policy(policy, max_sequence_length=3)
+        TAPOTrainer(policy, slrm, args, Dataset.from_dict({"prompt": ["cat"]}), peft_config=peft_config).train()
+        rows = values_of(counts)
+        rows.pop("reward model")
+        assert sum(policy.latents) == sum(rows.values())
+        assert rollout.num_examples == (pairs_per_update or 3)
+        parents, rows_of_each = 2 if pairing == "tapo" else 1, 2 if train_cfg and guidance_scale > 1 else 1
+        assert rows["reference, training"] == rollout.num_examples * parents * rows_of_each
+
     @pytest.mark.parametrize("variant", ["diffusion_dpo", "inversion_dpo"])
     def test_on_pairs(self, tmp_path, variant):
         kwargs = {"variant": variant, "cache_inversions": variant == "inversion_dpo"}

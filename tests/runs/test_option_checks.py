@@ -73,9 +73,10 @@ def test_frames_per_second_of_images(tmp_path, method):
         make(method, tmp_path, fps=8)
 
 
-def test_training_without_guidance_that_there_is_none_of(tmp_path):
+@pytest.mark.parametrize("method", ["tapo", "grpo"])
+def test_training_without_guidance_that_there_is_none_of(tmp_path, method):
     with pytest.raises(ValueError, match="`train_cfg=False` has no effect without guidance .`guidance_scale=1`"):
-        make("tapo", tmp_path, guidance_scale=1.0, train_cfg=False)
+        make(method, tmp_path, guidance_scale=1.0, train_cfg=False)
 
 
 def test_a_velocity_target_for_a_function(tmp_path):

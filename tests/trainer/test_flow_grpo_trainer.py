@@ -95,7 +95,7 @@ class Reference:
                     return_dict=False,
                 )[0][0]
             )
-        v = outputs[0] + self.args.guidance_scale * (outputs[1] - outputs[0])
+        v = outputs[0] + (self.args.guidance_scale if self.args.train_cfg else 1) * (outputs[1] - outputs[0])
         s = self.args.noise_level * (t / (1 - self.sigmas[max(index, 1)])).sqrt()
         mean = x - (v + s**2 / (2 * t) * (x + (1 - t) * v)) * (t - t_next)
         return Normal(mean, s * (t - t_next).sqrt())
@@ -250,6 +250,26 @@ class TestRatio:
         trainer.train()
         torch.testing.assert_close(torch.cat(ratios), torch.ones(3 * 4 * 3), rtol=0, atol=1e-6)
 
+    def test_without_guidance_is_that_of_the_noise_that_was_sampled(self, tmp_path):
+        """Steps are relative to a mean that guidance has moved; the trajectories are those of the guided policy."""
+        trainer = make_trainer(tmp_path, train_cfg=False, self_check=False)
+        randomize_adapter(trainer, std=0.5)
+        groups = trainer.rollout(rows()[:2], seed_step=0)
+        metrics = trainer.transition_losses(trainer.model, next(groups.transitions(100)))[2]
+        torch.testing.assert_close(metrics["ratio"], torch.ones(3 * 2 * 3), rtol=0, atol=1e-6)
+        reference = Reference(trainer, groups)
+        trainer.args.train_cfg = True
+        with torch.no_grad():
+            guided = torch.stack(
+                [torch.stack([reference.distribution(step, row).loc for row in range(6)]) for step in (0, 1)]
+            )
+        sampled, kept = groups.latents[1:] - guided, groups.next_latents[:2] - groups.means[:2]
+        torch.testing.assert_close(sampled.float(), kept, rtol=0, atol=1e-5)
+        assert (groups.latents[1:] - groups.next_latents[:2]).abs().max() > 1e-2
+        whole = make_trainer(tmp_path / "whole", self_check=False)
+        randomize_adapter(whole, std=0.5)
+        assert torch.equal(whole.rollout(rows()[:2], seed_step=0).final_latents, groups.final_latents)
+
     @pytest.mark.slow
     def test_leaves_1_when_a_rollout_is_used_again(self, tmp_path):
         trainer = make_trainer(tmp_path, num_iterations=2, max_steps=4, learning_rate=3e-2, epsilon=1e-5)
@@ -298,9 +318,10 @@ class TestGradient:
             scale = value.abs().max().item()
             torch.testing.assert_close(gradient.double(), value, rtol=2e-3, atol=2e-3 * scale + 1e-9, msg=name)
 
-    def test_is_the_policy_gradient_at_first(self, tmp_path):
+    @pytest.mark.parametrize("train_cfg", [True, False])
+    def test_is_the_policy_gradient_at_first(self, tmp_path, train_cfg):
         """Of the mean of advantage times log-density: no ratio, no clipping, and the KL term is at its minimum."""
-        trainer, (groups,), gradients = self.run(tmp_path)
+        trainer, (groups,), gradients = self.run(tmp_path, train_cfg=train_cfg)
         reference = Reference(trainer, groups)
         objective = torch.stack([advantage * now.log_prob(x).mean() for advantage, x, now, *_ in reference.examples()])
         parameters = [p for p in reference.model.parameters() if p.requires_grad]
@@ -311,6 +332,7 @@ class TestGradient:
         [
             {"epsilon": 0.9, "beta": 5.0},
             {"epsilon": 1e-3, "beta": 0.1},
+            {"epsilon": 0.9, "beta": 5.0, "train_cfg": False},
             {"loss_type": "grpo_guard", "epsilon": 0.9, "beta": 0.1},
             {"loss_type": "grpo_guard", "epsilon": 1e-4, "beta": 0.1},
             {"loss_type": "flow_dppo", "divergence_threshold": 1e3, "beta": 0.1},

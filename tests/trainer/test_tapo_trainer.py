@@ -5,6 +5,7 @@ import copy
 import json
 import math
 from contextlib import nullcontext
+from itertools import permutations
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tapo_trl import SLRMModel, TAPOConfig, TAPOTrainer
 from tapo_trl.callbacks.base import TAPOCallback
 from tapo_trl.policies import SD3Policy
 from tapo_trl.rollouts import TAPOSampler, TrajectoryPairs
+from tapo_trl.rollouts.subset import draw_examples
+from tapo_trl.trainer import tapo_trainer
 from tests.testing_utils import tiny_sd3_pipeline as make_pipeline
 from tests.trainer.policy_checks import (
     check_full_fine_tuning_is_saved_as_a_transformer,
@@ -642,6 +645,77 @@ class TestCenteredLogRatios:
         assert whole.state.log_history[-2]["logits/parents"] > 0
 
 
+class TestPairsPerUpdate:
+    @pytest.mark.parametrize(
+        ("number", "options"),
+        [
+            (1, {"pairing": "spo", "pair_threshold": [0.0015], "gradient_accumulation_steps": 2, "kl_coef": 3.0}),
+            (2, {"step_weighting": "velocity"}),
+        ],
+        ids=["accumulated", "weighted"],
+    )
+    def test_the_mean_over_all_draws_is_the_gradient_of_all_pairs(self, tmp_path, monkeypatch, number, options):
+        def gradients(order=None, **more):
+            def draw(*args):
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch, "randperm", lambda total, generator: torch.tensor(order))
+                    return draw_examples(*args)
+
+            monkeypatch.setattr(tapo_trainer, "draw_examples", draw)
+            folder = tmp_path / "-".join(map(str, order or ["all"]))
+            arguments = {"guidance_scale": 1.0, "beta": 30.0, "transition_batch_size": 2, **options, **more}
+            _, rollouts, found = TestGradient().run(folder, **arguments)
+            if "pair_threshold" in options:
+                assert 0 < sum((pairs.weights == 0).sum() for pairs in rollouts) < 9
+            return torch.cat([gradient.flatten() for gradient in found.values()]).double()
+
+        expected = gradients()
+        drawn = torch.stack([gradients(order, pairs_per_update=number) for order in permutations(range(3))])
+        torch.testing.assert_close(drawn.mean(0), expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+        assert (drawn - expected).norm(dim=1).min() > 0.05 * expected.norm()
+
+    def test_all_of_them_change_nothing(self, tmp_path):
+        weights = []
+        for name, options in {"all": {}, "drawn": {"pairs_per_update": 3}}.items():
+            trainer = make_trainer(tmp_path / name, transition_batch_size=4, **options)
+            trainer.train()
+            weights.append(trainable(trainer))
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    def test_every_step_draws_anew_and_a_resumed_run_the_same(self, tmp_path, monkeypatch):
+        drawn = []
+
+        def record(*args):
+            drawn.append(draw_examples(*args))
+            return drawn[-1]
+
+        monkeypatch.setattr(tapo_trainer, "draw_examples", record)
+        saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
+        options = {"pairs_per_update": 1, "num_iterations": 2, "num_sde_steps": 5, "t_init": 0, **saving}
+        whole = make_trainer(tmp_path / "whole", **options)
+        whole.train()
+        assert len(drawn) == 4 and drawn[0].latents is drawn[1].latents, "two updates from one rollout"
+        assert drawn[0].examples.tolist() != drawn[1].examples.tolist()
+        resumed = make_trainer(tmp_path / "resumed", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole/out/checkpoint-3"))
+        assert torch.equal(drawn[4].examples, drawn[3].examples) and len(drawn) == 5
+        assert all(torch.equal(value, trainable(resumed)[name]) for name, value in trainable(whole).items())
+
+    def test_is_ln_2_at_every_step_of_a_policy_that_stays(self, tmp_path):
+        """Also at the second update from a rollout, whose pairs are others."""
+        trainer = make_trainer(tmp_path, pairs_per_update=1, num_iterations=2, learning_rate=0.0, max_steps=4)
+        trainer.train()
+        losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+        assert losses == pytest.approx([math.log(2)] * 4, abs=1e-6)
+
+    def test_evaluation_uses_all_pairs(self, tmp_path):
+        found = [
+            make_trainer(tmp_path / name, eval_prompts=["cat"], **options).evaluate()["eval_step_03/loss"]
+            for name, options in {"all": {}, "drawn": {"pairs_per_update": 1}}.items()
+        ]
+        assert found[0] == found[1]
+
+
 class TestScaleOfBeta:
     def test_the_noise_of_logits_is_logged(self, tmp_path):
         trainer = make_trainer(tmp_path, max_steps=1)
@@ -701,6 +775,9 @@ class TestBadInput:
                 "`center_log_ratios=True` has no effect with `pairing='spo'`",
             ),
             ({"beta_reference_dim": 64, "logprob_reduction": "sum"}, "`beta_reference_dim=64` has no effect"),
+            ({"pairs_per_update": 0}, "`pairs_per_update` must be at least 1"),
+            ({"pairs_per_update": 4}, "`pairs_per_update=4`, but 3 stochastic steps give a prompt only 3 pairs"),
+            ({"pairs_per_update": 7, "pairing": "tapo_within"}, "a prompt only 6 pairs"),
             ({"kl_coef": -1.0}, "kl_coef"),
             ({"pairing": "dpo"}, "pairing"),
             ({"continue_with": "best"}, "continue_with"),
