@@ -50,7 +50,7 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe and options
     "SLRM trained at t = 0 only": ("slrm", {"timestep_sampling": "clean"}),
 }
 
-CURVE_STEPS, CURVE_EVERY = 300, 60
+CURVE_STEPS, CURVE_EVERY = 160, 40
 """Steps of the trainings whose accuracy is followed, and how often it is measured."""
 
 MAX_RATES = 6

@@ -150,8 +150,8 @@ def figure4(lab: Lab) -> Report:
     steps = list(next(iter(without.values())))
     return Report(
         title="Figure 4: accuracy along the training",
-        method=_pairs_text(lab) + f" Trainings of {CURVE_STEPS} steps, more than in the other experiments; the "
-        "learning rate falls along them.",
+        method=_pairs_text(lab)
+        + f" Trainings of {CURVE_STEPS} steps, more than in the other experiments; the learning rate falls along them.",
         header=["reward model", "noise level", *(f"after {step} steps" for step in steps)],
         rows=[
             [label, level, *curve.values()] for label, by_sigma in curves.items() for level, curve in by_sigma.items()

@@ -247,9 +247,10 @@ def execute(run: Run, world_name: str, root: Path, threads: int, samples_per_pro
         if run.command == REWARD_COMMAND:
             from .measure import measure_checkpoints, measure_reward_model
 
-            result["pairs"] = {split: measure_reward_model(folder, file) for split, file in world.pairs.items()}
             if "save_steps" in run.options:
                 result["checkpoints"] = measure_checkpoints(folder, world.pairs)
+            else:
+                result["pairs"] = {split: measure_reward_model(folder, file) for split, file in world.pairs.items()}
         elif run.command == PROMPTS_COMMAND:
             from .measure import hard_prompts
 

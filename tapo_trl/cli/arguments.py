@@ -86,9 +86,16 @@ class SampleArguments(GenerationArguments):
 
     output_dir: str = option("Folder of the PNG or MP4 files.", "samples")
     columns: int | None = option("Columns of the grid.")
+    methods: list[str] | None = option(
+        "Models to compare on the same prompts and seeds, as `NAME=PATH`: LoRA weights, or the folder of a pipeline."
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.methods is not None and (self.lora is not None or self.columns is not None):
+            raise ValueError(
+                "`methods` takes the place of `lora`, and has a column per prompt: leave `lora` and `columns` unset."
+            )
         if self.prompts is None:
             raise ValueError("`prompts` is missing: give one or more prompts, or the path of a .txt file.")
 
@@ -97,6 +104,7 @@ class SampleArguments(GenerationArguments):
 class ScoredPairsArguments(PreferenceDatasetArguments):
     """A latent reward model, and the held-out pairs of [`PreferenceDatasetArguments`] that it scores."""
 
+    reads_pairs = True  # whether it is measured on pairs
     dataset_test_split: str = option(
         "Split of held-out pairs; slices such as `train[90%%:]` work for files and Hub datasets.", "test"
     )
@@ -134,7 +142,7 @@ class ScoredPairsArguments(PreferenceDatasetArguments):
             check_dimension_weights(self.dimension_weights)
         if any(not 0.0 <= sigma < 1.0 for sigma in self.sigmas):
             raise ValueError(f"`sigmas` must lie in [0, 1), but they are {self.sigmas}.")
-        if self.slrm is not None and self.dataset_name is None:
+        if self.slrm is not None and self.dataset_name is None and self.reads_pairs:
             raise ValueError("`slrm` needs `dataset_name`: the held-out preference pairs to measure it on.")
 
 
@@ -316,6 +324,12 @@ class DiagnoseArguments(ScoredPairsArguments):
     seed: int = option("Seed of the noise.", 0)
     fps: int = option("Frames per second of videos.", 16)
     runs: list[str] | None = option("Output folders of training runs, whose logged curves are plotted.")
+    trajectories: list[str] | None = option("Prompts whose two TAPO trajectories are drawn, scored by `slrm`.")
+    lora: str | None = option("LoRA weights of the policy of `trajectories`; by default the base draws.")
+    num_inference_steps: int = option("Sampling steps T of `trajectories`.", 20)
+    num_sde_steps: int = option("Stochastic steps n of `trajectories`.", 8)
+    num_candidates: int = option("Candidates P of `trajectories`.", 4)
+    guidance_scale: float = option("Guidance scale of `trajectories`.", 4.5)
     judge: str = option("Logged metric that the training reward of `runs` is compared with.", "guard/held_out_reward")
     output_dir: str = option("Folder of `diagnosis.json` and `diagnosis.png`.", "diagnosis")
 
@@ -323,11 +337,17 @@ class DiagnoseArguments(ScoredPairsArguments):
         super().__post_init__()
         if self.slrm is None and self.runs is None:
             raise ValueError("Give `slrm` and `dataset_name` (a reward model on pairs), `runs` (trainings), or both.")
+        if self.trajectories is not None and self.slrm is None:
+            raise ValueError("`trajectories` needs `slrm`, the reward model that scores both branches.")
         if len(set(self.sigmas)) < 2:
             raise ValueError(f"`sigmas` must be at least two noise levels to compare, but they are {self.sigmas}.")
         for name in ("batch_size", "fps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")
+
+    @property
+    def reads_pairs(self) -> bool:
+        return self.trajectories is None or self.dataset_name is not None
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,56 @@ def format_run(name: str, checks: list[dict[str, float]]) -> str:
     return f"{name}: {'; '.join(parts)}"
 
 
+def draw_both_branches(args, model_args, file) -> None:
+    """
+    Draws the winning and the losing trajectory of prompts step by step.
+
+    Args:
+        args ([`DiagnoseArguments`]): The prompts, the reward model and the rollout.
+        model_args ([`PipelineConfig`]): The pipeline; by default the one that the reward model was trained from.
+        file (`Path`): Where to write the picture.
+    """
+    from accelerate import PartialState
+
+    from ..data.loading import read_prompts_and_columns
+    from ..evaluation.trajectories import draw_trajectories, sample_trajectories
+    from ..policies import load_policy
+    from ..rewards import LatentReward, LatentRewardModel, load_reward_model
+
+    prompts, _ = read_prompts_and_columns(args.trajectories, "trajectories")
+    model, device = load_reward_model(args.slrm).to(PartialState().device), PartialState().device
+    if not isinstance(model, LatentRewardModel):
+        raise ValueError(f"`trajectories` is for latent reward models, but `{args.slrm}` holds a {model.label}.")
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if name is None:
+        name, revision = model.config.base_model_name_or_path, model.config.base_revision
+    policy = load_policy(name, torch_dtype=model_args.dtype, revision=revision)
+    target = model.rollout_target(None)
+    if args.lora is not None:
+        if target == "reference":
+            raise ValueError(
+                "`lora`: the SLRM's target is the velocity of the base, which `trajectories` does not have beside a LoRA: leave `lora` "
+                "unset."
+            )
+        policy.load_lora_weights(args.lora)
+    policy.pipeline.to(device)
+    model.check_compatible(policy)
+    length, config = model.config.max_sequence_length, model.config
+    steps = sample_trajectories(
+        policy,
+        LatentReward(model, target, args.batch_size),
+        prompts,
+        policy.latent_shape(config.height or config.resolution, config.width or config.resolution, config.num_frames),
+        num_inference_steps=args.num_inference_steps,
+        num_sde_steps=args.num_sde_steps,
+        num_candidates=args.num_candidates,
+        guidance_scale=args.guidance_scale,
+        max_sequence_length=length,
+        seed=args.seed,
+    )
+    draw_trajectories(steps, prompts).save(file)
+
+
 def main(args, model_args) -> None:
     """
     Writes `diagnosis.json` and `diagnosis.png` and prints a table.
@@ -130,13 +180,18 @@ def main(args, model_args) -> None:
     diagnosis = {}
     if args.runs is not None:
         diagnosis["runs"] = {folder: read_run(folder, args.judge) for folder in args.runs}
-    if args.slrm is not None:
+    if args.slrm is not None and args.reads_pairs:
         diagnosis["rewards"] = diagnose_reward_model(args, model_args)
         print(format_rewards(diagnosis["rewards"]))
     for name, run in diagnosis.get("runs", {}).items():
         print(format_run(name, run["reward_curve"]))
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if args.trajectories is not None:
+        draw_both_branches(args, model_args, folder / "trajectories.png")
+        print(f"Written: {folder / 'trajectories.png'}")
+        if not diagnosis:
+            return
     (folder / "diagnosis.json").write_text(json.dumps(diagnosis, indent=2) + "\n", encoding="utf-8")
     plot_diagnosis(diagnosis, folder / "diagnosis.png")
     print(f"Written: {folder / 'diagnosis.json'}, {folder / 'diagnosis.png'}")

@@ -148,6 +148,37 @@ def write_samples(samples, folder, fps: int) -> None:
             images_to_pil(sample[None])[0].save(folder / f"{index:03d}.png")
 
 
+def compare_methods(prompts: list[str], folder, args, model_args) -> None:
+    """
+    Draws the same prompts and seeds with the base model and with each of `methods`, and writes `grid.png`, a row per method and
+    a column per prompt (the middle frames of videos), beside a folder of samples of each.
+
+    Args:
+        prompts (`list[str]`): The prompts.
+        folder (`Path`): Where to.
+        args ([`SampleArguments`]): The methods, and how to sample.
+        model_args ([`PipelineConfig`]): The base model.
+    """
+    from copy import copy
+    from pathlib import Path
+
+    from ..evaluation.baselines import parse_baselines
+    from ..media.pictures import images_to_pil, labelled_grid
+
+    cells = {}
+    for name, path in {"base": None, **parse_baselines(args.methods, "methods")}.items():
+        own_args, own_model = copy(args), copy(model_args)
+        if path is not None and (Path(path) / "model_index.json").is_file():
+            own_model.model_name_or_path, own_model.model_revision = path, None
+        else:
+            own_args.lora = path
+        samples = draw(load_sampling_policy(own_model, own_args), prompts, args)
+        write_samples(samples, folder / name, args.fps)
+        cells[name] = images_to_pil(samples if samples.ndim == 4 else samples[:, :, samples.shape[2] // 2])
+    labelled_grid(list(cells.values()), list(cells), prompts).save(folder / "grid.png")
+    print(f"Wrote {len(prompts)} samples of each of {', '.join(cells)}, and grid.png, to {folder}.")
+
+
 def main(args, model_args) -> None:
     """
     Draws images and writes them, and a grid of them, as PNG files; or videos, as MP4 files, with a strip of their frames.
@@ -164,6 +195,8 @@ def main(args, model_args) -> None:
     prompts, _ = read_prompts_and_columns(args.prompts, "prompts")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if args.methods is not None:
+        return compare_methods(prompts, folder, args, model_args)
 
     samples = draw(load_sampling_policy(model_args, args), prompts, args)
     is_video = samples.ndim == 5

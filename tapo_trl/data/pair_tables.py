@@ -25,6 +25,9 @@ logger = logging.get_logger(__name__)
 
 _MAX_LISTED = 8
 
+SCORES = ("chosen_score", "rejected_score")
+"""Columns of the scores of both sides, by which VideoDPO weights pairs."""
+
 
 def quoted(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
@@ -224,12 +227,14 @@ def pairs_of_scores(dataset: Dataset, options: dict[str, Any], valid: np.ndarray
     )
 
     names = [f"{LABEL_PREFIX}{name.replace(' ', '_')}" for name in columns] if len(columns) > 1 else []
-    pairs: dict[str, list] = {name: [] for name in ("prompt", "chosen", "rejected", "label", *names)}
+    pairs: dict[str, list] = {name: [] for name in ("prompt", "chosen", "rejected", "label", *SCORES, *names)}
     sign = -1 if options.get("lower_is_better") else 1
     for key, members in groups.items():
         for one, other in combinations(members, 2):
             difference = sign * (math.fsum(one[1]) - math.fsum(other[1]))
             winner, loser = (other, one) if difference < 0 else (one, other)
+            for name, side in zip(SCORES, (winner, loser), strict=True):
+                pairs[name].append(sign * math.fsum(side[1]) / len(columns))
             pairs["prompt"].append(key[0] if listed else key)
             pairs["chosen"].append(winner[0])
             pairs["rejected"].append(loser[0])
@@ -238,7 +243,7 @@ def pairs_of_scores(dataset: Dataset, options: dict[str, Any], valid: np.ndarray
                 pairs[name].append(0.5 + 0.5 * sign * np.sign(high - low))
     fingerprint = Hasher.hash([dataset._fingerprint, sorted((name, str(value)) for name, value in options.items())])
     strings = {name: pa.array(values, pa.string()) for name, values in pairs.items() if name in ("prompt", *SIDES)}
-    table = pa.table(strings | {name: pa.array(pairs[name], pa.float64()) for name in ("label", *names)})
+    table = pa.table(strings | {name: pa.array(pairs[name], pa.float64()) for name in ("label", *SCORES, *names)})
     result = Dataset(table, fingerprint=fingerprint)
     return result if "media_root" not in options else with_media_root(result, list(SIDES), options["media_root"])
 

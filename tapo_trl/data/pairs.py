@@ -150,7 +150,9 @@ def to_preference_pairs(
 
     Returns:
         [`~datasets.Dataset`]: columns `prompt`, `chosen`, `rejected`, `label` (float64; 1, or 0.5 for a tie) where there are
-        labels or scores, and `label_<dimension>` (float64, how much the chosen is preferred), in the order of `dataset`.
+        labels or scores, and `label_<dimension>` (float64, how much the chosen is preferred), in the order of `dataset`. Of
+        `scores`, also `chosen_score` and `rejected_score` (float64, their mean; negated if `lower_is_better`), by which
+        `variant="video_dpo"` of [`DiffusionDPOConfig`] weights pairs.
 
     Raises:
         TypeError: if `dataset` is not a [`~datasets.Dataset`].

@@ -34,6 +34,7 @@ from ..trainer.sft_trainer import DiffusionSFTTrainer
 from ..trainer.slrm_config import SLRMConfig
 from ..trainer.slrm_loading import choose_expert, is_reward_model
 from ..trainer.slrm_trainer import SLRMTrainer
+from ..trainer.tapo_config import TAPOConfig
 from .fitting import Chunks, fitting_lines
 from .forward_counts import count_pair, count_reward_pair, count_rollout, count_sample
 from .memory import (
@@ -246,6 +247,8 @@ def dry_run_rollouts(
     if issubclass(trainer_class, DiffusionNFTTrainer):
         trained = parameters.get("LoRA", parameters["policy"])
         memory.append(Row("old policy", trained * 4, "trained parameters x 4 bytes"))
+    if isinstance(args, TAPOConfig) and (args.reward_min_sigma or args.reward_max_sigma):
+        notes.append("Rewards that count at some noise levels alone are counted at all of them.")
     for spec in scorers:
         reward_class(spec).check_reads(policy)
         parameters[f"reward `{spec}`"] = reward_class(spec).num_parameters

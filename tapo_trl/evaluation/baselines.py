@@ -16,9 +16,9 @@ TAKEN = ("base", "aligned", "samples", "difference")  # names of other models an
 OURS = ("prompt", "generator", "output_type")
 
 
-def parse_baselines(specs: Iterable[str]) -> dict[str, str]:
+def parse_baselines(specs: Iterable[str], option: str = "baselines") -> dict[str, str]:
     """
-    Names and paths of `NAME=PATH`.
+    Names and paths of `NAME=PATH`, of an option.
 
     Raises:
         ValueError: if one is not written so, or if its name is another's.
@@ -28,10 +28,10 @@ def parse_baselines(specs: Iterable[str]) -> dict[str, str]:
         name, _, path = spec.partition("=")
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name) or not path.strip():
             raise ValueError(
-                f"`baselines`: write `NAME=ID`, such as `sdxl=stabilityai/stable-diffusion-xl-base-1.0`, not `{spec}`."
+                f"`{option}`: write `NAME=ID`, such as `sdxl=stabilityai/stable-diffusion-xl-base-1.0`, not `{spec}`."
             )
         if name in paths or name in TAKEN:
-            raise ValueError(f"`baselines`: the name `{name}` is taken. Give each baseline a name of its own.")
+            raise ValueError(f"`{option}`: the name `{name}` is taken. Give each a name of its own.")
         paths[name] = path
     return paths
 

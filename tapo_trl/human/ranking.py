@@ -68,8 +68,8 @@ def win_shares(contests: Sequence[Contest], samples: int = 1000, seed: int = 0) 
 
     Returns:
         `list[dict]`: A row for two sources: `first`, `second`, `wins`, `ties`, `losses` (of the first), `people`, `prompts`,
-        `share` (a tie counts half), `low` and `high` (95 %, people and prompts resampled), and `p` (sign test without the ties, which
-        takes all votes for independent).
+        `share` (a tie counts half), `low` and `high` (95 %, people and prompts resampled), and `p` (sign test of the prompts, each
+        of which counts once, for the source that has more of its votes; without those that are even).
     """
     rows = []
     for first, second in combinations(sorted({source for contest in contests for source in contest.sources}), 2):
@@ -96,10 +96,17 @@ def win_shares(contests: Sequence[Contest], samples: int = 1000, seed: int = 0) 
                 "share": float(labels.mean()),
                 "low": low,
                 "high": high,
-                "p": sign_test(wins, wins + losses),
+                "p": sign_test(*_majorities(own, labels)),
             }
         )
     return rows
+
+
+def _majorities(contests: Sequence[Contest], labels: np.ndarray) -> tuple[int, int]:
+    """Prompts with more votes for the first source, and all that are not even: votes on one prompt are no independent trials."""
+    prompts = np.unique([contest.prompt_id for contest in contests], return_inverse=True)[1]
+    balance = np.bincount(prompts, weights=labels - TIE)
+    return int((balance > 0).sum()), int((balance != 0).sum())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

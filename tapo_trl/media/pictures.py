@@ -4,11 +4,12 @@
 """Samples as pictures and films that can be looked at: grids of images, strips of frames, videos side by side."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ..data.videos import write_video
 
@@ -16,6 +17,7 @@ from ..data.videos import write_video
 MIN_CELL_SIZE = 128
 MAX_STRIP_CELL_SIZE = 320
 STRIP_COLUMNS = 6
+LABEL_SIZE, GAP, MARK = 14, 4, "#0a8f3c"
 
 
 def images_to_pil(images: torch.Tensor) -> list[Image.Image]:
@@ -61,6 +63,66 @@ def images_to_grid(images: torch.Tensor, columns: int | None = None) -> Image.Im
     for number, cell in enumerate(cells):
         grid.paste(cell, (number % columns * width, number // columns * height))
     return grid
+
+
+def labelled_grid(
+    cells: Sequence[Sequence[Image.Image]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    captions: Sequence[Sequence[str]] | None = None,
+    marked: Sequence[Sequence[bool]] | None = None,
+) -> Image.Image:
+    """
+    Pictures of one size as a table, small ones enlarged as by [`images_to_grid`].
+
+    Args:
+        cells (`Sequence[Sequence[PIL.Image.Image]]`): a list of pictures per row.
+        rows (`Sequence[str]`): labels on the left.
+        columns (`Sequence[str]`): labels above.
+        captions (`Sequence[Sequence[str]]`, *optional*): a line under each picture.
+        marked (`Sequence[Sequence[bool]]`, *optional*): which pictures get a frame.
+
+    Returns:
+        `PIL.Image.Image`: the table.
+    """
+    width, height = cells[0][0].size
+    factor = _enlargement(height, width)
+    width, height = width * factor, height * factor
+    font = ImageFont.load_default(LABEL_SIZE)
+    longest, word = (max(map(font.getlength, texts)) for texts in (rows, " ".join(rows).split()))
+    left = round(max(word, min(longest, width))) + 2 * GAP
+    labels = [_wrapped(label, font, left - 2 * GAP) for label in rows]
+    headers = [_wrapped(label, font, width) for label in columns]
+    line = sum(font.getmetrics())
+    top = GAP + line * max(header.count("\n") + 1 for header in headers)
+    step = height + GAP + (line if captions is not None else 0)
+    table = Image.new("RGB", (left + len(columns) * (width + GAP), top + len(rows) * step), "white")
+    pen = ImageDraw.Draw(table)
+    for column, header in enumerate(headers):
+        pen.multiline_text((left + column * (width + GAP), 0), header, "black", font)
+    for row, label in enumerate(labels):
+        y = top + row * step
+        pen.multiline_text((GAP, y), label, "black", font)
+        for column, cell in enumerate(cells[row]):
+            x = left + column * (width + GAP)
+            table.paste(cell.resize((width, height), Image.Resampling.NEAREST), (x, y))
+            if marked is not None and marked[row][column]:
+                pen.rectangle((x, y, x + width - 1, y + height - 1), outline=MARK, width=3)
+            if captions is not None:
+                pen.text((x, y + height), captions[row][column], "black", font)
+    return table
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Lines of whole words that are no wider, as far as single words allow it."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def videos_to_strip(videos: torch.Tensor, columns: int | None = None) -> Image.Image:

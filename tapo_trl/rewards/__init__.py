@@ -6,6 +6,7 @@ from .dina import DiNaModel
 from .loading import REWARD_MODELS, load_reward_model
 from .lrm import LRMModel
 from .pretrained import PretrainedReward, get_reward, list_rewards
+from .range_weight import RangeWeight
 from .remote import RemoteReward, RemoteRewardError
 from .scoring import Candidates, EstimateReward, LatentReward, PixelReward, RewardFunction, WeightedReward
 from .slrm import SLRMModel, SLRMOutput
@@ -24,6 +25,7 @@ __all__ = [
     "PixelReward",
     "PretrainedReward",
     "REWARD_MODELS",
+    "RangeWeight",
     "RemoteReward",
     "RemoteRewardError",
     "RewardFunction",

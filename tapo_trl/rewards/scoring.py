@@ -6,6 +6,7 @@
 import functools
 import inspect
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -341,7 +342,9 @@ class WeightedReward:
 
     Args:
         rewards (`list[CandidateReward]`): [`LatentReward`], [`EstimateReward`] and [`PixelReward`].
-        weights (`list[float]`, *optional*): one per reward, all 1 by default.
+        weights (`list`, *optional*):
+            one per reward, all 1 by default: a number, or a function of the candidates' noise level such as [`RangeWeight`]. Where
+            such a function is 0 the reward is not computed, and its `last_scores` are NaN.
         standardize (`bool`, *optional*, defaults to `False`):
             whether to bring each reward to mean 0 and standard deviation 1 over the candidates of a prompt before the sum, so
             that the weights compare. `last_scores` stay as they are.
@@ -350,7 +353,7 @@ class WeightedReward:
     def __init__(
         self,
         rewards: Sequence[CandidateReward],
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float | Callable[[float], float]] | None = None,
         standardize: bool = False,
     ):
         weights = [1.0] * len(rewards) if weights is None else list(weights)
@@ -363,20 +366,46 @@ class WeightedReward:
         self.last_scores: dict[str, torch.Tensor] = {}
 
     def __call__(self, candidates: Candidates) -> torch.Tensor:
-        return self._sum(candidates, [reward(candidates) for reward in self.rewards])
+        return self._sum(candidates, [reward if needed else None for reward, needed, _ in self._parts(candidates)])
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         """The same with gradients to the latents, see [`CandidateReward`]. A reward whose weight is 0 needs none."""
-        pairs = zip(self.rewards, self.weights, strict=True)
         return self._sum(
-            candidates, [reward.score(candidates) if weight else reward(candidates) for reward, weight in pairs]
+            candidates,
+            [
+                (reward.score if weight else reward) if needed else None
+                for reward, needed, weight in self._parts(candidates)
+            ],
         )
 
-    def _sum(self, candidates: Candidates, scores: list[torch.Tensor]) -> torch.Tensor:
-        self.last_scores = {name: values.detach() for name, values in zip(self.names, scores, strict=True)}
+    def weights_at(self, sigma: float) -> list[float]:
+        """The weights of candidates at this noise level."""
+        return [weight(sigma) if callable(weight) else weight for weight in self.weights]
+
+    def _parts(self, candidates: Candidates) -> list[tuple[CandidateReward, bool, float]]:
+        """Each reward, whether it is computed, and its weight."""
+        weights = self._weights(candidates)
+        needed = [bool(weight) or not callable(own) for own, weight in zip(self.weights, weights, strict=True)]
+        return list(zip(self.rewards, needed, weights, strict=True))
+
+    def _weights(self, candidates: Candidates) -> list[float]:
+        return self.weights_at(candidates.sigma.item()) if any(map(callable, self.weights)) else self.weights
+
+    def _sum(self, candidates: Candidates, scorers: list[Callable[[Candidates], torch.Tensor] | None]) -> torch.Tensor:
+        scores = [None if scorer is None else scorer(candidates) for scorer in scorers]
+        if all(values is None for values in scores):
+            raise ValueError(
+                f"No reward counts at the noise level {candidates.sigma.item():.3g}: change their weights."
+            )
+        missing = candidates.latents.new_full((len(candidates),), math.nan)
+        self.last_scores = {
+            name: missing if values is None else values.detach()
+            for name, values in zip(self.names, scores, strict=True)
+        }
         if self.standardize:
-            scores = [standardize_groups(values, candidates.prompts) for values in scores]
-        return sum(weight * values for weight, values in zip(self.weights, scores, strict=True))
+            scores = [None if part is None else standardize_groups(part, candidates.prompts) for part in scores]
+        pairs = zip(self._weights(candidates), scores, strict=True)
+        return sum(weight * values for weight, values in pairs if values is not None)
 
 
 def standardize_groups(scores: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

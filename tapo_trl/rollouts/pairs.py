@@ -67,6 +67,15 @@ class TrajectoryPairs(Rollout):
             weights=self.weights[level, row],
         )
 
+    def _name_reward(self, index: tuple[int, ...]) -> str:
+        """The reward that is not finite, which one that does not count at a step is for all candidates."""
+        names = [
+            name
+            for name, scores in self.reward_parts.items()
+            if not scores[index].isfinite() and not scores[index[0]].isnan().all()
+        ]
+        return f"the reward `{names[0]}`" if names else "the reward"
+
     def describe_reward(self, prompts: list[str], index: tuple[int, ...]) -> str:
         step, _, prompt, _ = index
         return (
@@ -301,6 +310,7 @@ def pair_metrics(pairs: TrajectoryPairs) -> dict[str, torch.Tensor]:
     }
     if len(pairs.reward_parts) > 1:
         for name, scores in pairs.reward_parts.items():
-            metrics[f"rewards/{name}/mean"] = scores.mean(dim=(0, 1, 3))
-            metrics[f"rewards/{name}/std"] = scores.std(dim=-1).mean(dim=(0, 1))
+            counts = ~scores.isnan().flatten(1).all(dim=1)  # steps at which it does, see `RangeWeight`
+            metrics[f"rewards/{name}/mean"] = scores[counts].mean(dim=(0, 1, 3))
+            metrics[f"rewards/{name}/std"] = scores[counts].std(dim=-1).mean(dim=(0, 1))
     return metrics

@@ -59,7 +59,8 @@ def make_trainer(script_args, training_args, model_args):
 
     # Load
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
-    train_dataset, eval_dataset = load_preference_splits(script_args)
+    evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
+    train_dataset, eval_dataset = load_preference_splits(script_args, evaluates)
 
     # Trainer
     trainer = SLRMTrainer(

@@ -191,10 +191,13 @@ def load_prompt_dataset(
     return train_dataset, eval_dataset
 
 
-def load_preference_splits(args: SLRMScriptArguments) -> tuple[Dataset, Dataset | None]:
-    """The pairs to train on and the held-out pairs, if there are any, see [`load_preference_pairs`]."""
+def load_preference_splits(args: SLRMScriptArguments, evaluates: bool = True) -> tuple[Dataset, Dataset | None]:
+    """
+    The pairs to train on and the held-out pairs, see [`load_preference_pairs`]. The latter are `None` if there are none, or if
+    nothing `evaluates` them: then the dataset needs no such split.
+    """
     train_dataset = load_preference_pairs(args, args.dataset_train_split)
-    if args.dataset_test_split is None:
+    if args.dataset_test_split is None or not evaluates:
         return train_dataset, None
     return train_dataset, load_preference_pairs(args, args.dataset_test_split)
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from ..callbacks.reward_guard import RewardHackingGuardCallback
 from ..data.columns import Splits, column_values
 from ..data.inversions import InversionCache
+from ..data.pair_tables import SCORES
 from ..data.preferences import TIE
 from ..losses import diffusion_dpo_loss, rare_pair_weights, transferred_beta, velocity_error_change
 from ..method_card import MethodCard
@@ -83,9 +84,8 @@ def weights_of_pairs(dataset: Dataset, args: DiffusionDPOConfig) -> torch.Tensor
     Raises:
         ValueError: if the columns are missing, or hold anything else than finite numbers, or weights below 0.
     """
-    scores = ("chosen_score", "rejected_score")
     found = dataset.column_names if isinstance(dataset, Dataset) else []
-    columns = ("weight",) if "weight" in found else scores
+    columns = ("weight",) if "weight" in found else SCORES
     if not set(columns) <= set(found):
         raise ValueError(
             f'`variant="video_dpo"` needs the columns `chosen_score` and `rejected_score`, or `weight`, in `train_dataset`, which has '

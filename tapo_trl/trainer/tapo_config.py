@@ -62,6 +62,11 @@ class TAPOConfig(StochasticRolloutConfig):
             Target of the SLRM's velocity while sampling, where the clean latent is unknown: `"parent"`, `"policy"`,
             `"reference"`, `"initial_noise"` or `"none"`, see [`~rewards.targets.velocity_target`]. The default matches
             the SLRM's training: `"reference"` and `"none"` stay the same, and `"parent"` replaces `"ground_truth"`.
+        reward_min_sigma (`list[float]`, *optional*):
+            Noise level from which on each of several reward models counts. Below it is not computed. 0 by default.
+        reward_max_sigma (`list[float]`, *optional*):
+            Noise level from which on each of several reward models counts no more, such as `[1.1, 0.4]` with
+            `reward_min_sigma=[0.4, 0.0]`: the first above 0.4, the second below. Infinite by default.
 
         > Parameters that control the training
 
@@ -152,6 +157,12 @@ class TAPOConfig(StochasticRolloutConfig):
     )
     pairs_per_update: int | None = option(
         "Pairs of each prompt that an optimiser step trains on, drawn at random. All by default."
+    )
+    reward_min_sigma: list[float] | None = option(
+        "Noise level from which on each of several reward models counts. 0 by default."
+    )
+    reward_max_sigma: list[float] | None = option(
+        "Noise level from which on each of several reward models counts no more. Infinite by default."
     )
 
     def __post_init__(self):

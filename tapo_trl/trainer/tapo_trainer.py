@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..data.prompts import ROW_COLUMN
 from ..losses import logit_noise, tapo_loss, transferred_beta
+from ..rewards import RangeWeight
 from ..rollouts import PAIRINGS, TAPOSampler, TrajectoryPairs, TransitionPairs, get_pairing
 from ..rollouts.pairs import pair_metrics
 from ..rollouts.subset import draw_examples
@@ -100,10 +101,13 @@ class TAPOTrainer(RolloutTrainer):
     def _check_options(self, args: TAPOConfig, peft_config: PeftConfig | None) -> None:
         super()._check_options(args, peft_config)
         self.method_card = PAIRINGS[args.pairing].card
+        self._range_weights(args)
 
     def _build_network(self, args: TAPOConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
         check_train_cfg(args, self.policy)
-        return super()._build_network(args, peft_config)
+        network = super()._build_network(args, peft_config)
+        self.reward.weights = self._range_weights(args) or self.reward.weights
+        return network
 
     # Rollout: Algorithm 1, lines 2-13
 
@@ -114,6 +118,7 @@ class TAPOTrainer(RolloutTrainer):
         self.step_indices = self.stochastic_steps(indices)
         pairing = get_pairing(args.pairing, args.continue_with, args.pair_threshold, args.consistent_pairs)
         pairing.check_number(args.pairs_per_update, len(self.step_indices))  # the steps of the trained `expert`
+        self._check_rewarded()
         self.step_weights = self._step_weights()
         self._warn_of_saturation()
         return TAPOSampler(
@@ -126,6 +131,36 @@ class TAPOTrainer(RolloutTrainer):
             keep_candidate_means=args.center_log_ratios,
             **kwargs,
         )
+
+    def _range_weights(self, args: TAPOConfig) -> list[RangeWeight] | None:
+        """Weights of the reward models by noise level, `None` without `reward_min_sigma` and `reward_max_sigma`."""
+        count = len(self._reward_models)
+        given = {name: getattr(args, name) for name in ("reward_min_sigma", "reward_max_sigma")}
+        given = {name: values for name, values in given.items() if values is not None}
+        if not given:
+            return None
+        for name, values in given.items():
+            if len(values) != count:
+                raise ValueError(f"`{name}` has {len(values)} entries for {count} reward models.")
+        weights, low = args.reward_weights or [1.0] * count, args.reward_min_sigma or [0.0] * count
+        high = args.reward_max_sigma or [math.inf] * count
+        ranges = [RangeWeight(*values) for values in zip(weights, low, high, strict=True)]
+        for weight in ranges:
+            if not weight.min_sigma < weight.max_sigma:
+                raise ValueError(
+                    f"A reward model that counts from `reward_min_sigma` {weight.min_sigma:g} on and below `reward_max_sigma` "
+                    f"{weight.max_sigma:g} never does: swap them, or leave it out."
+                )
+        return ranges
+
+    def _check_rewarded(self) -> None:
+        sigmas = {index: self.scheduler.sigmas[index + 1].item() for index in self.step_indices}
+        for index, sigma in sigmas.items():
+            if not any(self.reward.weights_at(sigma)):
+                raise ValueError(
+                    f"No reward model counts for the candidates of step {index}, at sigma {sigma:.3f}: change `reward_min_sigma` or "
+                    f"`reward_max_sigma`. The candidates are at {[round(other, 3) for other in sigmas.values()]}."
+                )
 
     def _warn_of_saturation(self) -> None:
         """Say that the sigmoid will saturate long before the policy has moved far, which `beta` decides with the size."""

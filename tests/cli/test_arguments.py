@@ -31,6 +31,12 @@ class TestEvaluateArguments:
             EvaluateArguments(**options)
 
 
+@pytest.mark.parametrize("options", [{"lora": "folder"}, {"columns": 2}])
+def test_methods_take_the_place_of_one_lora(options):
+    with pytest.raises(ValueError, match="`methods` takes the place of `lora`"):
+        SampleArguments(prompts=["a fox"], methods=["tapo=folder"], **options)
+
+
 @pytest.mark.parametrize(
     ("command", "measure", "function"),
     [

@@ -227,6 +227,19 @@ class TestSample:
         assert any((a != b).any() for a, b in zip(first, trained, strict=True))
         assert Image.open(tmp_path / "a" / "grid.png").size == (256, 256)
 
+    def test_methods_on_the_same_prompts_and_seeds(self, folder, tmp_path):
+        """Each method draws what it draws alone; a folder with a pipeline is one, any other a LoRA."""
+        argv = ["sample", "--model_name_or_path", str(folder / "base"), "--output_dir", str(tmp_path / "all")]
+        argv += ["--num_inference_steps", "2", "--resolution", "32", "--prompts", *PROMPTS[:3], "--seed", "3"]
+        main([*argv, "--methods", f"tapo={folder / 'tapo'}", f"whole={folder / 'base'}"])
+        alone = {"base": [], "tapo": ["--lora", str(folder / "tapo")], "whole": []}
+        for name, flags in alone.items():
+            expected = self.sample(folder, tmp_path / name, "--seed", "3", *flags)
+            for index, image in enumerate(expected):
+                assert (np.asarray(Image.open(tmp_path / "all" / name / f"{index:03d}.png")) == image).all()
+        width, height = Image.open(tmp_path / "all" / "grid.png").size
+        assert width > 3 * 128 and height > 3 * 128
+
 
 class TestEvaluate:
     def test_accuracy_and_rewards(self, folder, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 
 from tapo_trl import SLRMModel
 from tapo_trl.cli.arguments import DiagnoseArguments
@@ -41,6 +42,23 @@ def pair_flags(folder):
     flags = ["--slrm", str(folder / "slrm"), "--model_name_or_path", str(folder / "base")]
     flags += ["--dataset_name", str(folder / "pairs.parquet"), "--dataset_test_split", "train"]
     return [*flags, "--pair_columns", "left", "right", "--label_column", "left_is_better"]
+
+
+class TestTrajectories:
+    def test_draws_both_branches_without_pairs(self, folder, tmp_path, capsys):
+        argv = ["diagnose", "--slrm", str(folder / "slrm"), "--model_name_or_path", str(folder / "base")]
+        argv += ["--trajectories", "a cat", "a dog", "--num_inference_steps", "4", "--num_sde_steps", "2"]
+        main([*argv, "--num_candidates", "2", "--guidance_scale", "2", "--output_dir", str(tmp_path / "out")])
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["trajectories.png"]
+        with Image.open(tmp_path / "out" / "trajectories.png") as picture:
+            assert picture.width > 2 * 128 and picture.height > 4 * 128  # two steps; two branches of two prompts
+        assert "trajectories.png" in capsys.readouterr().out
+
+    def test_needs_a_reward_model(self):
+        with pytest.raises(ValueError, match="`trajectories` needs `slrm`"):
+            DiagnoseArguments(trajectories=["a cat"], runs=["run"])
+        assert not DiagnoseArguments(trajectories=["a cat"], slrm="slrm").reads_pairs
+        assert DiagnoseArguments(trajectories=["a cat"], slrm="slrm", dataset_name="pairs").reads_pairs
 
 
 class TestCommand:

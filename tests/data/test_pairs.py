@@ -12,7 +12,9 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_fro
 from PIL import Image as PILImage
 
 import tapo_trl
+from tapo_trl import DiffusionDPOConfig
 from tapo_trl.data import PAIR_PRESETS, to_preference_pairs
+from tapo_trl.trainer.diffusion_dpo_trainer import weights_of_pairs
 
 
 VOTES = {"leftvote": 1, "rightvote": 0, "tievote": 0.5}
@@ -72,6 +74,8 @@ class TestPresets:
             "chosen": ["train/0.jpg", "train/3.jpg"],
             "rejected": ["train/1.jpg", "train/2.jpg"],
             "label": [1.0, 1.0],
+            "chosen_score": [1.0, 1.0],
+            "rejected_score": [0.0, 0.0],
         }
 
     def test_hpdv2_test(self):
@@ -257,6 +261,29 @@ class TestByPosition:
         assert to_preference_pairs(pickapic().with_format(format), preset="pickapic").to_dict() == plain.to_dict()
 
 
+class TestScoresOfBothSides:
+    """What VideoDPO weights pairs by."""
+
+    ROWS = {"prompt": list("aaab"), "m": list("0123"), "q": [1.0, 3.0, 2.0, 5.0], "t": [0.0, 1.0, 4.0, 5.0]}
+
+    def test_means_of_several_scores(self):
+        pairs = to_preference_pairs(Dataset.from_dict(self.ROWS), media="m", scores=["q", "t"])
+        assert pairs["chosen"][:] == ["1", "2", "2"] and pairs["rejected"][:] == ["0", "0", "1"]
+        assert pairs["chosen_score"][:] == [2.0, 3.0, 3.0] and pairs["rejected_score"][:] == [0.5, 0.5, 2.0]
+
+    def test_the_chosen_one_has_the_higher_score_though_a_lower_rank_wins(self):
+        pairs = to_preference_pairs(Dataset.from_dict(self.ROWS), media="m", scores="q", lower_is_better=True)
+        assert pairs["chosen"][:] == ["0", "0", "2"]
+        assert pairs["chosen_score"][:] == [-1.0, -1.0, -2.0] and pairs["rejected_score"][:] == [-3.0, -2.0, -3.0]
+
+    def test_weights(self):
+        """Five of six scores share a bin; the pair with the rare one counts more."""
+        rows = {"prompt": list("aabbcc"), "m": list("012345"), "s": [0.1, 0.1, 0.1, 0.1, 0.9, 0.1]}
+        pairs = to_preference_pairs(Dataset.from_dict(rows), media="m", scores="s")
+        weights = weights_of_pairs(pairs, DiffusionDPOConfig("out", variant="video_dpo", bf16=False, use_cpu=True))
+        assert weights.tolist() == pytest.approx([1.0, 1.0, (5 / 6) / (5 / 6 * 1 / 6) ** 0.5])
+
+
 class TestByPreference:
     def test_other_columns_stay(self):
         columns = {"text": ["a", "b"], "good": ["g0", "g1"], "bad": ["b0", "b1"], "margin": [1.0, 2.0], "ok": [1, 0]}
@@ -327,7 +354,10 @@ class TestErrors:
     )
     def test_prompts_media_and_scores_that_are_missing(self, columns, warnings):
         pairs = to_preference_pairs(Dataset.from_dict(columns), media="m", scores="s")
-        assert pairs[:] == {"prompt": ["a"], "chosen": ["3"], "rejected": ["1"], "label": [1.0]}
+        assert pairs[:] == {"prompt": ["a"], "chosen": ["3"], "rejected": ["1"], "label": [1.0]} | {
+            "chosen_score": [2.0],
+            "rejected_score": [1.0],
+        }
         assert "2 of " in warnings[0]
 
     def test_one_column_for_both_sides(self):

@@ -23,8 +23,7 @@ from tapo_trl import (
 from tapo_trl.estimate.forward_counts import count_pair, count_reward_pair, count_rollout
 from tapo_trl.estimate.meta_models import load_meta_policy
 from tapo_trl.policies import SD3Policy
-from tapo_trl.rewards import SLRMModel
-from tapo_trl.rewards.scoring import LatentReward, WeightedReward
+from tapo_trl.rewards import LatentReward, SLRMModel, WeightedReward
 from tapo_trl.rollouts import PAIRINGS, TAPOSampler, get_pairing
 from tapo_trl.schedulers import sde_step_indices
 from tests.data.preference_pairs import color_pairs

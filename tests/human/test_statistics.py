@@ -117,6 +117,33 @@ class TestRanking:
         assert row["low"] < low < row["share"] < high < row["high"]
         assert (row["people"], row["prompts"], row["wins"] + row["losses"]) == (13, 20, 260)
 
+    def test_the_sign_test_has_its_level_though_votes_on_a_prompt_agree(self):
+        """Of two equal sources, each of 40 prompts favours one: 5 people see the same two pictures."""
+        rng, ours, naive = np.random.default_rng(0), 0, 0
+        for _ in range(1000):
+            shares = rng.beta(0.4, 0.4, 40)
+            contests = [
+                Contest(f"p{person}", f"q{prompt}", ("a", "b"), float(rng.random() < share))
+                for prompt, share in enumerate(shares)
+                for person in range(5)
+            ]
+            (row,) = win_shares(contests, samples=1)
+            ours += row["p"] < 0.05
+            naive += sign_test(row["wins"], row["wins"] + row["losses"]) < 0.05
+        assert 0.02 <= ours / 1000 <= 0.065  # a sign test of 40 reaches 3.9 %
+        assert naive / 1000 > 0.2  # votes as independent trials
+
+    def test_the_sign_test_counts_prompts(self):
+        votes = {"q0": (1.0, 1.0, 0.0), "q1": (1.0, 0.5, 0.5), "q2": (1.0, 0.0), "q3": (0.0, 0.0, 0.0)}
+        contests = [
+            Contest(f"p{i}", name, ("a", "b"), label)
+            for name, labels in votes.items()
+            for i, label in enumerate(labels)
+        ]
+        (row,) = win_shares(contests, samples=10)
+        assert (row["wins"], row["ties"], row["losses"]) == (4, 2, 5)
+        assert row["p"] == sign_test(2, 3)  # q2 is even
+
     def test_shares_do_not_depend_on_which_medium_is_first(self):
         contests = [Contest("p", f"q{i}", ("a", "b"), 1.0) for i in range(3)]
         swapped = [Contest("p", f"q{i}", ("b", "a"), 0.0) for i in range(3)]
@@ -217,5 +244,6 @@ def test_a_large_study_takes_seconds():
     start = time.process_time()
     row = win_shares(contests, samples=100)[0]
     assert row["wins"] + row["ties"] + row["losses"] == 30_000
-    assert row["p"] == sign_test(row["wins"], row["wins"] + row["losses"])
+    balances = [sum((n % 7) / 6 // 0.4 / 2 - 0.5 for n in range(first, first + 3)) for first in range(0, 30_000, 3)]
+    assert row["p"] == sign_test(sum(b > 0 for b in balances), sum(b != 0 for b in balances))
     assert time.process_time() - start < 10  # minutes where each sample looks the names up again

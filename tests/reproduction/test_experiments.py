@@ -40,9 +40,9 @@ class PretendQueue:
 
     def _result(self, run: Run) -> dict:
         if run.command == "slrm":
-            pairs = {split: self._pairs(run) for split in ("validation", "test")}
-            steps = [str(step) for step in (60, 120, 180)] if "save_steps" in run.options else []
-            return {"pairs": pairs, "checkpoints": {step: pretended_curve(int(step), run.seed) for step in steps}}
+            if "save_steps" in run.options:
+                return {"checkpoints": {str(step): pretended_curve(step, run.seed) for step in (60, 120, 180)}}
+            return {"pairs": {split: self._pairs(run) for split in ("validation", "test")}}
         options = run.options
         if run.is_probe:
             return {"forwards": {"policy": PROBED.get(options.get("pairing"), 100), "reward": 10}}

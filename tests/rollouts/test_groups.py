@@ -6,7 +6,7 @@ import torch
 
 from tapo_trl.losses import group_advantages
 from tapo_trl.policies import SD3Policy
-from tapo_trl.rewards.scoring import PixelReward, WeightedReward
+from tapo_trl.rewards import PixelReward, WeightedReward
 from tapo_trl.rollouts import FlowGRPOSampler
 from tests.rollouts.test_pairs import PROMPTS, RecordingReward, first_value, run
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from tapo_trl.rewards.scoring import WeightedReward
+from tapo_trl.rewards import WeightedReward
 from tapo_trl.rollouts import OnlineDPOSampler
 from tests.rollouts.test_pairs import PROMPTS, RecordingReward, first_value, run
 

@@ -8,17 +8,19 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tapo_trl import load_policy
+from tapo_trl import SLRMConfig, load_policy
 from tapo_trl.callbacks.ema import EMACallback
 from tapo_trl.callbacks.gradient_share import GradientShareCallback
 from tapo_trl.callbacks.reward_guard import RewardHackingGuardCallback
 from tapo_trl.callbacks.samples import SampleGridCallback
 from tapo_trl.data import default_prompts
+from tapo_trl.scripts import slrm
 from tapo_trl.scripts.utils import (
     SLRMScriptArguments,
     TAPOScriptArguments,
     build_callbacks,
     load_function,
+    load_preference_splits,
     load_prompt_dataset,
     load_reward_models,
     model_init_kwargs,
@@ -39,6 +41,32 @@ class TestSLRMScriptArguments:
     def test_needs_a_dataset(self):
         with pytest.raises(ValueError, match="`dataset_name` is missing"):
             SLRMScriptArguments()
+
+
+class TestLoadPreferenceSplits:
+    def test_pairs_that_nobody_evaluates_need_no_split(self):
+        Dataset.from_dict({"prompt": ["a"], "chosen": ["0.png"], "rejected": ["1.png"]}).to_parquet("pairs.parquet")
+        args = SLRMScriptArguments(dataset_name="pairs.parquet", dataset_test_split="validation")
+        train, held_out = load_preference_splits(args, evaluates=False)
+        assert train["chosen"][:] == ["0.png"] and held_out is None
+        with pytest.raises(ValueError, match="validation"):
+            load_preference_splits(args)
+
+    @pytest.mark.parametrize(
+        ("options", "evaluates"), [({}, False), ({"eval_strategy": "steps"}, True), ({"eval_on_start": True}, True)]
+    )
+    def test_the_command_says_whether_it_evaluates(self, monkeypatch, options, evaluates):
+        class Loaded(Exception):
+            pass
+
+        def load(args, evaluates):
+            raise Loaded(evaluates)
+
+        monkeypatch.setattr("tapo_trl.scripts.utils.load_preference_splits", load)
+        args = SLRMConfig("out", bf16=False, use_cpu=True, report_to="none", **options)
+        with pytest.raises(Loaded) as error:
+            slrm.make_trainer(SLRMScriptArguments(dataset_name="pairs.parquet"), args, DiffusionModelConfig("base"))
+        assert error.value.args == (evaluates,)
 
 
 def tapo_args(**kwargs):
