@@ -81,7 +81,9 @@ def write_report(names: Sequence[str], file: Path) -> str:
         f"- {first} above {name}: {compare(judged[first], judged[name])}"
         for first in ("TAPO", "TAPO, true reward")
         for name in judged
-        if first in judged and name != first and METHODS[name].knows_truth == METHODS[first].knows_truth
+        if first in judged
+        and name != first
+        and (METHODS[name].learns_from == "truth") == (METHODS[first].learns_from == "truth")
         if len(judged[name].values) == len(judged[first].values)
     ]
     seeds = {len(rows) for rows in final.values()}
@@ -119,7 +121,7 @@ def plot(names: Sequence[str], file: Path) -> None:
             xs = np.mean([[point[x] for point in row["curve"]] for row in rows], axis=0)
             ys = np.array([[point[y] for point in row["curve"]] for row in rows])
             color = colors[name.removesuffix(TRUTH)]
-            axes.plot(xs, ys.mean(0), "--" if METHODS[name].knows_truth else "-", label=name, color=color)
+            axes.plot(xs, ys.mean(0), "--" if METHODS[name].learns_from == "truth" else "-", label=name, color=color)
             if len(rows) > 1 and x == "forwards":
                 half = [estimate(column).half_width for column in ys.T]
                 axes.fill_between(xs, ys.mean(0) - half, ys.mean(0) + half, alpha=0.2, color=color, linewidth=0)

@@ -17,7 +17,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -25,28 +25,15 @@ from statistics import mean
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 
-from tapo_trl import (
-    DiffusionDPOConfig,
-    DiffusionDPOTrainer,
-    DiffusionNFTConfig,
-    DiffusionNFTTrainer,
-    FlowGRPOConfig,
-    FlowGRPOTrainer,
-    OnlineDiffusionDPOConfig,
-    OnlineDiffusionDPOTrainer,
-    SLRMConfig,
-    SLRMModel,
-    SLRMTrainer,
-    TAPOConfig,
-    TAPOTrainer,
-)
+from tapo_trl import SLRMConfig, SLRMModel, SLRMTrainer
 from tapo_trl.callbacks import PolicyCallback
 from tapo_trl.policies import PromptEmbeddings
 
 from ..reproduction.forward_counter import ForwardCounter
+from .methods import METHODS, RATES
 from .world import PROMPTS, Mixture, MixturePolicy, load, pretrain
 
 
@@ -55,10 +42,12 @@ RUNS = HERE / "runs.jsonl"
 CHANNELS = 2
 NUM_STEPS = 10  # of sampling
 PROMPTS_PER_UPDATE = 8
+NUM_LABELS = 2000
+"""Of preference pairs."""
 BUDGET = 40_000
 """Rows through the policy's network, a backward as two."""
-NUM_TRIALS = 13
-"""Trainings that beta and learning rate of a method are searched with, at most."""
+NUM_TRIALS = 16
+"""Trainings that beta (or epsilon) and learning rate of a method are searched with, at most."""
 NUM_FINALISTS = 3
 SEARCH_SEEDS = (0, 1, 2)
 """Of the trials, only the best are made with more than the first."""
@@ -67,78 +56,9 @@ NUM_POINTS = 6
 """Points of a learning curve."""
 
 
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-
-
-@dataclass(frozen=True)
-class Method:
-    """
-    A way to align the policy.
-
-    Args:
-        trainer (`type`): its trainer.
-        config (`type`): the configuration of that.
-        options (`dict`): what makes it this method.
-        betas (`tuple[float, ...]`): the values of `beta` that are tried, or of what stands in `beta_name`.
-        rates (`tuple[float, ...]`): the learning rates that are tried with each.
-        knows_truth (`bool`): whether it learns from the true reward in place of the reward model. Steps: of the one-step estimate.
-    """
-
-    trainer: type
-    config: type
-    options: dict[str, Any] = field(default_factory=dict)
-    betas: tuple[float, ...] = ()
-    rates: tuple[float, ...] = RATES[2:5]
-    knows_truth: bool = False
-
-    @property
-    def is_online(self) -> bool:
-        return self.trainer is not DiffusionDPOTrainer
-
-
-SDE = {"num_sde_steps": 4, "num_candidates": 4, "t_init": 0}
-STEPWISE = (10.0, 40.0, 160.0)  # the paper's 1000 is 44 here, by the square root of the dimensions
-PAIRS = (2.0, 10.0, 50.0)
-
-
-def _tapo(**options) -> Method:
-    return Method(TAPOTrainer, TAPOConfig, SDE | {"pairing": "tapo", "step_weighting": "velocity"} | options, STEPWISE)
-
-
-ONLINE_DPO = Method(
-    OnlineDiffusionDPOTrainer, OnlineDiffusionDPOConfig, {"num_generations": 8, "num_noise_levels": 4}, PAIRS
-)
-
-METHODS = {
-    "TAPO": _tapo(),
-    "TAPO, loss as in the paper": _tapo(step_weighting="none"),
-    "TAPO, centered log-ratios": _tapo(center_log_ratios=True),
-    "SPO's pairs": _tapo(pairing="spo", pair_threshold=[0.0]),
-    "TAPO's branches, pairs within each": _tapo(pairing="tapo_within"),
-    "TAPO, n = 2, P = 8": _tapo(num_sde_steps=2, num_candidates=8),
-    "online DPO": ONLINE_DPO,
-    "TAPO, true reward": replace(_tapo(), knows_truth=True),
-    "TAPO, centered log-ratios, true reward": replace(_tapo(center_log_ratios=True), knows_truth=True),
-    "TAPO's branches, pairs within each, true reward": replace(_tapo(pairing="tapo_within"), knows_truth=True),
-    "TAPO, loss as in the paper, true reward": replace(_tapo(step_weighting="none"), knows_truth=True),
-    "SPO's pairs, true reward": replace(_tapo(pairing="spo", pair_threshold=[0.0]), knows_truth=True),
-    "online DPO, true reward": replace(ONLINE_DPO, knows_truth=True),
-    "Diffusion-DPO": Method(DiffusionDPOTrainer, DiffusionDPOConfig, {}, PAIRS),
-    "Flow-GRPO": Method(
-        FlowGRPOTrainer,
-        FlowGRPOConfig,
-        {"num_sde_steps": 4, "num_generations": 8, "epsilon": 0.05},
-        (0.0, 0.01, 0.1),
-    ),
-    "DiffusionNFT": Method(
-        DiffusionNFTTrainer, DiffusionNFTConfig, {"num_generations": 8, "num_noise_levels": 4}, (0.3, 1.0, 3.0)
-    ),
-}
-
-
 @dataclass(frozen=True)
 class Run:
-    """A training."""
+    """A training. `beta` is the value of what the method searches, see [`Method`]."""
 
     method: str
     beta: float
@@ -163,18 +83,32 @@ def sample(policy: MixturePolicy, network, embeds: PromptEmbeddings, seed: int) 
     )
 
 
-def preference_pairs(mixture: Mixture, policy: MixturePolicy, num_pairs: int, seed: int) -> Dataset:
+def preference_pairs(
+    mixture: Mixture,
+    policy: MixturePolicy,
+    num_pairs: int,
+    seed: int,
+    true_labels: bool = False,
+    network: torch.nn.Module | None = None,
+) -> Dataset:
     """
-    Pairs of the base's samples of a prompt, one in four with a sample of another prompt, and labels drawn by Bradley-Terry from the
-    true reward.
+    Pairs of samples of a prompt, one in four with a sample of another prompt, and labels.
+
+    Args:
+        mixture ([`Mixture`]): the world.
+        policy ([`MixturePolicy`]): its policy.
+        num_pairs (`int`): how many.
+        seed (`int`): of prompts, noise and labels.
+        true_labels (`bool`, *optional*, defaults to `False`): whether the true reward decides. Otherwise labels are drawn by Bradley-Terry.
+        network (`torch.nn.Module`, *optional*): makes the samples. The base by default.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(PROMPTS), (num_pairs,), generator=generator)
     others = torch.where(torch.rand(num_pairs, generator=generator) < 0.25, labels.roll(1), labels)
     embeds = policy.encode_prompts(PROMPTS, max_sequence_length=1)[torch.cat([labels, others])]
-    first, second = sample(policy, policy.transformer, embeds, seed + 100).chunk(2)
+    first, second = sample(policy, network or policy.transformer, embeds, seed + 100).chunk(2)
     margins = mixture.judge(first, labels)["reward"] - mixture.judge(second, labels)["reward"]
-    wins = torch.rand(num_pairs, generator=generator) < (4 * margins).sigmoid()
+    wins = margins > 0 if true_labels else torch.rand(num_pairs, generator=generator) < (4 * margins).sigmoid()
     wins = wins.view(-1, 1, 1, 1)
     return Dataset.from_dict(
         {
@@ -198,11 +132,8 @@ COMMON = {
 }
 
 
-def train_reward(
-    world: tuple[Mixture, MixturePolicy], folder: Path, seed: int, num_pairs: int = 2000, num_steps: int = 150
-) -> None:
+def train_reward(policy: MixturePolicy, pairs: Dataset, folder: Path, seed: int, num_steps: int = 150) -> None:
     """An SLRM with its default options."""
-    pairs = preference_pairs(*world, num_pairs, seed)
     args = SLRMConfig(
         output_dir=str(folder),
         cache_dir=str(folder / "cache"),
@@ -215,7 +146,7 @@ def train_reward(
         seed=seed,
         **COMMON,
     )
-    trainer = SLRMTrainer(world[1], args, train_dataset=pairs)
+    trainer = SLRMTrainer(policy, args, train_dataset=pairs)
     trainer.train()
     trainer.save_model()
     shutil.rmtree(folder / "cache")
@@ -226,6 +157,17 @@ def true_reward(mixture: Mixture) -> Callable[[torch.Tensor, list[str]], torch.T
 
     def reward(samples: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return mixture.judge(samples, torch.tensor([PROMPTS.index(prompt) for prompt in prompts]))["reward"]
+
+    return reward
+
+
+def score_of_estimates(slrm: SLRMModel, policy: MixturePolicy) -> Callable[[torch.Tensor, list[str]], torch.Tensor]:
+    """The reward model as a function of clean samples and prompts. Online trainers call it with one-step estimates."""
+    embeds = policy.encode_prompts(PROMPTS, max_sequence_length=1)
+
+    def reward(samples: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        of_samples = embeds[torch.tensor([PROMPTS.index(prompt) for prompt in prompts])]
+        return slrm.score(samples, 0.0, **of_samples.tensors)
 
     return reward
 
@@ -259,26 +201,26 @@ class Curve(PolicyCallback):
             self.measure(state.global_step)
         control.should_training_stop = len(self.points) > NUM_POINTS
 
-    @torch.no_grad()
     def measure(self, step: int) -> None:
         begin = time.process_time()
-        counts = replace(self.counter)
-        trainer, policy = self.trainer, self.trainer.policy
+        with self.counter.paused(), torch.no_grad():
+            self.points.append(self.point(step, begin - self.start - self.spent))
+        self.spent += time.process_time() - begin
+
+    def point(self, step: int, seconds: float) -> dict[str, float]:
+        forwards, trainer, policy = self.counter.policy_forwards, self.trainer, self.trainer.policy
         labels, embeds = self.labels, self.embeds
         model = trainer.accelerator.unwrap_model(trainer.model)
         samples = sample(policy, model, embeds, seed=self.split)
         judged = self.mixture.judge(samples, labels)
-        point = {"step": step, "forwards": counts.policy_forwards, "seconds": begin - self.start - self.spent}
+        point = {"step": step, "forwards": forwards, "seconds": seconds}
         point |= {name: values.mean().item() for name, values in judged.items()}
         point["slrm"] = self.reward.score(samples, 0.0, **embeds.tensors).mean().item()
         point["diversity"] = (
             torch.stack([samples[labels == label].var(0).mean() for label in range(len(PROMPTS))]).mean().item()
         )
         point["distance"] = self.distance(policy, model, samples, embeds)
-        self.points.append({name: round(value, 5) for name, value in point.items()})
-        for name, value in vars(counts).items():
-            setattr(self.counter, name, value)
-        self.spent += time.process_time() - begin
+        return {name: round(value, 5) for name, value in point.items()}
 
     def distance(self, policy, model, samples, embeds) -> float:
         """Mean square of the change of the velocity at noised samples of the policy itself."""
@@ -291,7 +233,37 @@ class Curve(PolicyCallback):
             return (velocity - policy.velocity(model, noisy, sigma, embeds)).square().mean().item()
 
 
-def train(run: Run, work: Path, split: int) -> list[dict[str, float]]:
+class _NewPairs(PolicyCallback):
+    """Makes preference pairs of the policy's samples when its training ends."""
+
+    def __init__(self, mixture: Mixture, seed: int):
+        super().__init__()
+        self.mixture, self.seed = mixture, seed
+
+    def on_train_end(self, args, state, control, **kwargs):
+        network = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        with torch.no_grad():
+            self.pairs = preference_pairs(
+                self.mixture, self.trainer.policy, NUM_LABELS // 2, self.seed, network=network
+            )
+
+
+def reward_of_second_round(work: Path, seed: int) -> Path:
+    """
+    The folder of a reward model of as many labels, half of them of pairs of a policy that TAPO has aligned with the first reward model. It
+    is trained if it is not there.
+    """
+    folder = work / f"slrm-second-{seed}"
+    if not folder.exists():
+        mixture, policy = load(work / "base")
+        made = _NewPairs(mixture, seed + 50)
+        train(replace(best("TAPO"), seed=seed), work, split=0, callbacks=[made])
+        first = preference_pairs(mixture, policy, NUM_LABELS // 2, seed)
+        train_reward(policy, concatenate_datasets([first, made.pairs]), folder, seed)
+    return folder
+
+
+def train(run: Run, work: Path, split: int, callbacks: Sequence[PolicyCallback] = ()) -> list[dict[str, float]]:
     """
     A training, and its learning curve.
 
@@ -299,17 +271,22 @@ def train(run: Run, work: Path, split: int) -> list[dict[str, float]]:
         run ([`Run`]): what to train.
         work (`Path`): folder with the base and the reward models.
         split (`int`): whose noise is judged: 0 for `validation`, by which options are chosen, 1 for `test`.
+        callbacks (`Sequence`, *optional*): what else looks on, without changing the policy. Their `counter` is set, to be paused.
     """
     mixture, policy = load(work / "base")
     method = METHODS[run.method]
-    reward = SLRMModel.from_pretrained(str(work / f"slrm-{run.seed}"))
+    is_second = method.learns_from == "second round"
+    folder = reward_of_second_round(work, run.seed) if is_second else work / f"slrm-{run.seed}"
+    reward = SLRMModel.from_pretrained(str(folder))
     counter = ForwardCounter()
+    for callback in callbacks:
+        callback.counter = counter
     curve = Curve(mixture, policy, reward, counter, run.budget, split)
     with tempfile.TemporaryDirectory() as folder:
         options = COMMON | {
             "output_dir": folder,
             "cache_dir": f"{folder}/cache",
-            "beta": run.beta,
+            method.searched: run.beta,
             "learning_rate": run.learning_rate,
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 5,
@@ -319,7 +296,7 @@ def train(run: Run, work: Path, split: int) -> list[dict[str, float]]:
             "seed": run.seed,
         }
         options |= method.options
-        kwargs = {"callbacks": [curve], "peft_config": LoraConfig(r=16, lora_alpha=16)}
+        kwargs = {"callbacks": [curve, *callbacks], "peft_config": LoraConfig(r=16, lora_alpha=16)}
         if method.is_online:
             options |= {
                 "guidance_scale": 1.0,
@@ -327,10 +304,14 @@ def train(run: Run, work: Path, split: int) -> list[dict[str, float]]:
                 "transition_batch_size": 128,
             }
             prompts = Dataset.from_dict({"prompt": PROMPTS})
-            learns_from = true_reward(mixture) if method.knows_truth else reward
-            trainer = method.trainer(policy, learns_from, method.config(**options), prompts, **kwargs)
+            signal = reward
+            if method.learns_from == "estimates":
+                signal = score_of_estimates(reward, policy)
+            elif method.learns_from == "truth":
+                signal = true_reward(mixture)
+            trainer = method.trainer(policy, signal, method.config(**options), prompts, **kwargs)
         else:
-            pairs = preference_pairs(mixture, policy, 2000, run.seed)
+            pairs = preference_pairs(mixture, policy, NUM_LABELS, run.seed, true_labels=method.learns_from == "truth")
             options |= {"per_device_train_batch_size": 64, "eval_strategy": "no"}
             trainer = method.trainer(policy, method.config(**options), pairs, **kwargs)
         counter.watch(trainer)
@@ -365,7 +346,7 @@ def make(runs: list[Run], work: Path, split: int) -> None:
 def grid(name: str) -> list[Run]:
     """The trials that a method begins with, one seed."""
     method = METHODS[name]
-    return [Run(name, beta, rate, seed=0) for beta, rate in product(method.betas, method.rates)]
+    return [Run(name, beta, rate, seed=0) for beta, rate in product(method.values, method.rates)]
 
 
 def tried(name: str) -> list[tuple[Run, dict[str, Any]]]:
@@ -433,7 +414,9 @@ def main() -> None:
             pretrain(CHANNELS, args.work_dir / "base")
         for seed in range(args.seeds):
             if not (args.work_dir / f"slrm-{seed}").exists():
-                train_reward(load(args.work_dir / "base"), args.work_dir / f"slrm-{seed}", seed)
+                mixture, policy = load(args.work_dir / "base")
+                pairs = preference_pairs(mixture, policy, NUM_LABELS, seed)
+                train_reward(policy, pairs, args.work_dir / f"slrm-{seed}", seed)
     for name in args.methods if args.command == "search" else []:
         search(name, args.work_dir)
     for name in args.methods if args.command == "seeds" else []:

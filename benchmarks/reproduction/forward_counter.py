@@ -3,6 +3,8 @@
 
 """Counts what a training spends."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +54,13 @@ class ForwardCounter:
             elif isinstance(reward, EstimateReward):
                 embeddings = reward.model.clip.vision_model.embeddings
                 embeddings.register_forward_hook(lambda module, args, output: self._add_reward(len(output)))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is counted."""
+        counts = dict(vars(self))
+        yield
+        vars(self).update(counts)
 
     def _add_policy(self, rows: int) -> None:
         if torch.is_grad_enabled():

@@ -75,7 +75,8 @@ class MetaReward(WeightedReward):
             if isinstance(model, LatentRewardModel):
                 model = _shrunk(model)
                 counts.watch(model.transformer, "reward model", has_phases=False)
-                rewards.append(LatentReward(model, model.rollout_target(args.velocity_target), args.score_batch_size))
+                target = model.rollout_target(args.velocity_target)
+                rewards.append(LatentReward(model, target, args.score_batch_size, args.score_estimates))
             else:
                 rewards.append(partial(self._read_estimates, name="reward model"))
         rewards += [partial(self._read_estimates)] * has_function

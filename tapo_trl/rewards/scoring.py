@@ -242,27 +242,39 @@ class CandidateReward(ABC):
 
 
 class LatentReward(CandidateReward):
-    """
-    The score of a latent reward model at each candidate's own noise level (log S_hat of an SLRM, Eq. 8 and 12).
+    r"""
+    The score of a latent reward model at each candidate's own noise level (log S_hat of an SLRM, Eq. 8 and 12), or of its one-step
+    estimate \( \hat{x}_0 = x' - \sigma' v(x') \) at noise level 0.
 
     Args:
         model ([`LatentRewardModel`]): frozen reward model.
         velocity_target (`str`): see [`velocity_target`].
         batch_size (`int`, *optional*): candidates per forward. All at once by default.
+        of_estimates (`bool`, *optional*, defaults to `False`): score one-step estimates, without a target.
     """
 
-    def __init__(self, model: LatentRewardModel, velocity_target: VelocityTarget, batch_size: int | None = None):
+    def __init__(
+        self,
+        model: LatentRewardModel,
+        velocity_target: VelocityTarget,
+        batch_size: int | None = None,
+        of_estimates: bool = False,
+    ):
         self.model = model
-        self.velocity_target = velocity_target
+        self.velocity_target = "none" if of_estimates else velocity_target
         self.batch_size = batch_size
+        self.of_estimates = of_estimates
         self.__name__ = model.kind
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         target = velocity_target(candidates, self.velocity_target)
+        latents, sigma = candidates.latents, candidates.sigma
+        if self.of_estimates:
+            latents, sigma = candidates.denoised, torch.zeros_like(sigma)
         scores = [
             self.model.score(
-                candidates.latents[chunk],
-                candidates.sigma,
+                latents[chunk],
+                sigma,
                 velocity_target=None if target is None else target[chunk],
                 **candidates.prompt_embeds[chunk].tensors,
             )

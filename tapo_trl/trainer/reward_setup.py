@@ -59,7 +59,7 @@ def check_rewards(rewards: Sequence[RewardModel], args: RolloutConfig) -> None:
         if isinstance(reward, str):
             check_reward_name(reward)
     has_latent = any(map(_is_latent, rewards))
-    for option in ("reward_layerwise_casting", "reward_group_offload"):
+    for option in ("reward_layerwise_casting", "reward_group_offload", "score_estimates"):
         if getattr(args, option) and not has_latent:
             raise ValueError(
                 f"`{option}=True` is for SLRMs and other latent reward models, but every `reward_model` is a function: leave it "
@@ -197,19 +197,20 @@ def load_reward(
     model.check_compatible(policy, max_sequence_length=args.max_sequence_length)
     model.requires_grad_(False).eval()
     target = model.rollout_target(args.velocity_target)
-    if "velocity_target" in {own.name for own in fields(args)}:  # clean samples are compared with nothing
+    # Clean samples and estimates are compared with nothing
+    if "velocity_target" in {own.name for own in fields(args)} and not args.score_estimates:
         _check_target_stays(target, args)
     if isinstance(model, LatentRewardModel):
         if args.torch_compile:
             compile_blocks([model.transformer], args.torch_compile_backend, args.torch_compile_mode)
-        return LatentReward(model, target, args.score_batch_size)
+        return LatentReward(model, target, args.score_batch_size, args.score_estimates)
     check_has_transformer(model, args)
     return EstimateReward(model, policy, args.score_batch_size)
 
 
 def check_has_transformer(model: StepRewardModel, args: RolloutConfig) -> None:
     """
-    Check that options for the blocks of a diffusion transformer have one to act on.
+    Check that options for reward models on a diffusion transformer have one to act on.
 
     Raises:
         ValueError: if the reward model is none, and one of them is set.
@@ -220,6 +221,10 @@ def check_has_transformer(model: StepRewardModel, args: RolloutConfig) -> None:
                 f"`{option}=True` is for reward models on a diffusion transformer, but the reward model is a {model.label} on "
                 "a CLIP: leave it unset; `reward_model_init_kwargs` can load it in half precision."
             )
+    if args.score_estimates and not isinstance(model, LatentRewardModel):
+        raise ValueError(
+            f"`score_estimates=True` has no effect on an {model.label}, which always reads estimates: leave it unset."
+        )
 
 
 def _load_sharing(

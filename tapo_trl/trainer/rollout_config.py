@@ -88,8 +88,10 @@ class RolloutConfig(PolicyConfig, _BaseConfig):
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "reward_model_init_kwargs"]
 
-    velocity_target: ClassVar[str | None] = None  # clean samples have none; a field where noisy candidates are scored
-    pairs_per_update: ClassVar[int | None] = None  # a field of [`TAPOConfig`]
+    # Of clean samples; fields of [`TAPOConfig`], which scores noisy candidates and makes pairs of them
+    velocity_target: ClassVar[str | None] = None
+    score_estimates: ClassVar[bool] = False
+    pairs_per_update: ClassVar[int | None] = None
 
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float = option("The initial learning rate for AdamW.", 1e-4)

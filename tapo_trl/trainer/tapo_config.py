@@ -67,6 +67,10 @@ class TAPOConfig(StochasticRolloutConfig):
         reward_max_sigma (`list[float]`, *optional*):
             Noise level from which on each of several reward models counts no more, such as `[1.1, 0.4]` with
             `reward_min_sigma=[0.4, 0.0]`: the first above 0.4, the second below. Infinite by default.
+        score_estimates (`bool`, *optional*, defaults to `False`):
+            Whether latent reward models score the one-step estimate of each candidate's clean latent, at noise level 0, instead
+            of the noisy candidate. Costs a forward of the policy per candidate, of which the next step uses again those of the
+            candidates that are kept.
 
         > Parameters that control the training
 
@@ -164,6 +168,10 @@ class TAPOConfig(StochasticRolloutConfig):
     reward_max_sigma: list[float] | None = option(
         "Noise level from which on each of several reward models counts no more. Infinite by default."
     )
+    score_estimates: bool = option(
+        "Whether latent reward models score one-step estimates of the candidates instead of the noisy candidates.",
+        False,
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -180,6 +188,10 @@ class TAPOConfig(StochasticRolloutConfig):
         if self.num_candidates < 2:
             raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
         self.check_positive("beta")
+        if self.score_estimates:
+            check_without_effect(
+                self, ["velocity_target"], "with `score_estimates=True`: estimates are compared with nothing"
+            )
         self.check_minimum(1, "beta_reference_dim", "pairs_per_update")
         pairing.check_number(self.pairs_per_update, len(step_indices))
         if self.logprob_reduction == "sum":

@@ -48,7 +48,7 @@ def values_of(counts):
 
 
 class TestForwards:
-    @pytest.mark.parametrize("velocity_target", ["parent", "policy", "reference"])
+    @pytest.mark.parametrize("velocity_target", ["parent", "policy", "reference", "estimates"])
     @pytest.mark.parametrize(
         ("steps", "sde_steps", "guidance_scale", "pairing"),
         [
@@ -62,6 +62,8 @@ class TestForwards:
     )
     def test_are_those_of_a_rollout(self, tmp_path, velocity_target, steps, sde_steps, guidance_scale, pairing):
         pairing, consistent = pairing.partition(",")[0], pairing.endswith("consistent")
+        of_estimates = velocity_target == "estimates"
+        velocity_target = None if of_estimates else velocity_target
         policy = CountingPolicy(tiny_sd3_pipeline())
         policy.latents = []
         slrm = SLRMModel.from_policy(policy)
@@ -73,7 +75,7 @@ class TestForwards:
             scheduler=scheduler,
             step_indices=sde_step_indices(steps, sde_steps),
             num_candidates=2,
-            reward=WeightedReward([LatentReward(slrm, velocity_target)]),
+            reward=WeightedReward([LatentReward(slrm, velocity_target, of_estimates=of_estimates)]),
             latent_shape=(4, 8, 8),
             pairing=get_pairing(pairing, consistent=consistent),
             guidance_scale=guidance_scale,
@@ -90,6 +92,7 @@ class TestForwards:
             consistent_pairs=consistent,
             guidance_scale=guidance_scale,
             velocity_target=velocity_target,
+            score_estimates=of_estimates,
             height=32,
             width=32,
             max_sequence_length=3,
@@ -105,7 +108,8 @@ class TestForwards:
         assert rows.pop("policy, training (forward and backward)") == rows.pop("reference, training") == training
         assert rollout.num_examples == sde_steps * PAIRINGS[pairing].pairs_per_prompt
         assert sum(policy.latents) == sum(rows.values())
-        expected = {"policy, rollout", f"{velocity_target}, at the candidates"} - {"parent, at the candidates"}
+        at_candidates = {"parent": set(), "reference": {"reference, at the candidates"}}
+        expected = {"policy, rollout"} | at_candidates.get(velocity_target, {"policy, at the candidates"})
         assert rows.keys() == expected
 
     def test_functions_ask_for_the_velocity_at_the_candidates(self, tmp_path):

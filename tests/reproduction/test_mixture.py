@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.mixture import report, study, world
+from benchmarks.mixture import methods, quality, report, study, world
+from tapo_trl import FlowMatchSDEScheduler
+from tapo_trl.rewards.scoring import PixelReward, WeightedReward
+from tapo_trl.rollouts import FlowGRPOSampler
 
 
 class TestTrueReward:
@@ -40,6 +43,45 @@ class TestTrueReward:
         torch.testing.assert_close(patterns @ patterns.T, expected, atol=1e-2 * channels, rtol=0)
 
 
+def test_pairs_by_their_ends_are_the_best_and_the_worst_trajectory_of_each_group():
+    policy = world.MixturePolicy(world.new_pipeline(2))
+    prompts = world.PROMPTS[:3]
+    embeds = policy.encode_prompts(prompts, max_sequence_length=1)
+    scheduler = FlowMatchSDEScheduler.from_config(policy.pipeline.scheduler.config)
+    scheduler.set_timesteps(6)
+    options = {
+        "policy": policy,
+        "scheduler": scheduler,
+        "reward": WeightedReward([PixelReward(study.true_reward(world.Mixture(2)), policy)]),
+        "latent_shape": (2, 8, 8),
+        "step_indices": [0, 3],
+        "num_generations": 4,
+    }
+    rollouts = []
+    for sampler in (FlowGRPOSampler(**options), methods.EndPairsSampler(**options)):
+        generators = [torch.Generator().manual_seed(row) for row in range(3)]
+        rollouts.append(sampler.sample(policy.transformer, prompts, embeds, None, generators))
+    groups, pairs = rollouts
+    for prompt in range(3):
+        rewards = groups.rewards[prompt].tolist()
+        for side, wanted in enumerate((max(rewards), min(rewards))):
+            row = rewards.index(wanted) * 3 + prompt
+            assert pairs.pair_rewards[:, side, prompt].tolist() == [wanted] * 2
+            torch.testing.assert_close(pairs.latents[:, side, prompt], groups.latents[:, row], atol=0, rtol=0)
+            torch.testing.assert_close(
+                pairs.next_latents[:, side, prompt], groups.next_latents[:, row], atol=0, rtol=0
+            )
+    assert pairs.weights.tolist() == [[1.0] * 3] * 2
+
+
+def test_correlation_of_ranks_is_a_mean_over_groups():
+    first = torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 9.0]])
+    second = torch.tensor([[10.0, 20.0, 1000.0], [3.0, 2.0, 1.0]])
+    assert quality.correlation(first[:1], second[:1]) == pytest.approx(1)
+    assert quality.correlation(first, second) == pytest.approx(0, abs=1e-6)
+    assert quality.correlation(first[:1], torch.tensor([[1.0, 3.0, 2.0]])) == pytest.approx(0.5)
+
+
 @pytest.mark.slow
 def test_pretraining_search_seeds_and_report(tmp_path, monkeypatch):
     """Of two methods, with few steps each."""
@@ -47,10 +89,11 @@ def test_pretraining_search_seeds_and_report(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RUNS", runs)
     world.pretrain(study.CHANNELS, work / "base", num_steps=3, batch_size=8)
     loaded = world.load(work / "base")
-    study.train_reward(loaded, work / "slrm-0", seed=0, num_pairs=16, num_steps=1)
+    pairs = study.preference_pairs(*loaded, num_pairs=16, seed=0)
+    study.train_reward(loaded[1], pairs, work / "slrm-0", seed=0, num_steps=1)
     for name in ("TAPO", "Diffusion-DPO"):
         method = study.METHODS[name]
-        monkeypatch.setitem(study.METHODS, name, replace(method, betas=method.betas[:1], rates=method.rates[:1]))
+        monkeypatch.setitem(study.METHODS, name, replace(method, values=method.values[:1], rates=method.rates[:1]))
     monkeypatch.setattr(study, "BUDGET", 1500)
     monkeypatch.setattr(study, "NUM_TRIALS", 2)
     monkeypatch.setattr(study, "SEARCH_SEEDS", (0,))

@@ -68,6 +68,20 @@ class TestVelocityTarget:
 
 
 class TestRewards:
+    @pytest.mark.parametrize("batch_size", [None, 3])
+    def test_latent_reward_of_estimates_is_the_score_of_the_clean_estimate_without_noise(
+        self, tiny_sd3_policy, batch_size
+    ):
+        slrm, candidates = SLRMModel.from_policy(tiny_sd3_policy), make_candidates()
+        embeds = candidates.prompt_embeds
+        estimates = candidates.latents - 0.4 * candidates.predict_velocity()
+        expected = slrm.score(estimates, 0.0, embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+        reward = LatentReward(slrm, "parent", batch_size, of_estimates=True)
+        torch.testing.assert_close(reward(candidates), expected.detach(), atol=1e-6, rtol=1e-5)
+        assert candidates.has_velocity
+        noisy = LatentReward(slrm, "none")(make_candidates())
+        assert not torch.allclose(noisy, expected, atol=1e-3)
+
     @pytest.mark.parametrize("kind", ["parent", "none"])
     def test_latent_reward_is_the_score_at_the_candidates_own_sigma(self, tiny_sd3_policy, kind):
         slrm, candidates = SLRMModel.from_policy(tiny_sd3_policy), make_candidates()

@@ -112,7 +112,7 @@ class TestSetup:
 
     @pytest.mark.parametrize("rewards", [["clip"], ["clip", redness]])
     def test_options_of_latent_reward_models(self, tmp_path, rewards):
-        for options in ({"reward_layerwise_casting": True}, {"velocity_target": "parent"}):
+        for options in ({"reward_layerwise_casting": True}, {"velocity_target": "parent"}, {"score_estimates": True}):
             with pytest.raises(ValueError, match="every `reward_model` is a function: leave it unset"):
                 check_rewards(rewards, make_args(tmp_path, **options))
             check_rewards([*rewards, "me/slrm"], make_args(tmp_path, **options))

@@ -311,6 +311,7 @@ class TestRollouts:
                 {"reward_layerwise_casting": True},
                 "`reward_layerwise_casting=True` is for reward models on a diffusion",
             ),
+            ({"score_estimates": True}, "`score_estimates=True` has no effect on an SPM"),
         ],
     )
     def test_options_that_mean_nothing_to_it(self, options, message, tmp_path, clip_folder):

@@ -238,6 +238,15 @@ class TestTraining:
         trainer = make_trainer(tmp_path, make_slrm(), velocity_target=velocity_target, max_steps=1)
         assert math.isfinite(trainer.train().training_loss)
 
+    def test_scores_of_estimates(self, tmp_path):
+        trainer = make_trainer(tmp_path, make_slrm(), score_estimates=True, max_steps=1)
+        seen = []
+        trainer.reward.rewards[0].model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[1]), with_kwargs=True
+        )
+        assert math.isfinite(trainer.train().training_loss)
+        assert len(seen) == trainer.args.num_sde_steps and all(sigma.max() == 0 for sigma in seen)
+
     @pytest.mark.parametrize(
         "trained_with, expected", [("ground_truth", "parent"), ("reference", "reference"), ("none", "none")]
     )
@@ -789,6 +798,10 @@ class TestBadInput:
             ({"label_smoothing": 0.5}, "label_smoothing"),
             ({"sde_type": "ddim"}, "sde_type"),
             ({"velocity_target": "child"}, "velocity_target"),
+            (
+                {"velocity_target": "parent", "score_estimates": True},
+                "`velocity_target='parent'` has no effect with `score_estimates=True`",
+            ),
             ({"loss_type": "dpo"}, "loss_type"),
             ({"remove_unused_columns": True}, "remove_unused_columns"),
             ({"auto_find_batch_size": True}, "auto_find_batch_size"),
