@@ -11,12 +11,12 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..files import atomic_write
 from ..policies.saving import save_policy
+from ..runs.shards import TrainedWeights, whole_shape
 from .base import PolicyCallback
 
 
@@ -65,30 +65,24 @@ class EMACallback(PolicyCallback):
         self.resume_from = resume_from
         self.ema: EMAModel | None = None
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+    @property
+    def _trained(self) -> TrainedWeights:
+        return TrainedWeights(self.trainer)
+
+    def _by_name(self) -> dict[str, torch.Tensor]:
+        """The shards of the average by the names of the parameters."""
+        return dict(zip(self._trained.parameters, self.ema.shadow_params, strict=True))
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
         """Context manager inside which the policy has the averaged weights. The trained weights come back at its end."""
         if self.ema is None:
             raise RuntimeError("`EMACallback` has no average yet: it starts with `trainer.train()`.")
-        parameters = self._parameters()
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        try:
+        with self._trained.replaced_by(self._by_name()):
             yield
-        finally:
-            self.ema.restore(parameters)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        parameters = self._parameters()
-        if any(parameter.numel() == 0 or isinstance(parameter, DTensor) for parameter in parameters):
-            raise ValueError(
-                "`EMACallback` needs whole parameters on every process, but these are partitioned (ZeRO-3 or FSDP). Train "
-                "with DDP or ZeRO-2, or without the average."
-            )
-        self.ema = EMAModel(parameters, decay=self.decay, update_after_step=self.update_after_step)
+        self.ema = EMAModel(self._trained.shards.values(), decay=self.decay, update_after_step=self.update_after_step)
         self.ema.to(dtype=torch.float32)
         if state.global_step > 0:
             folder = self.resume_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
@@ -98,23 +92,34 @@ class EMACallback(PolicyCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
     ):
         if not optimizer.step_was_skipped:
-            self.ema.step(self._parameters())
+            self._step()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """`EMAModel.step`, which would gather parameters under ZeRO-3."""
+        self.ema.optimization_step += 1
+        decay = self.ema.get_decay(self.ema.optimization_step)
+        for average, shard in zip(self.ema.shadow_params, self._trained.shards.values(), strict=True):
+            average.sub_((1 - decay) * (average - shard))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        average = list(self._trained.gather(self._by_name()).values())
         if state.is_world_process_zero:
-            self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE)
+            self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE, average)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / "ema"
-        folder.mkdir(parents=True, exist_ok=True)
+        trainer, state_dict = self.trainer, None
         with self.average_parameters():
-            save_policy(folder, self.trainer.policy, self.trainer.model)
+            if self._trained.are_sharded:
+                state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by all processes
+            if state.is_world_process_zero:
+                folder = Path(args.output_dir) / "ema"
+                folder.mkdir(parents=True, exist_ok=True)
+                save_policy(folder, trainer.policy, trainer.accelerator.unwrap_model(trainer.model), state_dict)
 
-    def _save(self, path: Path) -> None:
+    def _save(self, path: Path, average: list[torch.Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{index:06d}": tensor.contiguous() for index, tensor in enumerate(self.ema.shadow_params)}
+        tensors = {f"{index:06d}": tensor.contiguous() for index, tensor in enumerate(average)}
         with atomic_write(path) as aside:
             save_file(tensors, aside, metadata={"optimization_step": json.dumps(self.ema.optimization_step)})
 
@@ -127,12 +132,14 @@ class EMACallback(PolicyCallback):
         with safe_open(path, framework="pt") as file:
             saved = [file.get_tensor(name) for name in sorted(file.keys())]
             optimization_step = json.loads(file.metadata()["optimization_step"])
-        shapes = [tensor.shape for tensor in self.ema.shadow_params]
+        parameters = self._trained.parameters
+        shapes = [whole_shape(parameter) for parameter in parameters.values()]
         if [tensor.shape for tensor in saved] != shapes:
             raise ValueError(
                 f"The average in {path} does not fit the trainable parameters of this run: it was made with another "
                 "LoRA configuration or another model."
             )
-        for shadow, tensor in zip(self.ema.shadow_params, saved, strict=True):
-            shadow.copy_(tensor)
+        shards = self._trained.split(dict(zip(parameters, saved, strict=True)))
+        for shadow, shard in zip(self.ema.shadow_params, shards.values(), strict=True):
+            shadow.copy_(shard)
         self.ema.optimization_step = optimization_step

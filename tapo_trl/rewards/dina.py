@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..method_card import MethodCard
+from ..networks.float32 import Readout
 from ..policies import PromptEmbeddings
 from .backbones.features import Features, check_layers, proportional_layers
 from .base import LatentRewardModel
@@ -133,7 +134,7 @@ class DiNaHead(nn.Module):
         self.visual_attention = CrossAttention(dim, num_contexts=1, gated=False)
         self.ff_norm = nn.RMSNorm(dim)
         self.ff = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.readout = nn.Linear(dim, 1)
+        self.readout = Readout(dim)
 
     def forward(self, features: Features) -> torch.Tensor:
         """
@@ -151,8 +152,7 @@ class DiNaHead(nn.Module):
         queries = self.joint_attention(queries, visual, text, masks=[None, features.text_mask])
         queries = self.visual_attention(queries, visual)
         queries = queries + self.ff(self.ff_norm(queries))
-        # The readout is linear, so that the mean may come first. Not a matrix product, which autocast would round.
-        return (queries.float().mean(dim=1) * self.readout.weight.float()).sum(dim=1) + self.readout.bias.float()
+        return self.readout(queries.float().mean(dim=1))  # linear, so that the mean may come first
 
 
 class DiNaModel(LatentRewardModel):

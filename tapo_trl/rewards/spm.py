@@ -285,8 +285,8 @@ class SPMModel(StepRewardModel):
 
     # Saving and loading
 
-    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
-        super().save_pretrained(save_directory, safe_serialization, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self.tokenizer.save_pretrained(Path(save_directory) / TOKENIZER_FOLDER)
 

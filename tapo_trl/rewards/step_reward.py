@@ -305,7 +305,13 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         """File of what was trained with a LoRA."""
         return f"{cls.kind}_lora.safetensors"
 
-    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> None:
         """
         Save `config.json` and the weights. With LoRA, only what was trained: `adapter_config.json` and
         `<kind>_lora.safetensors` (the adapter and what was trained in full); the backbone is then named in `config.json`.
@@ -313,20 +319,31 @@ class StepRewardModel(ModelMixin, ConfigMixin, ABC):
         Args:
             save_directory (`str` or `os.PathLike`): folder, made if it does not exist.
             safe_serialization (`bool`, *optional*, defaults to `True`): must be `True`; nothing is ever pickled.
+            state_dict (`dict[str, torch.Tensor]`, *optional*): all weights, where this process has a part of them only.
             kwargs: further arguments of [`~diffusers.ModelMixin.save_pretrained`].
         """
         if not safe_serialization:
             raise ValueError(f"{self.label} is only saved as safetensors: leave `safe_serialization=True`.")
+        model = self if state_dict is None else self._copy_with(state_dict)
         if not self.config.lora:
-            super().save_pretrained(save_directory, **kwargs)
+            ModelMixin.save_pretrained(model, save_directory, **kwargs)
             return
         if not kwargs.get("is_main_process", True):
             return
-        self.save_config(save_directory)
-        self.backbone.peft_config["default"].save_pretrained(save_directory)
-        weights = self.trained_in_full() | get_peft_model_state_dict(self.backbone)
+        model.save_config(save_directory)
+        model.backbone.peft_config["default"].save_pretrained(save_directory)
+        weights = model.trained_in_full() | get_peft_model_state_dict(model.backbone)
         weights = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
         save_file(weights, Path(save_directory) / self.lora_weights_name(), metadata={"format": "pt"})
+
+    def _copy_with(self, state_dict: dict[str, torch.Tensor]) -> "StepRewardModel":
+        """A model of the same configuration that has the tensors of `state_dict` for weights."""
+        with torch.device("meta"):
+            model = type(self).from_config({**self.config, "lora": False})
+            if self.config.lora:
+                model.add_lora(self.backbone.peft_config["default"])
+        model.load_state_dict(state_dict, assign=True)
+        return model
 
     @classmethod
     def from_pretrained(

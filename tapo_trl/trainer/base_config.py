@@ -6,6 +6,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
 from ..field_types import convert_fields, option
 
 
@@ -116,6 +118,9 @@ class DiffusionConfig:
         if self.gradient_checkpointing is not None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+        # Under ZeRO-3, Transformers would split what is loaded from here on over the processes: rewards and text encoders, too,
+        # which no engine ever puts together again
+        unset_hf_deepspeed_config()
         self.check_minimum(1, "resolution", "height", "width", "num_frames", "fps", "max_sequence_length")
         self.check_not_negative("max_skipped_updates")
         self.check_choices(expert=(None, *EXPERTS))

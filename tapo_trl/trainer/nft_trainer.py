@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 
 from ..losses import diffusion_nft_loss, optimality_rewards
 from ..method_card import MethodCard
 from ..rollouts import NFTSampler, NoisedSamples, RewardedSamples
 from ..rollouts.base import group_metrics
-from ..runs.checks import uses_fsdp
+from ..runs.shards import TrainedWeights
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from .group_rewards import advantages_of_process
 from .nft_config import DiffusionNFTConfig
@@ -86,19 +85,11 @@ class DiffusionNFTTrainer(RolloutTrainer):
         "guidance_scale",
     )
 
-    def _check_options(self, args: DiffusionNFTConfig, peft_config: PeftConfig | None) -> None:
-        super()._check_options(args, peft_config)
-        if uses_fsdp(args) or (args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3):
-            raise ValueError(
-                "`DiffusionNFTTrainer` needs whole weights on every process, since its old policy is an average of them: train with "
-                "DDP or ZeRO-2, not with ZeRO-3 or FSDP."
-            )
-
     def _set_up(self) -> None:
         super()._set_up()
         args = self.args
         self.old_policy = OldPolicy(
-            self.accelerator.unwrap_model(self.model),
+            TrainedWeights(self),
             args.old_policy_decay_rate,
             args.old_policy_max_decay,
             args.old_policy_decay_start,
@@ -194,8 +185,7 @@ class DiffusionNFTTrainer(RolloutTrainer):
 
     def _save_training_state(self, folder: Path) -> None:
         super()._save_training_state(folder)
-        if self.args.should_save:
-            self.old_policy.save(folder)
+        self.old_policy.save(folder, self.args.should_save)
 
     def _load_training_state(self, folder: Path) -> None:
         super()._load_training_state(folder)

@@ -3,8 +3,7 @@
 
 """The policy that samples while another one is trained: [`OldPolicy`]."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import atomic_write
+from ..runs.shards import TrainedWeights, whole_shape
 
 
 OLD_POLICY_FILE = "old_policy.safetensors"
@@ -38,16 +38,17 @@ class OldPolicy(TrainerCallback):
     the beginning of a training, and is saved in checkpoints.
 
     Args:
-        model (`torch.nn.Module`): bare network. Its trainable parameters are averaged.
+        trained ([`~runs.shards.TrainedWeights`]): the weights that are averaged, on each process those that it holds.
         rate, maximum, start: see [`soft_update_decay`].
         every (`int`, *optional*, defaults to `1`): optimizer steps between two updates of the old policy.
 
     Attributes:
-        weights (`dict[str, torch.Tensor]`): theta_old by the name of the parameter. Empty before the training.
+        weights (`dict[str, torch.Tensor]`):
+            theta_old by the name of the parameter, of which this process has its shard. Empty before the training.
     """
 
-    def __init__(self, model: torch.nn.Module, rate: float, maximum: float, start: int = 0, every: int = 1):
-        self.model = model
+    def __init__(self, trained: TrainedWeights, rate: float, maximum: float, start: int = 0, every: int = 1):
+        self.trained = trained
         self.rate, self.maximum, self.start, self.every = rate, maximum, start, every
         self.weights: dict[str, torch.Tensor] = {}
         self._loaded: dict[str, torch.Tensor] = {}
@@ -58,47 +59,36 @@ class OldPolicy(TrainerCallback):
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {name: own for name, own in self.model.named_parameters() if own.requires_grad}
+        return self.trained.parameters
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> AbstractContextManager[None]:
         """Inside, the network has the weights of the old policy. Use it without gradients, before the forward that has them."""
-        parameters = self.parameters
-        torch.clear_autocast_cache()  # half-precision copies of weights are found by the parameter, whatever its values are
-        trained = {name: parameters[name].data for name in self.weights}
-        for name, old in self.weights.items():
-            parameters[name].data = old.to(trained[name].dtype)
-        try:
-            yield
-        finally:
-            for name, data in trained.items():
-                parameters[name].data = data
-            torch.clear_autocast_cache()
+        return self.trained.replaced_by(self.weights)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         parameters = self.parameters
         loaded, self._loaded = self._loaded, {}
-        if loaded and {n: w.shape for n, w in loaded.items()} != {n: own.shape for n, own in parameters.items()}:
+        if loaded and {n: w.shape for n, w in loaded.items()} != {n: whole_shape(p) for n, p in parameters.items()}:
             raise ValueError(
                 f"`{OLD_POLICY_FILE}` of the checkpoint does not fit the trainable parameters of this run: it was made with "
                 "another LoRA configuration or another model."
             )
-        self.weights = {
-            name: loaded.get(name, own.detach()).to(own.device, torch.float32, copy=True)
-            for name, own in parameters.items()
-        }
+        start = self.trained.split(loaded) if loaded else self.trained.shards
+        self.weights = {name: shard.to(torch.float32, copy=True) for name, shard in start.items()}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if state.global_step % self.every:
             return
         decay = self.decay(state.global_step)
-        for name, own in self.parameters.items():
-            self.weights[name].mul_(decay).add_(own.detach().float(), alpha=1 - decay)
+        for name, shard in self.trained.shards.items():
+            self.weights[name].mul_(decay).add_(shard.float(), alpha=1 - decay)
 
-    def save(self, folder: Path) -> None:
-        """Write theta_old into a checkpoint."""
-        with atomic_write(folder / OLD_POLICY_FILE) as aside:
-            save_file({name: weight.contiguous() for name, weight in self.weights.items()}, aside)
+    def save(self, folder: Path, should_write: bool = True) -> None:
+        """Write theta_old into a checkpoint, on one of the processes, all of which must call this."""
+        weights = self.trained.gather(self.weights)
+        if should_write:
+            with atomic_write(folder / OLD_POLICY_FILE) as aside:
+                save_file({name: weight.contiguous() for name, weight in weights.items()}, aside)
 
     def load(self, folder: Path) -> None:
         """

@@ -118,6 +118,22 @@ def check_no_adapter(policy: FlowPolicy) -> None:
     )
 
 
+def check_not_parallel(policy: FlowPolicy) -> None:
+    """
+    Check that no transformer of a policy splits tokens or layers over processes, each of which trains on rows of its own here.
+
+    Raises:
+        ValueError: if diffusers' `enable_parallelism` was called on one, or `parallel_config` was given when it was loaded.
+    """
+    if any(transformer._parallel_config is not None for transformer in policy.experts.values()):
+        raise ValueError(
+            "A transformer of `model` has context or tensor parallelism, for which all processes of a group must get the same "
+            "rows and their gradients be added up. The trainers give each process rows of its own: load `model` without "
+            "`parallel_config`, and leave `enable_parallelism` out. Long videos need less memory with `activation_checkpointing` "
+            "and a smaller `transition_batch_size`; ZeRO-3 and FSDP2 shard the weights."
+        )
+
+
 @contextmanager
 def whole_weights(args: TrainingArguments) -> Iterator[None]:
     """
@@ -153,6 +169,7 @@ def load_trained_policy(
         ValueError: if it cannot be trained so.
     """
     policy = load_policy(model, **policy_init_kwargs(args, peft_config))
+    check_not_parallel(policy)
     policy.configure_experts(args.expert, args.guidance_scale_2, args.guidance_scale)
     if len(policy.trained_experts) > 1 and (args.deepspeed_plugin is not None or uses_fsdp(args)):
         raise ValueError(

@@ -17,16 +17,20 @@ from ..policies.experts import EXPERTS
 from ..policies.loading import only_hub_arguments, pop_dtype
 from ..rewards import REWARD_MODELS, LatentRewardModel, StepRewardModel, load_reward_model
 from ..runs.checks import autocast_dtype, uses_fsdp
-from .policy_setup import check_no_adapter
+from .policy_setup import check_no_adapter, check_not_parallel
 from .slrm_config import MODEL_FIELDS, SLRMConfig
 
 
-def check_not_sharded(args: SLRMConfig) -> None:
-    zero_stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
-    if uses_fsdp(args) or zero_stage == 3:
+def check_engine(model: StepRewardModel, args: SLRMConfig) -> None:
+    """
+    Raises:
+        ValueError: if the engine of the launch cannot train such a reward model.
+    """
+    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    if scalars and (uses_fsdp(args) or args.deepspeed_plugin is not None):
         raise ValueError(
-            "`SLRMTrainer` cannot save weights that are sharded over processes: use DDP or DeepSpeed ZeRO stage 1 or 2 "
-            "instead of FSDP or ZeRO stage 3."
+            f"This {model.label} has a weight without dimensions, its temperature `{scalars[0]}`, which neither DeepSpeed nor "
+            "FSDP can distribute: use DDP."
         )
 
 
@@ -72,6 +76,7 @@ def load_base_and_reward_model(
     args.fill_in()
     policy = choose_expert(load_policy(model, torch_dtype=dtype, **init_kwargs), args.expert)
     check_no_adapter(policy)
+    check_not_parallel(policy)
     reward_model = REWARD_MODELS[args.reward_model_type].from_policy(
         policy, max_sequence_length=args.max_sequence_length or policy.max_sequence_length, **args.model_config()
     )

@@ -32,7 +32,7 @@ from .base import COMMON_OPTIONS
 from .policy_setup import check_peft_config, make_config_trackable
 from .preference_trainer import PreferenceTrainer, describe_loss
 from .slrm_config import SLRM_FIELDS, SLRMConfig
-from .slrm_loading import check_not_sharded, load_base_and_reward_model
+from .slrm_loading import check_engine, load_base_and_reward_model
 
 
 class SLRMTrainer(PreferenceTrainer, RewardTrainer):
@@ -103,7 +103,6 @@ class SLRMTrainer(PreferenceTrainer, RewardTrainer):
 
     def _check_options(self, args: SLRMConfig, peft_config: LoraConfig | None) -> None:
         check_peft_config(peft_config, has_reference=False)
-        check_not_sharded(args)
         if args.freeze_backbone and peft_config is not None:
             raise ValueError("`freeze_backbone=True` and `peft_config` exclude each other: set one of them.")
 
@@ -122,6 +121,7 @@ class SLRMTrainer(PreferenceTrainer, RewardTrainer):
 
     def _build_network(self, args: SLRMConfig, peft_config: LoraConfig | None) -> StepRewardModel:
         model = self._reward_model
+        check_engine(model, args)
         recorded = ("rho", "score_link", "enhancement", "velocity_target") if model.uses_velocity_target else ()
         for name in (*recorded, "max_sequence_length", "resolution", "height", "width", "num_frames"):
             model.register_to_config(**{name: getattr(args, name)})
@@ -277,14 +277,17 @@ class SLRMTrainer(PreferenceTrainer, RewardTrainer):
         if not self.args.should_save:
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        self.model.save_pretrained(output_dir)
+        self.model.save_pretrained(output_dir, state_dict=state_dict)
         self.create_model_card()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self.model.load_trained_weights(resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.model.load_trained_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
             self.model.load_trained_weights(self.state.best_model_checkpoint)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tapo_trl import SLRMModel, load_policy
+from tapo_trl import load_policy
+from tapo_trl.rewards import load_reward_model
 from tapo_trl.runs.checkpoints import last_good_checkpoint
 from tests.distributed.comparing import differences, read, tensor_files
-from tests.distributed.conftest import FAMILY_PARITY, RUNS
+from tests.distributed.conftest import FAMILY_PARITY, METHOD_PARITY, RUNS, VIDEO_PARITY
 
 
 pytestmark = pytest.mark.distributed
@@ -62,12 +63,18 @@ class TestTAPO:
         assert max(tensor.abs().max() for name, tensor in trained.items() if "lora_B" in name) > 1e-2
         assert largest_difference(several.weights(run), trained) < 1e-5
 
-    @pytest.mark.parametrize(("engine", "family"), engine_runs(*FAMILY_PARITY))
-    def test_weights_of_other_families(self, results, engine, family):
+    @pytest.mark.parametrize(("engine", "run"), engine_runs(*FAMILY_PARITY, *VIDEO_PARITY, *METHOD_PARITY))
+    def test_weights_of_other_families_and_methods(self, results, engine, run):
         single, several = results("single"), results(engine)
-        trained = single.weights(family)
+        trained = single.weights(run)
         assert max(tensor.abs().max() for name, tensor in trained.items() if "lora_B" in name) > 1e-2
-        assert largest_difference(several.weights(family), trained) < 1e-5
+        assert largest_difference(several.weights(run), trained) < 1e-5
+
+    def test_weights_where_zero3_keeps_small_ones_whole(self, results):
+        assert (
+            largest_difference(results("zero3").weights("tapo_kept_whole"), results("single").weights("tapo")) < 1e-5
+        )
+        assert largest_difference(results("zero3").weights("nft_kept_whole"), results("single").weights("nft")) < 1e-5
 
     @pytest.mark.parametrize("engine", engines_of("full"))
     def test_weights_of_full_fine_tuning(self, results, job, engine):
@@ -93,6 +100,20 @@ class TestTAPO:
         for process in results(engine).facts["tapo"]["processes"]:
             torch.testing.assert_close(torch.tensor(process["samples"]), expected, atol=1e-4, rtol=0)
 
+    @pytest.mark.parametrize(("engine", "run"), [*engine_runs("tapo"), ("zero3", "tapo_kept_whole")])
+    def test_average_of_the_weights(self, results, engine, run):
+        """What is saved of it, and what it generates; `worker.py` checks that the trained weights come back."""
+        single, several = results("single"), results(engine)
+        file = "ema/pytorch_lora_weights.safetensors"
+        expected, found = load_file(single.folder / "tapo" / file), load_file(several.folder / run / file)
+        assert largest_difference(expected, single.weights("tapo")) > 1e-3
+        assert largest_difference(found, expected) < 2e-6
+        facts = single.facts["tapo"]["processes"][0]
+        averaged, trained = torch.tensor(facts["averaged"]), torch.tensor(facts["samples"])
+        assert (averaged - trained).abs().max() > 1e-3
+        for process in several.facts[run]["processes"]:
+            torch.testing.assert_close(torch.tensor(process["averaged"]), averaged, atol=1e-4, rtol=0)
+
     @pytest.mark.parametrize("engine", engines_of("full"))
     def test_saved_files_load(self, results, job, engine):
         folder = results(engine).folder
@@ -108,12 +129,12 @@ class TestTAPO:
         assert "transformer = SD3Transformer2DModel.from_pretrained" in card
 
 
-@pytest.mark.parametrize(("engine", "run"), engine_runs("tapo", "slrm"))
+@pytest.mark.parametrize(("engine", "run"), engine_runs("tapo", "slrm", "slrm_full", "slrm_video", "dina", "lrm"))
 def test_evaluation_of_a_dataset_that_is_no_multiple_of_the_batch(results, engine, run):
     """Five rows: what fills up the last batch does not count."""
     single, several = (results(name).facts[run]["log_history"][-1] for name in ("single", engine))
     names = {name for name in single if name.startswith("eval_") and "per_second" not in name} - {"eval_runtime"}
-    assert {"tapo": 20, "slrm": 10}[run] < len(names)
+    assert len(names) > {"tapo": 20, "lrm": 5, "dina": 5}.get(run, 10)
     assert names <= several.keys()
     for name in names:
         assert several[name] == pytest.approx(single[name], rel=1e-3, abs=1e-5), name
@@ -143,13 +164,14 @@ class TestNotFinite:
         assert any("safetensors" in name for name in good)
 
 
-@pytest.mark.parametrize("engine", engines_of("slrm"))
-def test_slrm_weights(results, engine):
-    trained, several = (
-        SLRMModel.from_pretrained(results(name).folder / "slrm" / "final", base_model=None)
-        for name in ("single", engine)
-    )
-    assert largest_difference(trained.state_dict(), several.state_dict()) < 1e-5
+@pytest.mark.parametrize(("engine", "run"), engine_runs("slrm", "slrm_full", "slrm_video", "dina", "lrm"))
+def test_weights_of_reward_models(results, engine, run):
+    single, several = results("single").folder, results(engine).folder
+    trained, found = (load_reward_model(folder / run / "final") for folder in (single, several))
+    files = [sorted(path.name for path in (folder / run / "final").iterdir()) for folder in (single, several)]
+    assert files[0] == files[1]
+    assert trained.config["_class_name"] == found.config["_class_name"] == type(trained).__name__
+    assert largest_difference(trained.state_dict(), found.state_dict()) < 1e-5
 
 
 @pytest.mark.parametrize("engine", engines_of("nft"))
@@ -172,13 +194,9 @@ def test_uneven_last_batch_is_trained_on(results, engine):
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-    def test_slrm_where_weights_are_sharded(self, results, engine):
-        assert "cannot save weights that are sharded" in results(engine).facts["slrm_refused"]["error"]
-
-    @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-    def test_nft_where_weights_are_sharded(self, results, engine):
-        assert "needs whole weights on every process" in results(engine).facts["nft_refused"]["error"]
+    @pytest.mark.parametrize("engine", engines_of("lrm_refused"))
+    def test_lrm_where_a_scalar_cannot_be_distributed(self, results, engine):
+        assert "its temperature `head.logit_scale`" in results(engine).facts["lrm_refused"]["error"]
 
     def test_processes_that_do_not_know_of_each_other(self, results):
         message = results("zero2").facts["alone"]["error"]

@@ -9,10 +9,11 @@ Runs trainings and writes down what they were: the file that the tests of this f
 A job is `{"pipeline": folder, "reward": folder, "pairs": folder, "output_dir": folder, "runs": {name: run}}`, and may have
 folders of pipelines of other families. A run has
 
-- `trainer`: `"tapo"`, `"nft"` or `"slrm"`,
+- `trainer`: a name in `TRAINERS`,
 - `global_batch`: examples per optimiser step, divided among the processes,
 - `args`: further arguments of the configuration,
-- `family`: name of another pipeline of the job, trained with a reward of pixels alone; `"pipeline"` by default,
+- `family`: name of another pipeline of the job, `"pipeline"` by default, and `video`: whether it makes videos,
+- `rewards`: reward models of the job, and `"redness"`, one of pixels; both kinds by default,
 - `num_rows`: rows of the train dataset, 12 by default,
 - `lora`: whether to train LoRA, `true` by default,
 - `ema`: whether to keep an average of the weights,
@@ -22,7 +23,8 @@ folders of pipelines of other families. A run has
 - `bad`: process and steps in which a reward is not finite,
 - `evaluate`, `generate`: whether to do so after the training,
 - `refused`: whether the trainer must refuse the run, `fails`: whether the training must fail,
-- `pretend_gpus`: whether FSDP may shard over CPUs, `true` by default.
+- `pretend_gpus`: whether FSDP may shard over CPUs, `true` by default,
+- `keep_small`: whether ZeRO-3 keeps small weights whole, as it does by default.
 
 Each leaves a folder `output_dir/name` with its checkpoints, the final model in `final` and `facts.json`.
 """
@@ -44,14 +46,23 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 from tapo_trl import (
+    DiffusionDPOConfig,
+    DiffusionDPOTrainer,
     DiffusionNFTConfig,
     DiffusionNFTTrainer,
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
     EMACallback,
+    FlowGRPOConfig,
+    FlowGRPOTrainer,
+    OnlineDiffusionDPOConfig,
+    OnlineDiffusionDPOTrainer,
     SLRMConfig,
     SLRMTrainer,
     TAPOConfig,
     TAPOTrainer,
 )
+from tapo_trl.trainer.base import DiffusionTrainer
 
 
 COMMON = {
@@ -84,13 +95,23 @@ NFT = {
     "transition_batch_size": 2,
     "ddp_find_unused_parameters": False,
 }
-CONFIGS = {"tapo": (TAPOConfig, TAPO), "nft": (DiffusionNFTConfig, NFT), "slrm": (SLRMConfig, {})}
+ONLINE_DPO = {"num_inference_steps": 4, "num_generations": 3, "num_noise_levels": 2, "transition_batch_size": 2}
+GRPO = {"num_inference_steps": 4, "num_generations": 3, "num_sde_steps": 2, "transition_batch_size": 2}
+TRAINERS = {  # with rollouts, and with a dataset of samples
+    "tapo": (TAPOTrainer, TAPOConfig, TAPO),
+    "nft": (DiffusionNFTTrainer, DiffusionNFTConfig, NFT),
+    "online_dpo": (OnlineDiffusionDPOTrainer, OnlineDiffusionDPOConfig, ONLINE_DPO),
+    "grpo": (FlowGRPOTrainer, FlowGRPOConfig, GRPO),
+    "slrm": (SLRMTrainer, SLRMConfig, {}),
+    "dpo": (DiffusionDPOTrainer, DiffusionDPOConfig, {}),
+    "sft": (DiffusionSFTTrainer, DiffusionSFTConfig, {}),
+}
 LORA = {"r": 4, "lora_alpha": 8}
 EVAL_ROWS = 5  # two batches of 4, the last of which is filled up on several processes
 
 
 def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2))
+    return images[:, 0].flatten(1).mean(1) - images[:, 2].flatten(1).mean(1)  # of an image or a video
 
 
 class BadRedness(TrainerCallback):
@@ -143,8 +164,8 @@ def let_zero3_shard_tiny_weights(args: TrainingArguments) -> None:
         args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 
-def make_trainer(job: dict, run: dict, output_dir: Path) -> TAPOTrainer | DiffusionNFTTrainer | SLRMTrainer:
-    config_class, of_trainer = CONFIGS[run["trainer"]]
+def make_trainer(job: dict, run: dict, output_dir: Path) -> DiffusionTrainer:
+    trainer_class, config_class, of_trainer = TRAINERS[run["trainer"]]
     options = COMMON | of_trainer | run["args"]
     accumulation = options.get("gradient_accumulation_steps", 1)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -154,35 +175,27 @@ def make_trainer(job: dict, run: dict, output_dir: Path) -> TAPOTrainer | Diffus
     args = config_class(**options)
     if run.get("pretend_gpus", True):
         let_fsdp_run_on_cpu(args)
-    let_zero3_shard_tiny_weights(args)
+    if not run.get("keep_small"):
+        let_zero3_shard_tiny_weights(args)
     peft_config = LoraConfig(**LORA) if run.get("lora", True) else None
     num_rows = run.get("num_rows", 12)
     callbacks = [SaveAt(run["save_at"])] if "save_at" in run else []
     callbacks += [SignalLauncher(run["signal"])] if "signal" in run else []
-    if run["trainer"] == "slrm":
-        pairs = load_from_disk(job["pairs"]).select(range(num_rows))
-        return SLRMTrainer(
-            job["pipeline"],
-            args,
-            pairs,
-            eval_dataset=pairs.select(range(EVAL_ROWS)),
-            callbacks=callbacks,
-            peft_config=peft_config,
-        )
+    model = job[run.get("family", "pipeline")]
+    callbacks += [EMACallback(decay=0.5)] if run.get("ema") else []
+    common = {"peft_config": peft_config, "callbacks": callbacks}
+    if run["trainer"] in ("slrm", "dpo", "sft"):
+        rows = load_from_disk(job["video_pairs" if run.get("video") else "pairs"]).select(range(num_rows))
+        if run["trainer"] == "sft":
+            rows = rows.rename_column("chosen", "image").remove_columns("rejected")
+        return trainer_class(model, args, rows, eval_dataset=rows.select(range(EVAL_ROWS)), **common)
     reward = BadRedness(**run["bad"]) if "bad" in run else redness
     callbacks += [reward] if "bad" in run else []
-    return (TAPOTrainer if run["trainer"] == "tapo" else DiffusionNFTTrainer)(
-        job[run.get("family", "pipeline")],
-        reward if "family" in run else [job["reward"], reward],
-        args,
-        prompts(num_rows),
-        eval_dataset=prompts(EVAL_ROWS),
-        callbacks=[*callbacks, EMACallback(decay=0.5)] if run.get("ema") else callbacks,
-        peft_config=peft_config,
-    )
+    rewards = [reward if name == "redness" else job[name] for name in run.get("rewards", ["reward", "redness"])]
+    return trainer_class(model, rewards, args, prompts(num_rows), eval_dataset=prompts(EVAL_ROWS), **common)
 
 
-def facts(trainer: TAPOTrainer | SLRMTrainer) -> dict:
+def facts(trainer: DiffusionTrainer) -> dict:
     """What the engine of this process really is."""
     state, engine = trainer.accelerator.state, trainer.model_wrapped
     is_deepspeed = state.distributed_type == DistributedType.DEEPSPEED
@@ -235,8 +248,17 @@ def execute(job: dict, name: str) -> None:
     if run.get("evaluate"):
         trainer.evaluate()
     samples = trainer.generate([prompts(1)["prompt"][0]]) if run.get("generate") else torch.zeros(0)
+    averaged = torch.zeros(0)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EMACallback) and run.get("generate"):
+            with callback.average_parameters():
+                averaged = trainer.generate([prompts(1)["prompt"][0]])
+            after = trainer.generate([prompts(1)["prompt"][0]])
+            assert torch.equal(after, samples), "the average left something behind"
     trainer.save_model(str(output_dir / "final"))
-    everyone = gather_object([engine | {"samples": samples.flatten().tolist()}])
+    everyone = gather_object(
+        [engine | {"samples": samples.flatten().tolist(), "averaged": averaged.flatten().tolist()}]
+    )
     if trainer.is_world_process_zero():
         record = {"processes": everyone, "log_history": trainer.state.log_history}
         record["seconds"] = time.monotonic() - start

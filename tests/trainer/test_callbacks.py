@@ -296,8 +296,8 @@ class TestEMACallback:
 
     def test_resume_with_other_shapes(self, tmp_path):
         ema = EMACallback(0.9)
-        run(tmp_path, [ema], max_steps=3, save_strategy="steps", save_steps=3)
-        ema.ema.shadow_params = [torch.zeros(7)]
+        trainer = run(tmp_path, [ema], max_steps=3, save_strategy="steps", save_steps=3)
+        trainer.model.trainable = torch.nn.Parameter(torch.zeros(7))
         with pytest.raises(ValueError, match="does not fit"):
             ema._load(tmp_path / "checkpoint-3" / "ema.safetensors")
 

@@ -4,11 +4,16 @@
 import math
 
 import pytest
+from diffusers import ContextParallelConfig, ParallelConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-from tapo_trl import TAPOConfig
+from tapo_trl import DiffusionSFTConfig, DiffusionSFTTrainer, LRMModel, SLRMConfig, SLRMModel, SLRMTrainer, TAPOConfig
 from tapo_trl.policies import load_policy
 from tapo_trl.policies.flux2 import Flux2KleinPolicy
 from tapo_trl.trainer.policy_setup import fill_in_sizes
+from tapo_trl.trainer.slrm_loading import check_engine
+from tests.data.preference_pairs import color_pairs
+from tests.testing_utils import tiny_sd3_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +42,48 @@ class TestShiftOfTheNoiseLevels:
         sizes = {"resolution": 32, "num_inference_steps": 4, "num_sde_steps": 2}
         assert fill_in_sizes(TAPOConfig(str(tmp_path), bf16=False, **sizes), tiny_sd3_policy) == (4, 8, 8)
         assert caplog.text == ""
+
+
+class TestParallelism:
+    """A transformer that diffusers' `enable_parallelism` has changed."""
+
+    @pytest.mark.parametrize(
+        ("trainer_class", "config_class"), [(DiffusionSFTTrainer, DiffusionSFTConfig), (SLRMTrainer, SLRMConfig)]
+    )
+    def test_is_refused(self, tmp_path, trainer_class, config_class):
+        pipeline = tiny_sd3_pipeline()
+        pipeline.transformer._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(None, 2))
+        args = config_class(str(tmp_path), bf16=False, use_cpu=True, report_to="none", resolution=32)
+        rows = color_pairs(2)
+        if trainer_class is DiffusionSFTTrainer:
+            rows = rows.rename_column("chosen", "image").remove_columns("rejected")
+        with pytest.raises(ValueError, match="leave `enable_parallelism` out"):
+            trainer_class(pipeline, args, rows)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_scalar_weights_need_ddp(tmp_path, monkeypatch, tiny_sd3_policy, engine):
+    args = SLRMConfig(str(tmp_path), bf16=False, use_cpu=True)
+    models = [
+        LRMModel.from_policy(tiny_sd3_policy, max_sequence_length=4),
+        SLRMModel.from_policy(tiny_sd3_policy, num_task_tokens=0),
+    ]
+    whole = SLRMModel.from_policy(tiny_sd3_policy, num_task_tokens=1)
+    for model in (*models, whole):
+        check_engine(model, args)
+    if engine == "fsdp":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        args.deepspeed_plugin = object()
+    for model in models:
+        with pytest.raises(ValueError, match="its temperature `.*logit_scale`.*use DDP"):
+            check_engine(model, args)
+    check_engine(whole, args)
+
+
+def test_nothing_is_split_on_loading(tmp_path):
+    """ZeRO-3 is registered when a configuration is made: Transformers would split what is loaded from then on."""
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled() and config.is_zero3()
+    SLRMConfig(str(tmp_path), bf16=False, use_cpu=True)
+    assert not is_deepspeed_zero3_enabled()

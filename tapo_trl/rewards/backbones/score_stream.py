@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import nn
 
+from ...networks.float32 import Float32LayerNorm, Readout
 from .base import RewardBackboneMixin
 
 
@@ -111,8 +111,8 @@ class ScoreHead(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, bias=False)  # the bias of `linear` is the one offset
-        self.linear = nn.Linear(dim, 1)
+        self.norm = Float32LayerNorm(dim, bias=False)  # the bias of `linear` is the one offset
+        self.linear = Readout(dim)
 
     def reset_parameters(self) -> None:
         self.norm.reset_parameters()
@@ -120,10 +120,7 @@ class ScoreHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, score_tokens: torch.Tensor) -> torch.Tensor:
-        shape, weight = self.norm.normalized_shape, self.norm.weight.float()
-        pooled = F.layer_norm(score_tokens.float(), shape, weight, eps=self.norm.eps).mean(dim=1)
-        # Not a matrix product, which autocast would round.
-        return (pooled * self.linear.weight.float()).sum(dim=1) + self.linear.bias.float()
+        return self.linear(self.norm(score_tokens).mean(dim=1))
 
 
 class ScoreTransformerMixin(RewardBackboneMixin):
