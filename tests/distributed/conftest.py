@@ -90,15 +90,18 @@ VIDEO_PARITY = {
         "trainer": "tapo",
         "global_batch": 4,
         "rewards": ["video_reward"],
-        "args": {"max_steps": 2, "learning_rate": 0.5, "beta": 100.0, "num_frames": 5},
+        "args": {"max_steps": 2, "learning_rate": 0.1, "beta": 100.0, "num_frames": 5, "max_grad_norm": 100.0},
     }
     | VIDEO
 }
 METHOD_PARITY = {
-    "online_dpo": {"trainer": "online_dpo", "global_batch": 4, "args": {"max_steps": 2, "learning_rate": 1.0}},
-    "grpo": {"trainer": "grpo", "global_batch": 4, "args": {"max_steps": 2, "learning_rate": 1.0, "epsilon": 0.5}},
-    "dpo": {"trainer": "dpo", "global_batch": 4, "args": {"max_steps": 2, "learning_rate": 0.1}},
-    "sft": {"trainer": "sft", "global_batch": 4, "args": {"max_steps": 2, "learning_rate": 1.0}},
+    method: {"trainer": method, "global_batch": 4, "args": {"max_steps": 2, "max_grad_norm": 100.0} | args}
+    for method, args in {
+        "online_dpo": {"learning_rate": 0.5},
+        "grpo": {"learning_rate": 10.0, "epsilon": 0.5},
+        "dpo": {"learning_rate": 0.005},
+        "sft": {"learning_rate": 1.0},
+    }.items()
 }
 # The second update of three is skipped, by whichever process saw that a reward is not finite
 SKIPPED = {"skipped": {"trainer": "tapo", "global_batch": 4, "args": PARITY["tapo"]["args"]}}

@@ -187,6 +187,45 @@ def stop(engine: Engine, job: dict, folder: Path, launcher: str, timeout: float 
             end_marked(mark)
 
 
+def on_two_nodes(launcher: str, job: dict, folder: Path, timeout: float = 600) -> list[int]:
+    """
+    Run a job, see `worker.py`, as on two machines: two launchers with a process each, which meet on the loopback interface.
+
+    Args:
+        launcher (`str`): `"accelerate"`, with the recipe for several machines, or `"torchrun"`, with the rendezvous `c10d`.
+        timeout (`float`): seconds after which a launcher, or a process that it left, counts as one that never ends.
+
+    Returns:
+        `list[int]`: exit codes of the launchers.
+
+    Raises:
+        AssertionError: if one of them, or one of their processes, never ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    job_file, port, mark = folder / "job.json", str(free_port()), uuid.uuid4().hex
+    job_file.write_text(json.dumps(job | {"output_dir": str(folder)}))
+    processes = []
+    for node in range(2):
+        if launcher == "accelerate":
+            command = Engine("multi_node", 2).command(port)
+            command += ["--machine_rank", str(node), "--main_process_ip", "127.0.0.1"]
+        else:
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+            command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", mark]
+        with (folder / f"node_{node}.log").open("w") as log:
+            options = {"env": environment() | {MARK: mark}, "cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT}
+            processes.append(subprocess.Popen([*command, str(WORKER), str(job_file)], **options))
+    try:
+        codes = [process.wait(timeout) for process in processes]
+        _, alive = psutil.wait_procs(marked(mark), timeout)
+        assert not alive, [(folder / f"node_{node}.log").read_text()[-4000:] for node in range(2)]
+        return codes
+    finally:
+        for process in processes:
+            process.kill()
+        end_marked(mark)
+
+
 def launch(engine: Engine, job: dict, folder: Path, timeout: float = 600) -> dict[str, dict]:
     """
     Run a job, see `worker.py`, under an engine.

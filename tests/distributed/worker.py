@@ -19,6 +19,7 @@ folders of pipelines of other families. A run has
 - `ema`: whether to keep an average of the weights,
 - `resume`: name of an earlier run whose last but one checkpoint is where this one begins, or `true` to go on from its own,
 - `save_at`: a step after which to save a checkpoint,
+- `dies`: a process, and the step after which it is killed,
 - `signal`: name of a signal that the launcher gets after the second step, which the run does not survive,
 - `bad`: process and steps in which a reward is not finite,
 - `evaluate`, `generate`: whether to do so after the training,
@@ -136,6 +137,15 @@ class SaveAt(TrainerCallback):
         control.should_save |= state.global_step == self.step
 
 
+class Die(TrainerCallback):
+    def __init__(self, process: int, step: int):
+        self.process, self.step = process, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index == self.process:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class SignalLauncher(TrainerCallback):
     def __init__(self, name: str):
         self.number = signal.Signals[name]
@@ -181,6 +191,7 @@ def make_trainer(job: dict, run: dict, output_dir: Path) -> DiffusionTrainer:
     num_rows = run.get("num_rows", 12)
     callbacks = [SaveAt(run["save_at"])] if "save_at" in run else []
     callbacks += [SignalLauncher(run["signal"])] if "signal" in run else []
+    callbacks += [Die(**run["dies"])] if "dies" in run else []
     model = job[run.get("family", "pipeline")]
     callbacks += [EMACallback(decay=0.5)] if run.get("ema") else []
     common = {"peft_config": peft_config, "callbacks": callbacks}
