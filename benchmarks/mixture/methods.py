@@ -124,8 +124,13 @@ _ONLINE_DPO = Method(OnlineDiffusionDPOTrainer, OnlineDiffusionDPOConfig, _FINAL
 _DIFFUSION_DPO = Method(DiffusionDPOTrainer, DiffusionDPOConfig, {}, PAIRS)
 _GRPO_OPTIONS = {"num_sde_steps": 4, "num_generations": 8}
 _GRPO = Method(FlowGRPOTrainer, FlowGRPOConfig, _GRPO_OPTIONS | {"epsilon": 0.05}, (0.0, 0.01, 0.1))
-_GRPO_EPSILON = Method(
-    FlowGRPOTrainer, FlowGRPOConfig, _GRPO_OPTIONS | {"beta": 0.0}, (0.01, 0.2, 1.0), RATES[3:6], searched="epsilon"
+_GRPO_REUSED = Method(  # epsilon does nothing with one update per rollout
+    FlowGRPOTrainer,
+    FlowGRPOConfig,
+    _GRPO_OPTIONS | {"beta": 0.0, "num_iterations": 4},
+    (0.003, 0.02, 0.1),
+    RATES[3:6],
+    searched="epsilon",
 )
 _NFT = Method(DiffusionNFTTrainer, DiffusionNFTConfig, _FINAL, (0.3, 1.0, 3.0))
 
@@ -153,10 +158,10 @@ METHODS = {
     "online DPO, true reward": _of_truth(_ONLINE_DPO),
     "Diffusion-DPO, true reward": _of_truth(_DIFFUSION_DPO),
     "Flow-GRPO, true reward": _of_truth(_GRPO),
-    "Flow-GRPO, epsilon searched, true reward": _of_truth(_GRPO_EPSILON),
+    "Flow-GRPO, 4 updates per rollout, true reward": _of_truth(_GRPO_REUSED),
     "DiffusionNFT, true reward": _of_truth(_NFT),
     "Diffusion-DPO": _DIFFUSION_DPO,
     "Flow-GRPO": _GRPO,
-    "Flow-GRPO, epsilon searched": _GRPO_EPSILON,
+    "Flow-GRPO, 4 updates per rollout": _GRPO_REUSED,
     "DiffusionNFT": _NFT,
 }

@@ -74,6 +74,7 @@ class Quality(PolicyCallback):
         super().__init__()
         self.mixture, self.slrm = mixture, slrm
         self.measured: list[list[list[float]]] = []
+        self.steps: list[int] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         with self.counter.paused():
@@ -87,6 +88,7 @@ class Quality(PolicyCallback):
         policy, model = trainer.policy, trainer.accelerator.unwrap_model(trainer.model)
         prompts = PROMPTS * PROMPTS_EACH
         embeds = policy.encode_prompts(prompts, max_sequence_length=1)
+        self.steps = trainer.sampler.step_indices
         sampler = replace(trainer.sampler, reward=recorder, num_candidates=NUM_CANDIDATES)
         sampler.sample(
             model, prompts, embeds, None, [torch.Generator().manual_seed(5_000 + row) for row in range(len(prompts))]
@@ -120,9 +122,9 @@ def main() -> None:
         measured.append(quality.measured)
     values = torch.tensor(measured)  # (seeds, start and end, steps, scores)
     rows = [
-        [when, place, *(estimate(values[:, time, place, score].tolist()) for score in range(len(SCORES)))]
+        [when, step, *(estimate(values[:, time, place, score].tolist()) for score in range(len(SCORES)))]
         for time, when in enumerate(("start", "end"))
-        for place in range(values.shape[2])
+        for place, step in enumerate(quality.steps)
     ]
     print(table(["training", "step", *SCORES], rows))
 

@@ -23,6 +23,16 @@ from .study import BUDGET, HERE, METHODS, best, end, read_runs, tried
 
 TRUTH = ", true reward"
 DISTANCES = (0.03, 0.1, 0.3)
+PLOTTED = (
+    "TAPO",
+    "TAPO, one-step estimates",
+    "SPO's pairs",
+    "online DPO",
+    "Diffusion-DPO",
+    "Flow-GRPO",
+    "DiffusionNFT",
+)
+"""Methods with a learning curve, of the SLRM and of the true reward."""
 COLUMNS = ("reward", "style", "accuracy", "excess", "slrm", "distance", "diversity")
 
 
@@ -139,7 +149,7 @@ def main() -> None:
     if not names:
         raise SystemExit("There are no final trainings: `python -m benchmarks.mixture.study seeds`.")
     print(write_report(names, HERE / "report.md"))
-    plot(names, HERE / "curves.png")
+    plot([name for name in names if name.removesuffix(TRUTH) in PLOTTED], HERE / "curves.png")
 
 
 if __name__ == "__main__":

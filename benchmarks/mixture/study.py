@@ -316,6 +316,8 @@ def train(run: Run, work: Path, split: int, callbacks: Sequence[PolicyCallback] 
             trainer = method.trainer(policy, method.config(**options), pairs, **kwargs)
         counter.watch(trainer)
         trainer.train()
+    if len(curve.points) <= NUM_POINTS:  # a signal has ended it
+        raise SystemExit(f"{run.key} was stopped at {counter.policy_forwards} rows and is not recorded.")
     return curve.points
 
 
