@@ -68,13 +68,12 @@ class TrajectoryPairs(Rollout):
         )
 
     def _name_reward(self, index: tuple[int, ...]) -> str:
-        """The reward that is not finite, which one that does not count at a step is for all candidates."""
-        names = [
-            name
-            for name, scores in self.reward_parts.items()
-            if not scores[index].isfinite() and not scores[index[0]].isnan().all()
-        ]
-        return f"the reward `{names[0]}`" if names else "the reward"
+        """The reward that is not finite. One that is NaN for all candidates of the step may be one that does not count there."""
+        names = [name for name, scores in self.reward_parts.items() if not scores[index].isfinite()]
+        certain = [name for name in names if not self.reward_parts[name][index[0]].isnan().all()]
+        if certain or len(names) < 2:
+            return f"the reward `{(certain or names)[0]}`" if names else "the reward"
+        return f"one of the rewards {names}"
 
     def describe_reward(self, prompts: list[str], index: tuple[int, ...]) -> str:
         step, _, prompt, _ = index

@@ -103,6 +103,10 @@ class TestTrainer:
         assert pairs.describe_reward(["cat", "dog"], (2, 0, 1, 0)).startswith(
             "the reward `counted` of a candidate for"
         )
+        pixel[2] = broken  # of all candidates, as is the reward that does not count
+        assert pairs.describe_reward(["cat", "dog"], (2, 0, 1, 0)).startswith("one of the rewards ['slrm', 'counted']")
+        latent[2] = 0.0
+        assert pairs.describe_reward(["cat", "dog"], (2, 0, 1, 0)).startswith("the reward `counted` of a candidate")
 
     @pytest.mark.parametrize(
         ("options", "message"),
