@@ -188,7 +188,7 @@ class TAPOConfig(StochasticRolloutConfig):
         if self.num_candidates < 2:
             raise ValueError(f"`num_candidates` must be at least 2 to have a choice, got {self.num_candidates}.")
         self.check_positive("beta")
-        if self.score_estimates:
+        if self.score_estimates and self.velocity_target != "none":
             check_without_effect(
                 self, ["velocity_target"], "with `score_estimates=True`: estimates are compared with nothing"
             )

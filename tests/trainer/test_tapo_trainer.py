@@ -238,8 +238,10 @@ class TestTraining:
         trainer = make_trainer(tmp_path, make_slrm(), velocity_target=velocity_target, max_steps=1)
         assert math.isfinite(trainer.train().training_loss)
 
-    def test_scores_of_estimates(self, tmp_path):
-        trainer = make_trainer(tmp_path, make_slrm(), score_estimates=True, max_steps=1)
+    @pytest.mark.parametrize("velocity_target", [None, "none"])
+    def test_scores_of_estimates(self, tmp_path, velocity_target):
+        options = {"score_estimates": True, "velocity_target": velocity_target}
+        trainer = make_trainer(tmp_path, make_slrm(), max_steps=1, **options)
         seen = []
         trainer.reward.rewards[0].model.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(args[1]), with_kwargs=True
