@@ -604,11 +604,6 @@ class TestBadInput:
         slrm.add_lora(LoraConfig(r=2, target_modules=["to_q"]))
         self.refuse(make_args(), "has a LoRA already", model=slrm, peft_config=LoraConfig(r=2))
 
-    def test_sharded_training(self, make_args):
-        args = make_args()
-        args.fsdp = True
-        self.refuse(args, "use DDP or DeepSpeed ZeRO stage 1 or 2")
-
 
 def test_callbacks_are_called(make_args):
     class Count(TrainerCallback):
