@@ -146,14 +146,18 @@ class TestRunQueue:
     def test_checkpoints_are_measured_along_a_training(self, folder, reward, tmp_path):
         queue = RunQueue(load_world(str(folder)), str(folder), tmp_path)
         saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
-        (result,) = queue.make([reward.with_options(**saving)])
+        run = reward.with_options(**saving)
+        (result,) = queue.make([run])
         assert list(result["checkpoints"]) == ["1", "2"]
         last = result["checkpoints"]["2"]
         assert {len(curve) for rules in last.values() for curve in rules.values()} == {len(CURVE_SIGMAS)}
-        trained = next(tmp_path.glob("slrm/*"))
+        trained = tmp_path / run.folder
         for split, rules in last.items():  # the last checkpoint is what was trained
             measured = measure_reward_model(trained, str(folder / "pairs.parquet"), CURVE_SIGMAS)
-            assert rules == {rule: parts["accuracy"]["by_sigma"] for rule, parts in measured.items()}, split
+            curves = {rule: parts["accuracy"]["by_sigma"] for rule, parts in measured.items()}
+            assert rules == {
+                rule: {str(sigma): value for sigma, value in curve.items()} for rule, curve in curves.items()
+            }, split
 
     @pytest.mark.slow
     def test_hard_prompts_are_the_half_with_the_least_reward(self, folder, tapo, reward, tmp_path):
