@@ -93,9 +93,7 @@ class SampleArguments(GenerationArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.methods is not None and (self.lora is not None or self.columns is not None):
-            raise ValueError(
-                "`methods` takes the place of `lora`, and has a column per prompt: leave `lora` and `columns` unset."
-            )
+            raise ValueError("`methods` names the models, with a column per prompt: leave `lora` and `columns` unset.")
         if self.prompts is None:
             raise ValueError("`prompts` is missing: give one or more prompts, or the path of a .txt file.")
 
@@ -339,6 +337,9 @@ class DiagnoseArguments(ScoredPairsArguments):
             raise ValueError("Give `slrm` and `dataset_name` (a reward model on pairs), `runs` (trainings), or both.")
         if self.trajectories is not None and self.slrm is None:
             raise ValueError("`trajectories` needs `slrm`, the reward model that scores both branches.")
+        for name in ("lora", "num_inference_steps", "num_sde_steps", "num_candidates", "guidance_scale"):
+            if self.trajectories is None and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"`{name}` is for `trajectories`, which is not given: leave it unset.")
         if len(set(self.sigmas)) < 2:
             raise ValueError(f"`sigmas` must be at least two noise levels to compare, but they are {self.sigmas}.")
         for name in ("batch_size", "fps"):

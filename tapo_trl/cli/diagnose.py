@@ -130,7 +130,8 @@ def draw_both_branches(args, model_args, file) -> None:
     from ..rewards import LatentReward, LatentRewardModel, load_reward_model
 
     prompts, _ = read_prompts_and_columns(args.trajectories, "trajectories")
-    model, device = load_reward_model(args.slrm).to(PartialState().device), PartialState().device
+    device = PartialState().device
+    model = load_reward_model(args.slrm).to(device)
     if not isinstance(model, LatentRewardModel):
         raise ValueError(f"`trajectories` is for latent reward models, but `{args.slrm}` holds a {model.label}.")
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -147,7 +148,7 @@ def draw_both_branches(args, model_args, file) -> None:
         policy.load_lora_weights(args.lora)
     policy.pipeline.to(device)
     model.check_compatible(policy)
-    length, config = model.config.max_sequence_length, model.config
+    config = model.config
     steps = sample_trajectories(
         policy,
         LatentReward(model, target, args.batch_size),
@@ -157,7 +158,7 @@ def draw_both_branches(args, model_args, file) -> None:
         num_sde_steps=args.num_sde_steps,
         num_candidates=args.num_candidates,
         guidance_scale=args.guidance_scale,
-        max_sequence_length=length,
+        max_sequence_length=config.max_sequence_length,
         seed=args.seed,
     )
     draw_trajectories(steps, prompts).save(file)

@@ -251,17 +251,13 @@ class RolloutSampler(ABC):
             disable=not self.show_progress,
         )
 
-    def velocity(self, inputs: RolloutInputs, latents: torch.Tensor, index: int) -> torch.Tensor:
+    def velocity(self, inputs: RolloutInputs, latents: torch.Tensor, index: int, guided: bool = True) -> torch.Tensor:
         """Velocity of several trajectories per prompt, `(trajectories, B, *latent_shape)`, in one forward."""
+        scale = self.guidance_scale if guided else self.policy.unguided(self.guidance_scale)
+        prompts = (inputs.prompt_embeds.repeat(len(latents)), inputs.negative_prompt_embeds)
         with self.timer.stage("policy", latents=latents.shape[:2].numel()):
-            velocity = self.policy.velocity(
-                inputs.model,
-                latents.flatten(0, 1),
-                self.scheduler.sigma(index),
-                inputs.prompt_embeds.repeat(len(latents)),
-                inputs.negative_prompt_embeds,
-                self.guidance_scale,
-            )
+            sigma = self.scheduler.sigma(index)
+            velocity = self.policy.velocity(inputs.model, latents.flatten(0, 1), sigma, *prompts, scale)
         return velocity.view_as(latents)
 
     def score(

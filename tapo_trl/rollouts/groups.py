@@ -117,7 +117,10 @@ class FlowGRPOSampler(RolloutSampler):
             with self.timer.stage("stochastic steps"):
                 mean, std = self.scheduler.sde_mean_std(latents, velocity, index)
                 change = std * inputs.randn(*one_each).transpose(0, 1)
-            trained = mean if self.train_cfg else self._conditional_mean(inputs, latents, index)
+            trained = mean
+            if not self.train_cfg:
+                unguided = self.velocity(inputs, latents, index, guided=False)
+                trained, _ = self.scheduler.sde_mean_std(latents, unguided, index)
             step = self.step_indices.index(index)
             parents[step], children[step], means[step] = (
                 x.flatten(0, 1) for x in (latents, trained + change, trained)
@@ -136,15 +139,3 @@ class FlowGRPOSampler(RolloutSampler):
             means=means,
             final_latents=latents,
         )
-
-    def _conditional_mean(self, inputs: RolloutInputs, latents: torch.Tensor, index: int) -> torch.Tensor:
-        """Mean of a step without classifier-free guidance, `(K, B, *latent_shape)`."""
-        with self.timer.stage("policy", latents=latents.shape[:2].numel()):
-            velocity = self.policy.velocity(
-                inputs.model,
-                latents.flatten(0, 1),
-                self.scheduler.sigma(index),
-                inputs.prompt_embeds.repeat(len(latents)),
-                guidance_scale=self.policy.unguided(self.guidance_scale),
-            )
-        return self.scheduler.sde_mean_std(latents, velocity.view_as(latents), index)[0]

@@ -158,8 +158,8 @@ class TAPOTrainer(RolloutTrainer):
         for index, sigma in sigmas.items():
             if not any(self.reward.weights_at(sigma)):
                 raise ValueError(
-                    f"No reward model counts for the candidates of step {index}, at sigma {sigma:.3f}: change `reward_min_sigma` or "
-                    f"`reward_max_sigma`. The candidates are at {[round(other, 3) for other in sigmas.values()]}."
+                    f"No reward model counts for the candidates of step {index}, at sigma {sigma:.3f}: change `reward_weights`, "
+                    f"`reward_min_sigma` or `reward_max_sigma`. The candidates are at {[round(other, 3) for other in sigmas.values()]}."
                 )
 
     def _warn_of_saturation(self) -> None:

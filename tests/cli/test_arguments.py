@@ -33,7 +33,7 @@ class TestEvaluateArguments:
 
 @pytest.mark.parametrize("options", [{"lora": "folder"}, {"columns": 2}])
 def test_methods_take_the_place_of_one_lora(options):
-    with pytest.raises(ValueError, match="`methods` takes the place of `lora`"):
+    with pytest.raises(ValueError, match="`methods` names the models.*leave `lora`"):
         SampleArguments(prompts=["a fox"], methods=["tapo=folder"], **options)
 
 

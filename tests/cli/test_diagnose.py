@@ -57,6 +57,8 @@ class TestTrajectories:
     def test_needs_a_reward_model(self):
         with pytest.raises(ValueError, match="`trajectories` needs `slrm`"):
             DiagnoseArguments(trajectories=["a cat"], runs=["run"])
+        with pytest.raises(ValueError, match="`num_candidates` is for `trajectories`, which is not given"):
+            DiagnoseArguments(runs=["run"], num_candidates=8)
         assert not DiagnoseArguments(trajectories=["a cat"], slrm="slrm").reads_pairs
         assert DiagnoseArguments(trajectories=["a cat"], slrm="slrm", dataset_name="pairs").reads_pairs
 

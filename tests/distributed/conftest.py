@@ -158,60 +158,6 @@ NFT_RESUME = {
     },
 }
 REFUSED_LRM = {"lrm_refused": LRM["lrm"] | {"refused": True}}
-ALONE = {"skipped": SKIPPED["skipped"] | {"bad": {"process": 0, "steps": [2]}}}
-SKIPPED_BY_ONE = {"skipped": SKIPPED["skipped"] | {"bad": {"process": 1, "steps": [2]}}}
-# 12 rows are 3 steps of 4: the checkpoint of step 4 lies inside of the second epoch
-ADAM = {
-    "optim": "adamw_torch",
-    "learning_rate": 1e-2,
-    "weight_decay": 0.01,
-    "lr_scheduler_type": "cosine",
-    "max_steps": 5,
-    "save_strategy": "steps",
-    "save_steps": 4,
-}
-GAVE_UP = {
-    "gave_up": {
-        "trainer": "tapo",
-        "global_batch": 4,
-        "fails": True,
-        "bad": {"process": 1, "steps": [2, 3]},
-        "args": ADAM | {"max_skipped_updates": 1, "save_steps": 1},
-    }
-}
-BF16_RESUME = {
-    "adam_bf16": {"trainer": "tapo", "global_batch": 4, "args": ADAM | {"bf16": True}},
-    "resumed_bf16": {"trainer": "tapo", "global_batch": 4, "args": ADAM | {"bf16": True}, "resume": "adam_bf16"},
-}
-SLRM_RESUME = {
-    "slrm_adam": {"trainer": "slrm", "global_batch": 4, "args": ADAM},
-    "slrm_resumed": {"trainer": "slrm", "global_batch": 4, "args": ADAM, "resume": "slrm_adam"},
-}
-# A checkpoint in the middle of an epoch and between two updates from the same rollouts, and an average of the weights
-REUSED = {"trainer": "tapo", "global_batch": 4, "args": ADAM | {"num_iterations": 2, "save_steps": 100}}
-EMA_RESUME = {
-    "ema": REUSED | {"save_at": 3, "ema": True},
-    "ema_resumed": REUSED | {"resume": "ema", "ema": True},
-}
-UNEVEN = {
-    "uneven": {
-        "trainer": "tapo",
-        "global_batch": 4,
-        "num_rows": 10,
-        "args": {"num_train_epochs": 1, "learning_rate": 0.1},
-    },
-}
-NFT_RESUME = {
-    "nft_adam": {"trainer": "nft", "global_batch": 4, "args": ADAM | {"old_policy_decay_rate": 0.2}},
-    "nft_resumed": {
-        "trainer": "nft",
-        "global_batch": 4,
-        "args": ADAM | {"old_policy_decay_rate": 0.2},
-        "resume": "nft_adam",
-    },
-}
-REFUSED_NFT = {"nft_refused": {"trainer": "nft", "global_batch": 4, "refused": True, "args": {}}}
-REFUSED_SLRM = {"slrm_refused": {"trainer": "slrm", "global_batch": 4, "refused": True, "args": {}}}
 ALONE = {"alone": {"trainer": "tapo", "global_batch": 4, "refused": True, "args": {"use_cpu": False}}}
 NOT_SHARDED = {
     "not_sharded": {"trainer": "tapo", "global_batch": 4, "refused": True, "pretend_gpus": False, "args": {}}
