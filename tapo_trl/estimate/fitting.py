@@ -70,14 +70,16 @@ def fitting_lines(chunks: Chunks, device_memory: float) -> list[str]:
         f"{'fits' if now else 'does not fit'}.",
     ]
     if kept >= chunks.number:
-        advice = "Recomputation is not needed: set activation_checkpointing: false."
+        todo = ": set activation_checkpointing: false" if chunks.is_recomputing else ""
+        advice = f"Recomputation is not needed{todo}."
     elif kept:
         advice = (
             f"Recomputation is not needed with {option}: {kept}. Which is faster, that or recomputation with larger chunks, "
             "depends on the device."
         )
     elif recomputed:
-        advice = f"Recomputation is needed: keep activation_checkpointing: true, with {option} up to {recomputed}."
+        verb = "keep" if chunks.is_recomputing else "set"
+        advice = f"Recomputation is needed: {verb} activation_checkpointing: true, with {option} up to {recomputed}."
     else:
         advice = f"Not a single example fits: {chunks.other / 2**30:.2f} GiB are taken by all but the activations."
     return [*lines, f"{'':>8} {advice}"]

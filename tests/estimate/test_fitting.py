@@ -46,9 +46,11 @@ class TestLines:
             ),
             (8.0, {"number": 4}, ["true) fits", "not needed with transition_batch_size: 2. Which is faster"]),
             (8.0, {"number": 4, "is_recomputing": False}, ["4, activation_checkpointing: false) does not fit"]),
+            (8.0, {"is_recomputing": False}, ["false) fits", "Recomputation is not needed."]),
             (8.0, {"most": 12}, ["      12 largest"]),
             # 1.5 GiB are left
             (5.0, {"number": 8}, ["       0 largest", "does not fit", "is needed: keep", "up to 5."]),
+            (5.0, {"is_recomputing": False}, ["false) does not fit", "is needed: set activation_checkpointing: true"]),
             (3.5, {}, ["does not fit", "Not a single example fits: 3.00 GiB are taken by all but"]),
         ],
     )
