@@ -293,6 +293,12 @@ def small_flags(argv: list[str]) -> list[str]:
     values = small_values({flag.removeprefix("--") for flag in given})
     if name != "bench":  # where they are a number
         values.pop("prompts", None)
+    if name == "diagnose" and "--trajectories" not in given:  # whose fields the others are
+        values = {
+            key: value
+            for key, value in values.items()
+            if key not in ("num_inference_steps", "num_sde_steps", "num_candidates")
+        }
     return [part for key, value in values.items() if key in parser._field_names() for part in (f"--{key}", str(value))]
 
 
