@@ -11,8 +11,9 @@
 #
 # Variables: PYTHON (the interpreter that creates .venv), VENV, TORCH (any requirement pip understands: a version, a wheel
 # file or an address; "torch" lets pip choose), PIP_FLAGS (for example an index of CPU-only wheels), PYTEST_FLAGS, JOBS (tests
-# at once: a number, by default one per core and 8 at most), SLOW (which slow tests: `slow and not exhaustive` leaves out the same
-# check of every further family), THREADS (of each of the demo's two processes), SLRM_CONFIG and TAPO_CONFIG (the recipes of the demo).
+# at once: a number, by default one per core and 8 at most), SLOW and DISTRIBUTED (which of these tests: `slow and not exhaustive`,
+# `distributed and not exhaustive` leave out the same check of every further family and engine), THREADS (of each of the demo's two
+# processes), SLRM_CONFIG and TAPO_CONFIG (the recipes of the demo).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +21,7 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 SLOW ?= slow
+DISTRIBUTED ?= distributed
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -79,7 +81,7 @@ test-all: test
 
 test-distributed: install
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[deepspeed]"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m distributed tests/distributed $(PYTEST_FLAGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "$(DISTRIBUTED)" tests/distributed $(PYTEST_FLAGS)
 
 # Without `playwright install`, whose Chromium plays no H.264
 test-browser: install

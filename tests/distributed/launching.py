@@ -151,7 +151,7 @@ def compile_deepspeed(timeout: float = 1200) -> None:
     assert result.returncode == 0, result.stdout[-5000:]
 
 
-def stop(engine: Engine, job: dict, folder: Path, launcher: str, timeout: float = 600) -> None:
+def stop(engine: Engine, job: dict, folder: Path, launcher: str, timeout: float = 1800) -> None:
     """
     Run a job that stops its own launcher, see `worker.py`, and wait until its processes have ended too.
 
@@ -187,7 +187,7 @@ def stop(engine: Engine, job: dict, folder: Path, launcher: str, timeout: float 
             end_marked(mark)
 
 
-def on_two_nodes(launcher: str, job: dict, folder: Path, timeout: float = 600) -> list[int]:
+def on_two_nodes(launcher: str, job: dict, folder: Path, timeout: float = 1800) -> list[int]:
     """
     Run a job, see `worker.py`, as on two machines: two launchers with a process each, which meet on the loopback interface.
 
@@ -226,7 +226,7 @@ def on_two_nodes(launcher: str, job: dict, folder: Path, timeout: float = 600) -
         end_marked(mark)
 
 
-def launch(engine: Engine, job: dict, folder: Path, timeout: float = 600) -> dict[str, dict]:
+def launch(engine: Engine, job: dict, folder: Path, timeout: float = 1800) -> dict[str, dict]:
     """
     Run a job, see `worker.py`, under an engine.
 

@@ -42,7 +42,7 @@ ROLLOUTS = {
 
 def command(target: list[str], options: dict) -> None:
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    result = run([*ENGINES["zero3"].command(free_port()), *target, *flags], timeout=600)
+    result = run([*ENGINES["zero3"].command(free_port()), *target, *flags], timeout=1800)
     assert result.returncode == 0, result.stdout[-8000:]
 
 

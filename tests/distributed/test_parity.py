@@ -11,7 +11,7 @@ from tapo_trl import load_policy
 from tapo_trl.rewards import load_reward_model
 from tapo_trl.runs.checkpoints import last_good_checkpoint
 from tests.distributed.comparing import differences, read, tensor_files
-from tests.distributed.conftest import FAMILY_PARITY, METHOD_PARITY, RUNS, VIDEO_PARITY
+from tests.distributed.conftest import FAMILY_PARITY, METHOD_PARITY, RUNS, VIDEO_PARITY, engine_param
 
 
 pytestmark = pytest.mark.distributed
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.distributed
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
-def engines_of(run: str) -> list[str]:
-    return [engine for engine in ENGINES if run in RUNS[engine]]
+def engines_of(run: str) -> list:
+    return [engine_param(engine, run=run) for engine in ENGINES if run in RUNS[engine]]
 
 
-def engine_runs(*runs: str) -> list[tuple[str, str]]:
-    return [(engine, run) for run in runs for engine in engines_of(run)]
+def engine_runs(*runs: str) -> list:
+    return [engine_param(engine, run, run=run) for run in runs for engine in ENGINES if run in RUNS[engine]]
 
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -70,6 +70,7 @@ class TestTAPO:
         assert max(tensor.abs().max() for name, tensor in trained.items() if "lora_B" in name) > 1e-2
         assert largest_difference(several.weights(run), trained) < 1e-5
 
+    @pytest.mark.exhaustive
     def test_weights_where_zero3_keeps_small_ones_whole(self, results):
         assert (
             largest_difference(results("zero3").weights("tapo_kept_whole"), results("single").weights("tapo")) < 1e-5
@@ -100,7 +101,7 @@ class TestTAPO:
         for process in results(engine).facts["tapo"]["processes"]:
             torch.testing.assert_close(torch.tensor(process["samples"]), expected, atol=1e-4, rtol=0)
 
-    @pytest.mark.parametrize(("engine", "run"), [*engine_runs("tapo"), ("zero3", "tapo_kept_whole")])
+    @pytest.mark.parametrize(("engine", "run"), engine_runs("tapo", "tapo_kept_whole"))
     def test_average_of_the_weights(self, results, engine, run):
         """What is saved of it, and what it generates; `worker.py` checks that the trained weights come back."""
         single, several = results("single"), results(engine)

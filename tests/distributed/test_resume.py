@@ -9,12 +9,13 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.comparing import differences, read, tensor_files
+from tests.distributed.conftest import engine_param
 
 
 pytestmark = pytest.mark.distributed
 
 CASES = [
-    (engine, *runs)
+    engine_param(engine, *runs, run=runs[0])
     for engine in ("ddp", "zero2", "zero3", "fsdp2")
     for runs in (
         ("ema", "ema_resumed"),
