@@ -56,6 +56,7 @@ HEAVY = (
     "HunyuanVideoPolicy",
     "HunyuanVideo15Policy",
 )
+LIKE_ANOTHER = ("Flux2Policy", "QwenImage21Policy", "TI2VPolicy", "HunyuanVideo15Policy")  # CI leaves these out
 VELOCITY_ATOL, MASKED_ATOL, SAMPLES_ATOL = 2e-6, 1e-6, 1e-5
 ROUNDS_TIMES = {"ZImagePipeline": 2e-5}  # computes 1 - sigma from a timestep of 1000 sigma
 
@@ -99,7 +100,10 @@ VARIANTS = [
 
 def marked(family):
     name = family.policy.split(":")[1]
-    return pytest.param(family, marks=pytest.mark.slow if name in HEAVY else (), id=name)
+    marks = [pytest.mark.slow] if name in HEAVY else []
+    if name in LIKE_ANOTHER:
+        marks.append(pytest.mark.exhaustive)
+    return pytest.param(family, marks=marks, id=name)
 
 
 @pytest.fixture(scope="module", params=map(marked, [*FAMILIES, *VARIANTS]))

@@ -29,10 +29,15 @@ NO_GRADIENT = {
 }
 
 
-IMAGES = [family for family in FAMILIES if family.policy_class.modality == "image"]
+IN_CI = ("StableDiffusion3Pipeline", "QwenImagePipeline")
+IMAGES = [
+    pytest.param(family, id=family.pipeline, marks=() if family.pipeline in IN_CI else pytest.mark.exhaustive)
+    for family in FAMILIES
+    if family.policy_class.modality == "image"
+]
 
 
-@pytest.fixture(scope="module", params=IMAGES, ids=lambda family: family.pipeline)
+@pytest.fixture(scope="module", params=IMAGES)
 def world(request):
     family = request.param
     policy = load_policy(family.policy_class.tiny())

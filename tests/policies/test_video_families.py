@@ -21,10 +21,10 @@ from tests.data.preference_pairs import latent_pairs
 pytestmark = pytest.mark.slow
 
 POLICIES = [
-    "tests.policies.ti2v:TI2VPolicy",
+    pytest.param("tests.policies.ti2v:TI2VPolicy", marks=pytest.mark.exhaustive),
     "tapo_trl.policies.wan_experts:WanExpertsPolicy",
     "tapo_trl.policies.hunyuan_video:HunyuanVideoPolicy",
-    "tapo_trl.policies.hunyuan_video15:HunyuanVideo15Policy",
+    pytest.param("tapo_trl.policies.hunyuan_video15:HunyuanVideo15Policy", marks=pytest.mark.exhaustive),
 ]
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 
