@@ -47,6 +47,7 @@ VARIANTS: dict[str, Method] = {
     "with that and pairs within branches": _even(pairing="tapo_within"),
     "with that and the reference's velocity as target": _even(velocity_target="reference"),
     "with that and beta 200": _even(beta=200.0),
+    "with that and scores of one-step estimates": _even(score_estimates=True, velocity_target="none"),
     "with that and a margin (pair_threshold 0.5)": _even(pair_threshold=[0.5]),
     "with that and consistent pairs alone": _even(consistent_pairs=True),
     "with that and an SLRM trained for the deployable rule": _even("SLRM, deployable target"),
