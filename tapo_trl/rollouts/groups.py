@@ -93,6 +93,8 @@ class FlowGRPOSampler(RolloutSampler):
         train_cfg (`bool`, *optional*, defaults to `True`):
             Whether the steps are kept as they were sampled. Otherwise they are shifted by what guidance has added to their mean,
             which takes one more forward per step, without guidance.
+        shared_noise (`bool`, *optional*, defaults to `False`):
+            Whether the trajectories of a prompt start from the same noise, so that they are one up to the first stochastic step.
 
     The others are those of [`~rollouts.base.RolloutSampler`].
     """
@@ -100,12 +102,14 @@ class FlowGRPOSampler(RolloutSampler):
     step_indices: list[int]
     num_generations: int
     train_cfg: bool = True
+    shared_noise: bool = False
 
     def run(self, inputs: RolloutInputs) -> TrajectoryGroups:
         device = inputs.prompt_embeds.device
         one_each = (self.num_generations, *self.latent_shape)
-        noise = inputs.randn(*one_each).transpose(0, 1)
-        latents = noise  # (K, B, *latent_shape)
+        num_starts = 1 if self.shared_noise else self.num_generations
+        noise = inputs.randn(num_starts, *self.latent_shape).transpose(0, 1)
+        latents = noise  # (K, B, *latent_shape), or (1, B, *latent_shape) while the trajectories are one
         shape = (len(self.step_indices), self.num_generations * len(inputs.prompts), *self.latent_shape)
         parents, children, means = (torch.empty(shape, device=self.store_on or device) for _ in range(3))
 
@@ -123,11 +127,11 @@ class FlowGRPOSampler(RolloutSampler):
                 trained, _ = self.scheduler.sde_mean_std(latents, unguided, index)
             step = self.step_indices.index(index)
             parents[step], children[step], means[step] = (
-                x.flatten(0, 1) for x in (latents, trained + change, trained)
+                x.expand_as(change).flatten(0, 1) for x in (latents, trained + change, trained)
             )
             latents = mean + change
 
-        rewards, parts = self.score(inputs, latents, noise)
+        rewards, parts = self.score(inputs, latents, noise.expand_as(latents))
         return TrajectoryGroups(
             prompt_embeds=inputs.prompt_embeds.repeat(self.num_generations),
             weights=torch.ones(shape[:2], device=device),

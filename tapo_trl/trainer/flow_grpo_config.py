@@ -73,6 +73,10 @@ class FlowGRPOConfig(StochasticRolloutConfig):
             policy that sampled are exact, and 1 at the start, but the gradient is not that of the guided policy, as it leaves
             out how that constant depends on the weights. The KL divergence is that of the steps without guidance. Takes one
             more forward of every stochastic step in the rollout.
+        shared_noise (`bool`, *optional*, defaults to `False`):
+            Whether all trajectories of a prompt start from the same noise, as in DanceGRPO. They are one up to the first stochastic
+            step, and are computed once up to there. With `window_size=1`, a group then differs in one step alone, which gets all the
+            credit, as in the branching of TempFlow-GRPO.
 
     > [!NOTE]
     > `num_inference_steps` defaults to `10` instead of the `20` of [`RolloutConfig`].
@@ -118,6 +122,7 @@ class FlowGRPOConfig(StochasticRolloutConfig):
 
     # Further parameters that control the training
     train_cfg: bool = option("Whether to train with the classifier-free guidance of the rollout.", True)
+    shared_noise: bool = option("Whether all trajectories of a prompt start from the same noise.", False)
 
     def __post_init__(self):
         super().__post_init__()

@@ -78,6 +78,7 @@ class FlowGRPOTrainer(RolloutTrainer):
         "sde_type",
         "guidance_scale",
         "train_cfg",
+        "shared_noise",
     )
 
     def _build_network(self, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
@@ -100,6 +101,7 @@ class FlowGRPOTrainer(RolloutTrainer):
             step_indices=self._window(0),
             num_generations=args.num_generations,
             train_cfg=args.train_cfg,
+            shared_noise=args.shared_noise,
             **kwargs,
         )
 

@@ -153,6 +153,7 @@ class TestUpdates:
             (OnlineDiffusionDPOConfig, OnlineDiffusionDPOTrainer, {"num_noise_levels": 2}),
             (FlowGRPOConfig, FlowGRPOTrainer, {"num_sde_steps": 2}),
             (FlowGRPOConfig, FlowGRPOTrainer, {"beta": 0.0}),
+            (FlowGRPOConfig, FlowGRPOTrainer, {"t_init": 1, "num_sde_steps": 2, "shared_noise": True}),
         ],
     )
     def test_on_samples(self, tmp_path, config, trainer, kwargs, guidance_scale):

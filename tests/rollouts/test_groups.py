@@ -14,7 +14,9 @@ from tests.rollouts.test_pairs import PROMPTS, RecordingReward, first_value, run
 STEPS, K = [0, 2, 4], 3
 
 
-def make_sampler(policy, reward, num_generations=K, step_indices=STEPS, store_on=None, **scheduler_kwargs):
+def make_sampler(
+    policy, reward, num_generations=K, step_indices=STEPS, store_on=None, shared_noise=False, **scheduler_kwargs
+):
     latent_shape = policy.latent_shape(32, 32)
     return FlowGRPOSampler(
         policy=policy,
@@ -25,20 +27,22 @@ def make_sampler(policy, reward, num_generations=K, step_indices=STEPS, store_on
         latent_shape=latent_shape,
         guidance_scale=3.0,
         store_on=store_on,
+        shared_noise=shared_noise,
     )
 
 
 class TestFlowGRPOSampler:
-    def test_trajectories_follow_the_sde_at_its_steps_and_the_ode_elsewhere(self, tiny_sd3_policy):
+    @pytest.mark.parametrize("shared_noise", [False, True])
+    def test_trajectories_follow_the_sde_at_its_steps_and_the_ode_elsewhere(self, tiny_sd3_policy, shared_noise):
         """Written down once more for every trajectory on its own, in the order of its draws."""
         policy = tiny_sd3_policy
-        sampler = make_sampler(policy, RecordingReward(first_value))
+        sampler = make_sampler(policy, RecordingReward(first_value), shared_noise=shared_noise)
         groups = run(sampler, policy)
         embeds, negative = policy.encode_prompts(PROMPTS, 3), policy.encode_prompts([""], 3)
         sigmas = sampler.scheduler.sigmas
         for b in range(len(PROMPTS)):
             generator = torch.Generator().manual_seed(b)
-            x = torch.randn(K, 4, 8, 8, generator=generator)
+            x = torch.randn(1 if shared_noise else K, 4, 8, 8, generator=generator).expand(K, -1, -1, -1)
             for index in range(6):
                 sigma, dt = sigmas[index], sigmas[index + 1] - sigmas[index]
                 with torch.no_grad():
@@ -55,6 +59,27 @@ class TestFlowGRPOSampler:
                 x = mean + s * (-dt).sqrt() * torch.randn(K, 4, 8, 8, generator=generator)
                 torch.testing.assert_close(groups.next_latents[level, rows], x, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(groups.final_latents[:, b], x, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("step_indices", [[0, 2], [2], [3, 5]])
+    def test_from_the_same_noise_they_are_one_up_to_the_first_stochastic_step(self, tiny_sd3_policy, step_indices):
+        rows, reward = [], RecordingReward(first_value)
+        policy = SD3Policy(tiny_sd3_policy.pipeline)
+
+        def velocity(model, latents, *args, **kwargs):
+            rows.append(len(latents))
+            return SD3Policy.velocity(policy, model, latents, *args, **kwargs)
+
+        policy.velocity = velocity
+        sampler = make_sampler(policy, reward, step_indices=step_indices, shared_noise=True)
+        groups = run(sampler, policy)
+        first = step_indices[0] + 1
+        assert rows == first * [len(PROMPTS)] + (6 - first) * [K * len(PROMPTS)]
+
+        starts = groups.latents[0].unflatten(0, (K, -1))
+        assert torch.equal(starts, starts[:1].expand_as(starts)) and groups.rewards.std(1).min() > 0
+        assert torch.equal(
+            reward.calls[0].initial_noise[: len(PROMPTS)], reward.calls[0].initial_noise[-len(PROMPTS) :]
+        )
 
     def test_final_samples_are_rewarded_once_and_clean(self, tiny_sd3_policy):
         reward = RecordingReward(first_value)

@@ -394,6 +394,19 @@ class TestWindow:
             latents = latents + (sigma_next - sigma) * velocity
         torch.testing.assert_close(groups.final_latents.flatten(0, 1), latents, rtol=1e-4, atol=1e-5)
 
+    def test_a_group_that_branches_at_one_step(self, tmp_path):
+        """From the same noise, a window of one step: the start of that step is the same for all, and every step has its turn."""
+        options = {"window_size": 1, "window_interval": 1, "window_strategy": "cyclic", "shared_noise": True}
+        trainer = make_trainer(tmp_path, num_inference_steps=4, max_steps=4, **options)
+        rollouts = RolloutRecorder(trainer)
+        trainer.train()  # with `self_check`: ratios are 1 at the start
+        assert [groups.step_indices.tolist() for groups in rollouts.pairs] == [[0], [1], [2], [0]]
+        for groups in rollouts.pairs:
+            starts, ends = (x[0].unflatten(0, (-1, 2)) for x in (groups.latents, groups.next_latents))
+            assert len(starts) == trainer.args.num_generations
+            assert torch.equal(starts, starts[:1].expand_as(starts)) and not torch.equal(ends[0], ends[1])
+            assert groups.advantages.any()
+
     def test_an_evaluation_uses_the_first_window(self, tmp_path):
         options = {"window_size": 1, "window_interval": 1, "eval_strategy": "steps", "eval_steps": 1}
         trainer = make_trainer(tmp_path, max_steps=3, eval_prompts=["bee", "ant"], **options)
