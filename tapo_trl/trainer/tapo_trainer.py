@@ -95,6 +95,9 @@ class TAPOTrainer(RolloutTrainer):
         "sde_type",
         "guidance_scale",
         "velocity_target",
+        "score_estimates",
+        "reward_min_sigma",
+        "reward_max_sigma",
         "pairs_per_update",
     )
 

@@ -72,7 +72,7 @@ class HunyuanVideo15Backbone(HunyuanBackbone):
         encoder_attention_mask_2: torch.Tensor,
         image_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        kinds = self.cond_type_embed.weight
+        kinds = self.cond_type_embed(torch.arange(2, device=hidden_states.device))
         text = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask) + kinds[0]
         text = torch.cat([self.context_embedder_2(encoder_hidden_states_2) + kinds[1], text], dim=1)
         mask = torch.cat([encoder_attention_mask_2, encoder_attention_mask], dim=1).bool()
