@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 RUN = EMA_RESUME["ema"]  # with a checkpoint at step 3
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.exhaustive)])
 def test_a_killed_process_ends_both_nodes_and_the_run_goes_on(job, results, tmp_path, launcher):
     killed = {"run": RUN | {"dies": {"process": 1, "step": 4}, "args": RUN["args"] | {"ddp_timeout": 60}}}
     codes = on_two_nodes(launcher, job | {"runs": killed}, tmp_path)

@@ -29,6 +29,7 @@ BASH = {
     for number, block in enumerate(blocks)
     if block.language == "bash"
 }
+NOT_IN_CI = ("examples/moving_emoji/", "examples/words/", "benchmarks/")
 PYTHON = {page: [block.text for block in blocks if block.language == "python"] for page, blocks in PAGES.items()}
 
 
@@ -81,8 +82,12 @@ def test_every_exemption_is_needed():
     assert not unused
 
 
+def marked(block):
+    return pytest.param(block, marks=pytest.mark.exhaustive if block.startswith(NOT_IN_CI) else ())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("block", BASH)
+@pytest.mark.parametrize("block", map(marked, BASH))
 def test_commands(folder, block):
     reasons = [reason_not_to_run(" ".join(words)) for words in BASH[block]]
     if None not in reasons:
