@@ -144,6 +144,7 @@ METHODS = {
     "online DPO": _ONLINE_DPO,
     "TAPO, one-step estimates": _of_estimates(_tapo()),
     "SPO's pairs, one-step estimates": _of_estimates(_spo()),
+    "TAPO, n = 2, P = 8, one-step estimates": _of_estimates(_tapo(num_sde_steps=2, num_candidates=8)),
     "TAPO, second round of labels": replace(_tapo(), learns_from="second round"),
     "TAPO, KL term searched": replace(_tapo(beta=40.0), values=(1.0, 4.0, 16.0), rates=RATES[3:6], searched="kl_coef"),
     "TAPO, true reward": _of_truth(_tapo()),

@@ -17,7 +17,7 @@ import numpy as np
 
 from tapo_trl.metrics.plots import check_matplotlib
 
-from ..reproduction.statistics import Estimate, compare, estimate
+from ..reproduction.statistics import compare, estimate
 from .study import BUDGET, HERE, METHODS, best, end, read_runs, tried
 
 
@@ -54,6 +54,13 @@ def at(row: dict[str, Any], x: str, value: float, y: str = "reward") -> float:
     return float(np.interp(value, np.maximum.accumulate(xs), ys))
 
 
+def claim(name: str, other: str, rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:
+    """Whether a method has more true reward at the end than another, by the seeds that both have."""
+    common = {row["seed"] for row in rows} & {row["seed"] for row in others}
+    first, second = (estimate([end(row) for row in both if row["seed"] in common]) for both in (rows, others))
+    return f"- {name} above {other} ({len(common)} seeds): {compare(first, second)}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
@@ -70,15 +77,15 @@ def searched(name: str) -> str:
 def write_report(names: Sequence[str], file: Path) -> str:
     """The tables of the methods that have final trainings."""
     final = {name: rows_of(name) for name in names}
-    judged: dict[str, Estimate] = {name: estimate([end(row) for row in rows]) for name, rows in final.items()}
     seconds = min(row["curve"][-1]["seconds"] for rows in final.values() for row in rows)
     first = next(iter(final.values()))[0]["curve"][0]
-    main_rows, equal = [["base", "", "", *(f"{first[column]:.2f}" for column in COLUMNS)]], []
+    main_rows, equal = [["base", "", "", "", *(f"{first[column]:.2f}" for column in COLUMNS)]], []
     for name, rows in final.items():
         last = {column: estimate([row["curve"][-1][column] for row in rows]) for column in COLUMNS}
         chosen = best(name)
         cells = [f"{value.mean:.2f} ± {value.half_width or 0:.2f}" for value in last.values()]
-        main_rows.append([name, f"{chosen.beta:g} / {chosen.learning_rate:g}", rows[0]["curve"][-1]["step"], *cells])
+        options = f"{chosen.beta:g} / {chosen.learning_rate:g}"
+        main_rows.append([name, options, len(rows), rows[0]["curve"][-1]["step"], *cells])
         by_seconds = estimate([at(row, "seconds", seconds) for row in rows])
         peak = estimate([max(point["reward"] for point in row["curve"]) for row in rows])
         by_distance = []
@@ -88,19 +95,17 @@ def write_report(names: Sequence[str], file: Path) -> str:
             by_distance.append(f"{estimate(values)} ({len(values)})" if values else "not reached")
         equal.append([name, by_seconds, peak, *by_distance])
     claims = [
-        f"- {first} above {name}: {compare(judged[first], judged[name])}"
-        for first in ("TAPO", "TAPO, true reward")
-        for name in judged
-        if first in judged
+        claim(first, name, final[first], rows)
+        for first in ("TAPO", "TAPO, one-step estimates", "TAPO, true reward")
+        for name, rows in final.items()
+        if first in final
         and name != first
         and (METHODS[name].learns_from == "truth") == (METHODS[first].learns_from == "truth")
-        if len(judged[name].values) == len(judged[first].values)
     ]
-    seeds = {len(rows) for rows in final.values()}
     text = "\n\n".join(
         [
-            f"At {BUDGET:,} rows through the policy's network. Seeds: {', '.join(map(str, sorted(seeds)))}; mean and 95 % interval.",
-            table(["method", "beta / learning rate", "updates", *COLUMNS], main_rows),
+            f"At {BUDGET:,} rows through the policy's network, mean and 95 % interval of the seeds.",
+            table(["method", "beta / learning rate", "seeds", "updates", *COLUMNS], main_rows),
             f"The true reward at equal seconds of a core ({seconds:.1f} s), at the best point of each curve, and where the distance from "
             "the base first reaches a value (with the number of seeds that reach it):",
             table(["method", "equal seconds", "best point", *(f"distance {d}" for d in DISTANCES)], equal),
