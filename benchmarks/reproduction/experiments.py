@@ -6,7 +6,7 @@
 from collections.abc import Callable
 
 from .lab import Lab
-from .policy_experiments import figure10, figure11, pairings, recipe, table1, table3
+from .policy_experiments import figure10, figure11, longer, pairings, recipe, table1, table3
 from .report import Report
 from .reward_experiments import ablation, figure4, figure12, figure14, figure15, table2, table4
 
@@ -27,4 +27,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "ablation": ablation,
     "pairings": pairings,
     "recipe": recipe,
+    "longer": longer,
 }

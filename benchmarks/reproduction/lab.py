@@ -164,13 +164,13 @@ class Lab:
         with the first seed; the one with the higher mean over all seeds comes first. The primary judge on `validation` decides.
         """
         finalists = {}
-        for name, tried in self._search(methods).items():
-            best_first = sorted(tried, key=lambda run: self._on_validation([run]), reverse=True)
+        for name, tried in self.search(methods).items():
+            best_first = sorted(tried, key=lambda run: self.on_validation([run]), reverse=True)
             finalists[name] = [self._with_all_seeds(name, methods[name], run) for run in best_first[:2]]
         self.queue.make([run for pair in finalists.values() for of_seeds in pair for run in of_seeds])
-        return {name: sorted(pair, key=self._on_validation, reverse=True) for name, pair in finalists.items()}
+        return {name: sorted(pair, key=self.on_validation, reverse=True) for name, pair in finalists.items()}
 
-    def _search(self, methods: Mapping[str, Method]) -> dict[str, list[Run]]:
+    def search(self, methods: Mapping[str, Method]) -> dict[str, list[Run]]:
         """
         Runs of each method with the first seed and the world's learning rates, and with further ones, by the same factor, until
         the best lies between two others or there are [`MAX_RATES`].
@@ -190,7 +190,7 @@ class Lab:
     def _rates_beyond(self, tried: Sequence[Run]) -> tuple[float, ...]:
         """The learning rate beyond the end that is the best of them, if one is and there are not enough."""
         rates = sorted(run.options["learning_rate"] for run in tried)
-        best = max(tried, key=lambda run: self._on_validation([run])).options["learning_rate"]
+        best = max(tried, key=lambda run: self.on_validation([run])).options["learning_rate"]
         if len(rates) == 1 or len(rates) >= MAX_RATES or rates[0] < best < rates[-1]:
             return ()
         factor = rates[1] / rates[0]
@@ -200,7 +200,8 @@ class Lab:
         chosen = {option: run.options[option] for option in ("max_steps", "learning_rate")}
         return [self.policy(name, method, seed, **chosen) for seed in self.seeds]
 
-    def _on_validation(self, runs: Sequence[Run]) -> float:
+    def on_validation(self, runs: Sequence[Run]) -> float:
+        """What decides between runs: the mean of the primary judge on the prompts that are there for that."""
         return self.judged(runs, split="validation").mean
 
     def judged(self, runs: Sequence[Run], judge: str | None = None, split: str = "test") -> Estimate:

@@ -55,6 +55,15 @@ VARIANTS: dict[str, Method] = {
     "with that and a DiNa-LRM": _even("DiNa-LRM"),
 }
 
+LONGER = 4
+"""Budget of [`longer`], in budgets of Table 1."""
+SEARCHED_BETAS: dict[str, tuple[Method, tuple[float, ...]]] = {
+    "TAPO": (EVEN_TAPO, (62.5, 250.0, 1000.0)),
+    "SPO's pairs": (_even(**PAIRINGS["SPO's pairs"]), (62.5, 250.0, 1000.0)),
+    "online DPO": (METHODS["Online Diffusion-DPO"], (25.0, 100.0, 400.0)),
+    "Diffusion-DPO": (METHODS["Diffusion-DPO"], (62.5, 250.0, 1000.0)),
+}
+
 
 def table1(lab: Lab) -> Report:
     """Methods by judge, at the same number of policy forwards."""
@@ -253,6 +262,55 @@ def recipe(lab: Lab) -> Report:
         ],
         panels=[bars(lab.world.describe[lab.world.primary], judged, start=_base(lab).mean)],
     )
+
+
+def longer(lab: Lab) -> Report:
+    """Methods at four times the cost, with a beta of their own."""
+    rows, judged, short = [], {}, {}
+    for name, (method, betas) in SEARCHED_BETAS.items():
+        if not _is_available(lab, method):
+            continue
+        arms = {f"{name}, beta {beta:g}": _with_beta(method, beta) for beta in betas}
+        trials = [(arm, run) for arm, runs in lab.search(arms).items() for run in runs]
+        arm, best = max(trials, key=lambda trial: lab.on_validation([trial[1]]))
+        rate, steps = best.options["learning_rate"], LONGER * best.options["max_steps"]
+        tried = [
+            [lab.policy(name, arms[arm], seed, max_steps=steps, learning_rate=each) for seed in lab.seeds]
+            for each in (rate, rate / 2)
+        ]
+        lab.queue.make([run for of_seeds in tried for run in of_seeds])
+        runs, others = sorted(tried, key=lab.on_validation, reverse=True)
+        judged[name], short[name] = lab.judged(runs), lab.judged([best])
+        second = f"{others[0].options['learning_rate']:g}: {lab.judged(others)}"
+        beta = f"{best.options['beta']:g}"
+        rows.append(
+            [name, beta, len(trials), *_training_cells(lab, runs), *_judge_cells(lab, runs), short[name], second]
+        )
+    return Report(
+        title=f"Methods at {LONGER} times the cost, with a beta of their own",
+        method=_method_text(
+            lab,
+            f"Here the trials of the first seed have every beta and learning rate at the budget of Table 1. The best one is trained {LONGER} "
+            "times as long, with its learning rate and half of it, and the mean over all seeds on `validation` decides. Pairs of steps have "
+            "`step_weighting: velocity` and no clipping.",
+        ),
+        header=[
+            *("method", "beta", "trials", *TRAINING_HEADER, *lab.world.describe),
+            f"{lab.world.primary} of the best trial",
+            _second_header(lab),
+        ],
+        rows=rows,
+        claims=[
+            f"TAPO against {name}: {compare(judged['TAPO'], value)}"
+            for name, value in judged.items()
+            if name != "TAPO"
+        ],
+        panels=[bars(lab.world.describe[lab.world.primary], judged, start=_base(lab).mean)],
+    )
+
+
+def _with_beta(method: Method, beta: float) -> Method:
+    return replace(method, options={**method.options, "beta": beta})
 
 
 def _pairing(name: str, changes: dict[str, Any]) -> Method:

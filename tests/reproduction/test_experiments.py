@@ -140,6 +140,21 @@ def test_curves_are_means_over_the_splits_and_say_where_they_turn(world):
     assert ["**holds**" in claim for claim in falls] == [False, True, True, True]
 
 
+def test_the_best_beta_and_rate_are_trained_for_longer(world):
+    gain = {62.5: 0.1, 250.0: 0.2, 1000.0: 0.0}
+    lab = lab_of(world, gain=lambda options: gain[options["beta"]])
+    report = EXPERIMENTS["longer"](lab)
+    rows = {row[0]: dict(zip(report.header, row, strict=True)) for row in report.rows}
+    assert rows.keys() == {"TAPO", "SPO's pairs", "Diffusion-DPO"}  # this world has no recipe of the fourth
+    for name, row in rows.items():
+        assert row["beta"] == "250" and row["trials"] == 3 * len({1e-3, 2e-3, 4e-3})
+        assert row["steps"] == 4 * (16 if name == "SPO's pairs" else 8)
+        assert row["learning rate"] == "0.002" and row["good with the second learning rate"].startswith("0.001: ")
+        assert len(row["good"].values) == 3
+    long = {(run.seed, run.options["beta"]) for run in lab.queue.made.values() if run.options.get("max_steps", 0) > 16}
+    assert long == {(seed, 250.0) for seed in range(3)}
+
+
 def test_the_index_has_the_claims_of_what_was_written(world, tmp_path):
     reports = {name: EXPERIMENTS[name](lab_of(world)) for name in ("fig10", "table1")}
     for name, report in reports.items():
