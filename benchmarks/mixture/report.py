@@ -26,6 +26,7 @@ DISTANCES = (0.03, 0.1, 0.3)
 PLOTTED = (
     "TAPO",
     "TAPO, one-step estimates",
+    "TAPO, n = 2, P = 8, one-step estimates",
     "SPO's pairs",
     "online DPO",
     "Diffusion-DPO",
@@ -96,7 +97,7 @@ def write_report(names: Sequence[str], file: Path) -> str:
         equal.append([name, by_seconds, peak, *by_distance])
     claims = [
         claim(first, name, final[first], rows)
-        for first in ("TAPO", "TAPO, one-step estimates", "TAPO, true reward")
+        for first in ("TAPO", "TAPO, n = 2, P = 8, one-step estimates", "TAPO, true reward")
         for name, rows in final.items()
         if first in final
         and name != first
