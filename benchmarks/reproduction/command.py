@@ -109,11 +109,10 @@ def main(args: ReproduceArguments) -> None:
         root,
         args.jobs,
         args.threads,
-        args.samples_per_prompt,
         known={} if args.known_results is None else read_results(Path(args.known_results)),
         record=reports / "runs.jsonl",
     )
-    lab = Lab(queue, seeds=range(args.seeds))
+    lab = Lab(queue, range(args.seeds), args.samples_per_prompt)
     for name in EXPERIMENTS if ALL in args.experiments else dict.fromkeys(args.experiments):
         print(f"{name}: {EXPERIMENTS[name].__doc__}")
         report = EXPERIMENTS[name](lab)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .runs import BASE_COMMAND, PROMPTS_COMMAND, REWARD_COMMAND, Run, RunQueue
+from .runs import BASE_COMMAND, PROMPTS_COMMAND, REWARD_COMMAND, SAMPLES_PER_PROMPT, Run, RunQueue
 from .statistics import Estimate, estimate
 from .world import World
 
@@ -86,10 +86,12 @@ class Lab:
     Args:
         queue ([`RunQueue`]): where they are made.
         seeds (`Sequence[int]`): seeds of every reported number. A reward model has the seed of the policy it trains.
+        samples_per_prompt (`int`, *optional*, defaults to `2`): samples of each held-out prompt that are judged.
     """
 
     queue: RunQueue
     seeds: Sequence[int]
+    samples_per_prompt: int = SAMPLES_PER_PROMPT
 
     @property
     def world(self) -> World:
@@ -113,12 +115,12 @@ class Lab:
     def base(self, reward: str | None, seed: int) -> Run:
         """The base model, rated by a reward model, too, if there is one."""
         options = {"reward_model": None if reward is None else self.reward(reward, seed)}
-        return Run(BASE_COMMAND, "base", self.world.recipes["tapo"], options, seed)
+        return self._run(BASE_COMMAND, "base", "tapo", options, seed)
 
     def hard_prompts(self, reward: str, seed: int) -> Run:
         """The prompts for which the base has the least reward."""
         options = {"reward_model": self.reward(reward, seed)}
-        return Run(PROMPTS_COMMAND, "hard-prompts", self.world.recipes["tapo"], options, seed)
+        return self._run(PROMPTS_COMMAND, "hard-prompts", "tapo", options, seed)
 
     def policy(self, name: str, method: Method, seed: int, **options) -> Run:
         """The training of a policy, with the world's size and further options."""
@@ -144,7 +146,11 @@ class Lab:
         merged = {**common, **method.options, **options}
         if method.command == "tapo":
             merged["transition_batch_size"] = world.prompts_per_step * merged["num_sde_steps"]
-        return Run(method.command, _slug(name), world.recipes[method.command], merged, seed)
+        return self._run(method.command, _slug(name), method.command, merged, seed)
+
+    def _run(self, command: str, label: str, recipe: str, options: Mapping[str, Any], seed: int) -> Run:
+        recipe = self.world.recipes[recipe]
+        return Run(command, label, recipe, options, seed, samples_per_prompt=self.samples_per_prompt)
 
     def forwards_per_step(self, runs: Sequence[Run]) -> list[int]:
         """Policy forwards of one step of each training, counted."""

@@ -57,6 +57,8 @@ VARIANTS: dict[str, Method] = {
 
 LONGER = 4
 """Budget of [`longer`], in budgets of Table 1."""
+LONGER_SAMPLES = 4
+"""Samples of each held-out prompt that [`longer`] judges at least."""
 SEARCHED_BETAS: dict[str, tuple[Method, tuple[float, ...]]] = {
     "TAPO": (EVEN_TAPO, (62.5, 250.0, 1000.0)),
     "SPO's pairs": (_even(**PAIRINGS["SPO's pairs"]), (62.5, 250.0, 1000.0)),
@@ -266,47 +268,60 @@ def recipe(lab: Lab) -> Report:
 
 def longer(lab: Lab) -> Report:
     """Methods at four times the cost, with a beta of their own."""
-    rows, judged, short = [], {}, {}
+    final = replace(lab, samples_per_prompt=max(lab.samples_per_prompt, LONGER_SAMPLES))
+    rows, judged, found = [], {}, []
     for name, (method, betas) in SEARCHED_BETAS.items():
         if not _is_available(lab, method):
             continue
         arms = {f"{name}, beta {beta:g}": _with_beta(method, beta) for beta in betas}
-        trials = [(arm, run) for arm, runs in lab.search(arms).items() for run in runs]
-        arm, best = max(trials, key=lambda trial: lab.on_validation([trial[1]]))
-        rate, steps = best.options["learning_rate"], LONGER * best.options["max_steps"]
-        tried = [
-            [lab.policy(name, arms[arm], seed, max_steps=steps, learning_rate=each) for seed in lab.seeds]
-            for each in (rate, rate / 2)
-        ]
-        lab.queue.make([run for of_seeds in tried for run in of_seeds])
-        runs, others = sorted(tried, key=lab.on_validation, reverse=True)
-        judged[name], short[name] = lab.judged(runs), lab.judged([best])
-        second = f"{others[0].options['learning_rate']:g}: {lab.judged(others)}"
-        beta = f"{best.options['beta']:g}"
+        trials = {run: arms[arm] for arm, runs in lab.search(arms).items() for run in runs}
+        values = {run: lab.on_validation([run]) for run in trials}
+        best = max(values, key=values.get)
+        runs, other = _longer_runs(final, name, trials[best], best)
+        judged[name] = final.judged(runs)
+        cells = [*_training_cells(final, runs), *_judge_cells(final, runs)]
         rows.append(
-            [name, beta, len(trials), *_training_cells(lab, runs), *_judge_cells(lab, runs), short[name], second]
+            [name, f"{best.options['beta']:g}", len(trials), *cells, f"{_rate(other)}: {final.judged([other])}"]
         )
+        texts = (f"beta {run.options['beta']:g} at {_rate(run)} gives {value:.2f}" for run, value in values.items())
+        found.append(f"Trials of {name}, `validation`: {', '.join(texts)}")
     return Report(
         title=f"Methods at {LONGER} times the cost, with a beta of their own",
         method=_method_text(
-            lab,
-            f"Here the trials of the first seed have every beta and learning rate at the budget of Table 1. The best one is trained {LONGER} "
-            "times as long, with its learning rate and half of it, and the mean over all seeds on `validation` decides. Pairs of steps have "
-            "`step_weighting: velocity` and no clipping.",
+            final,
+            "Pairs of steps have `step_weighting: velocity` and no clipping.",
+            finals=f"each beta has these trials, judged by {lab.samples_per_prompt} samples; the best trial is made {LONGER} times as long "
+            "with the first seed, with its learning rate and half of it, and the better of these two with all seeds",
         ),
         header=[
             *("method", "beta", "trials", *TRAINING_HEADER, *lab.world.describe),
-            f"{lab.world.primary} of the best trial",
-            _second_header(lab),
+            f"{lab.world.primary} of the first seed with the other learning rate",
         ],
         rows=rows,
         claims=[
-            f"TAPO against {name}: {compare(judged['TAPO'], value)}"
-            for name, value in judged.items()
-            if name != "TAPO"
+            *(
+                f"TAPO against {name}: {compare(judged['TAPO'], value)}"
+                for name, value in judged.items()
+                if name != "TAPO"
+            ),
+            *found,
         ],
-        panels=[bars(lab.world.describe[lab.world.primary], judged, start=_base(lab).mean)],
+        panels=[bars(lab.world.describe[lab.world.primary], judged, start=_base(final).mean)],
     )
+
+
+def _longer_runs(lab: Lab, name: str, method: Method, trial: Run) -> tuple[list[Run], Run]:
+    """A trial for longer, with all seeds and the better of two learning rates, and the first seed with the other one."""
+    steps, rate = LONGER * trial.options["max_steps"], trial.options["learning_rate"]
+    first = [lab.policy(name, method, lab.seeds[0], max_steps=steps, learning_rate=each) for each in (rate, rate / 2)]
+    lab.queue.make(first)
+    better, other = sorted(first, key=lambda run: lab.on_validation([run]), reverse=True)
+    options = {"max_steps": steps, "learning_rate": better.options["learning_rate"]}
+    return [lab.policy(name, method, seed, **options) for seed in lab.seeds], other
+
+
+def _rate(run: Run) -> str:
+    return f"{run.options['learning_rate']:g}"
 
 
 def _with_beta(method: Method, beta: float) -> Method:
@@ -386,7 +401,7 @@ def _grid(title: str, values: dict[tuple[int, int], Estimate]):
     return grid(title, list(rows), list(columns), table, "candidates P", "stochastic steps n")
 
 
-def _method_text(lab: Lab, more: str = "") -> str:
+def _method_text(lab: Lab, more: str = "", finals: str = "of the best two, the mean over all seeds decides") -> str:
     world = lab.world
     judges = "; ".join(f"`{name}`: {text}" for name, text in world.describe.items())
     return (
@@ -394,8 +409,7 @@ def _method_text(lab: Lab, more: str = "") -> str:
         f"a method gets as many steps as {lab.budget()} of them pay for (up to some smaller batches at the end of an epoch), unless "
         f"the table shows other steps. Each method has its best learning rate by `{world.primary}` on the prompts of `validation`: "
         f"with the first seed, {' and '.join(f'{rate:g}' for rate in world.learning_rates['tapo'])} are tried, and further ones until "
-        f"the best lies between two others or {MAX_RATES} were tried; of the best two, the mean over all "
-        "seeds decides. The table shows the prompts of `test`, "
-        f"{lab.queue.samples_per_prompt} samples each, the mean over {len(lab.seeds)} training seeds (of reward model and policy) "
+        f"the best lies between two others or {MAX_RATES} were tried; {finals}. The table shows the prompts of `test`, "
+        f"{lab.samples_per_prompt} samples each, the mean over {len(lab.seeds)} training seeds (of reward model and policy) "
         f"and the 95 % interval. Judges: {judges}. {more}"
     ).strip()

@@ -32,6 +32,9 @@ REWARD_COMMAND = "slrm"
 BASE_COMMAND = "base"
 PROMPTS_COMMAND = "hard_prompts"
 
+SAMPLES_PER_PROMPT = 2
+"""Samples of each held-out prompt that are judged, where nothing else is said."""
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -45,6 +48,7 @@ class Run:
         options (`Mapping[str, Any]`): fields of the recipe. `None` takes one out. For a [`Run`], what it makes is the value.
         seed (`int`): seed of the training.
         is_probe (`bool`): whether it stops after a step and is not judged: it tells what a step costs.
+        samples_per_prompt (`int`): samples of each held-out prompt that are judged.
     """
 
     command: str
@@ -53,12 +57,15 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     is_probe: bool = False
+    samples_per_prompt: int = SAMPLES_PER_PROMPT
 
     @cached_property
     def folder(self) -> str:
-        """Its folder below the root: another one for every recipe, option and seed."""
-        values = self._merged(lambda need: need.folder)
-        text = json.dumps([values, self.seed, self.is_probe], sort_keys=True)
+        """Its folder below the root: another one for every recipe, option, seed and number of samples."""
+        values = [self._merged(lambda need: need.folder), self.seed, self.is_probe]
+        if self.samples_per_prompt != SAMPLES_PER_PROMPT:
+            values.append(self.samples_per_prompt)
+        text = json.dumps(values, sort_keys=True)
         return f"{self.command}/{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def _merged(self, place: Callable[["Run"], str]) -> dict[str, Any]:
@@ -88,7 +95,8 @@ class Run:
     @property
     def probe(self) -> "Run":
         """The same for a single step, with seed 0."""
-        return replace(self.with_options(max_steps=1), seed=0, is_probe=True)
+        one_step = self.with_options(max_steps=1)
+        return replace(one_step, seed=0, is_probe=True, samples_per_prompt=SAMPLES_PER_PROMPT)
 
     def write_recipe(self, root: Path) -> Path:
         """Write the whole recipe into its folder, for `tapo-trl COMMAND --config` and for whoever wants to know."""
@@ -113,7 +121,6 @@ class RunQueue:
         root (`Path`): where the runs are kept.
         jobs (`int`, *optional*, defaults to `1`): runs at once, each in a process of its own.
         threads (`int`, *optional*, defaults to `1`): threads of each.
-        samples_per_prompt (`int`, *optional*, defaults to `2`): samples of each held-out prompt that are judged.
         known (`dict[str, dict]`, *optional*): results of runs that were made elsewhere, by folder, see [`read_results`].
         record (`Path`, *optional*): where the results of all runs that were asked for are written down.
     """
@@ -123,7 +130,6 @@ class RunQueue:
     root: Path
     jobs: int = 1
     threads: int = 1
-    samples_per_prompt: int = 2
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     record: Path | None = None
     _recorded: set[str] = field(default_factory=set, init=False)
@@ -167,7 +173,7 @@ class RunQueue:
             while (waiting and not failed) or started:
                 ready = [run for run in waiting.values() if all(map(self._is_here, run.needs))]
                 for run in [] if failed else ready[: self.jobs - len(started)]:
-                    arguments = (run, self.world_name, self.root, self.threads, self.samples_per_prompt)
+                    arguments = (run, self.world_name, self.root, self.threads)
                     started[pool.submit(execute, *arguments)] = waiting.pop(run.folder)
                 progress.set_postfix_str(", ".join(run.label for run in started.values()))
                 finished, _ = wait(started, return_when=FIRST_COMPLETED)
@@ -231,7 +237,7 @@ def _with_needs(runs: Iterable[Run]) -> list[Run]:
     return list(ordered.values())
 
 
-def execute(run: Run, world_name: str, root: Path, threads: int, samples_per_prompt: int) -> None:
+def execute(run: Run, world_name: str, root: Path, threads: int) -> None:
     """Train, judge and write the result of a run, which is the last file that appears."""
     import torch
 
@@ -254,13 +260,13 @@ def execute(run: Run, world_name: str, root: Path, threads: int, samples_per_pro
         elif run.command == PROMPTS_COMMAND:
             from .measure import hard_prompts
 
-            prompts = hard_prompts(world, recipe, samples_per_prompt)
+            prompts = hard_prompts(world, recipe, run.samples_per_prompt)
             (folder / PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
         elif not run.is_probe:
             from .measure import measure_policy
 
             trained = None if run.command == BASE_COMMAND else folder
-            result["judges"] = measure_policy(world, recipe, trained, samples_per_prompt)
+            result["judges"] = measure_policy(world, recipe, trained, run.samples_per_prompt)
     with atomic_write(folder / RESULT) as aside:
         aside.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -27,8 +27,6 @@ PROBED = {"spo": 50, "lpo": 20}  # forwards of a step, by pairing; 100 of all ot
 class PretendQueue:
     """Says of every run what a formula says, and remembers it."""
 
-    samples_per_prompt = 2
-
     def __init__(self, world, gain=lambda options: 0.0, enhanced=1.0, best_rate=2e-3):
         self.world, self.gain, self.enhanced, self.best_rate = world, gain, enhanced, best_rate
         self.made: dict[str, Run] = {}
@@ -149,10 +147,16 @@ def test_the_best_beta_and_rate_are_trained_for_longer(world):
     for name, row in rows.items():
         assert row["beta"] == "250" and row["trials"] == 3 * len({1e-3, 2e-3, 4e-3})
         assert row["steps"] == 4 * (16 if name == "SPO's pairs" else 8)
-        assert row["learning rate"] == "0.002" and row["good with the second learning rate"].startswith("0.001: ")
+        assert row["learning rate"] == "0.002"
+        assert row["good of the first seed with the other learning rate"].startswith("0.001: ")
         assert len(row["good"].values) == 3
-    long = {(run.seed, run.options["beta"]) for run in lab.queue.made.values() if run.options.get("max_steps", 0) > 16}
-    assert long == {(seed, 250.0) for seed in range(3)}
+    long = [run for run in lab.queue.made.values() if run.options.get("max_steps", 0) > 16]
+    assert {(run.seed, run.options["beta"]) for run in long} == {(seed, 250.0) for seed in range(3)}
+    assert len(long) == 3 * 4  # of each method the best with all seeds, and another learning rate with the first
+    judged = [run for run in lab.queue.made.values() if run.options.get("max_steps", 1) > 1]
+    assert all(run.samples_per_prompt == (4 if run in long else 2) for run in judged)
+    trials = next(claim for claim in report.claims if claim.startswith("Trials of TAPO"))
+    assert trials.count("beta 250 at ") == 3 and "beta 62.5 at 0.002 gives 0.60" in trials
 
 
 def test_the_index_has_the_claims_of_what_was_written(world, tmp_path):

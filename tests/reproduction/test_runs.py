@@ -92,10 +92,12 @@ class TestRun:
             tapo.with_options(num_sde_steps=1),
             tapo.with_options(guidance_scale=None),
             tapo.with_seed(1),
+            replace(tapo, samples_per_prompt=4),
             tapo.probe,
             tapo.with_options(reward_model=tapo.options["reward_model"].with_seed(1)),
         ]
         assert len({run.folder for run in [tapo, *others]}) == len(others) + 1
+        assert replace(tapo, samples_per_prompt=4).probe.folder == tapo.probe.folder  # which is not judged
 
     def test_comments_of_a_recipe_change_nothing(self, folder, reward):
         before = reward.folder
@@ -161,9 +163,9 @@ class TestRunQueue:
 
     @pytest.mark.slow
     def test_hard_prompts_are_the_half_with_the_least_reward(self, folder, tapo, reward, tmp_path):
-        queue = RunQueue(load_world(str(folder)), str(folder), tmp_path, samples_per_prompt=1)
-        hard = Run("hard_prompts", "hard", str(folder / "tapo.yaml"), {"reward_model": reward})
-        (result,) = queue.make([tapo.with_options(dataset_name=hard)])
+        queue = RunQueue(load_world(str(folder)), str(folder), tmp_path)
+        hard = Run("hard_prompts", "hard", str(folder / "tapo.yaml"), {"reward_model": reward}, samples_per_prompt=1)
+        (result,) = queue.make([replace(tapo, samples_per_prompt=1).with_options(dataset_name=hard)])
         recipe = yaml.safe_load((tmp_path / hard.folder / RECIPE).read_text())
         samples = Samples(queue.world, recipe)
         rewards = samples.score(list("abcd"), 1, judge=None)
@@ -202,8 +204,10 @@ class TestRunQueue:
 
     @pytest.mark.slow
     def test_the_base_is_judged_untrained(self, folder, tapo, tmp_path):
-        queue = RunQueue(load_world(str(folder)), str(folder), tmp_path, samples_per_prompt=1)
-        (result,) = queue.make([Run("base", "base", str(folder / "tapo.yaml"), {"reward_model": None})])
+        queue = RunQueue(load_world(str(folder)), str(folder), tmp_path)
+        (result,) = queue.make(
+            [Run("base", "base", str(folder / "tapo.yaml"), {"reward_model": None}, samples_per_prompt=1)]
+        )
         policy_forwards = result["forwards"]["policy"]
         assert policy_forwards == 0
         from tapo_trl import load_policy
