@@ -26,6 +26,17 @@ from tapo_trl.rollouts import FlowGRPOSampler, TrajectoryPairs
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SDE = {"num_sde_steps": 4, "t_init": 0}
 
+REWARDS: dict[str, dict[str, Any]] = {
+    "slrm": {},
+    "slrm-paper": {"velocity_target": "ground_truth"},
+    "slrm-without-enhancement": {"velocity_target": "none", "score_preservation_coef": 0.0},
+    "slrm-without-tokens": {"num_task_tokens": 0},
+    "slrm-additive": {"enhancement": "additive"},
+}
+"""Options of reward models."""
+SECOND_ROUND = "slrm-second"
+"""A reward model of as many labels, half of them of samples of a policy that was aligned with the first."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -41,8 +52,8 @@ class Method:
         learns_from (`str`):
             `"slrm"`: the reward model, which scores noisy latents at their own noise level where a method asks about steps.
             `"estimates"`: the same model, which then scores their one-step estimates at noise level 0. `"truth"`: the true reward,
-            of one-step estimates. Of final samples, the first two are the same. `"second round"`: a reward model that has also seen
-            samples of a policy that was aligned with the first.
+            of one-step estimates. Of final samples, the first two are the same.
+        reward (`str`): the reward model, one of [`REWARDS`] or [`SECOND_ROUND`].
         searched (`str`): the option that is searched beside the learning rate.
     """
 
@@ -51,7 +62,8 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     values: tuple[float, ...] = ()
     rates: tuple[float, ...] = RATES[2:5]
-    learns_from: Literal["slrm", "estimates", "second round", "truth"] = "slrm"
+    learns_from: Literal["slrm", "estimates", "truth"] = "slrm"
+    reward: str = "slrm"
     searched: str = "beta"
 
     @property
@@ -145,7 +157,14 @@ METHODS = {
     "TAPO, one-step estimates": _of_estimates(_tapo()),
     "SPO's pairs, one-step estimates": _of_estimates(_spo()),
     "TAPO, n = 2, P = 8, one-step estimates": _of_estimates(_tapo(num_sde_steps=2, num_candidates=8)),
-    "TAPO, second round of labels": replace(_tapo(), learns_from="second round"),
+    "TAPO, n = 2, P = 4, one-step estimates": _of_estimates(_tapo(num_sde_steps=2)),
+    "TAPO, n = 4, P = 8, one-step estimates": _of_estimates(_tapo(num_candidates=8)),
+    "TAPO, n = 8, P = 4, one-step estimates": _of_estimates(_tapo(num_sde_steps=8)),
+    "TAPO, SLRM as in the paper": replace(_tapo(velocity_target="parent"), reward="slrm-paper"),
+    "TAPO, SLRM without score enhancement": replace(_tapo(), reward="slrm-without-enhancement"),
+    "TAPO, SLRM without task tokens": replace(_tapo(), reward="slrm-without-tokens"),
+    "TAPO, SLRM with additive enhancement": replace(_tapo(), reward="slrm-additive"),
+    "TAPO, second round of labels": replace(_tapo(), reward=SECOND_ROUND),
     "TAPO, KL term searched": replace(_tapo(beta=40.0), values=(1.0, 4.0, 16.0), rates=RATES[3:6], searched="kl_coef"),
     "TAPO, true reward": _of_truth(_tapo()),
     "TAPO, centered log-ratios, true reward": _of_truth(_tapo(center_log_ratios=True)),

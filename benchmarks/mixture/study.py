@@ -33,7 +33,7 @@ from tapo_trl.callbacks import PolicyCallback
 from tapo_trl.policies import PromptEmbeddings
 
 from ..reproduction.forward_counter import ForwardCounter
-from .methods import METHODS, RATES
+from .methods import METHODS, RATES, REWARDS, SECOND_ROUND
 from .world import PROMPTS, Mixture, MixturePolicy, load, pretrain
 
 
@@ -132,8 +132,10 @@ COMMON = {
 }
 
 
-def train_reward(policy: MixturePolicy, pairs: Dataset, folder: Path, seed: int, num_steps: int = 150) -> None:
-    """An SLRM with its default options."""
+def train_reward(
+    policy: MixturePolicy, pairs: Dataset, folder: Path, seed: int, num_steps: int = 150, **options
+) -> None:
+    """An SLRM, with its default options where there are no others."""
     args = SLRMConfig(
         output_dir=str(folder),
         cache_dir=str(folder / "cache"),
@@ -145,6 +147,7 @@ def train_reward(policy: MixturePolicy, pairs: Dataset, folder: Path, seed: int,
         logging_steps=50,
         seed=seed,
         **COMMON,
+        **options,
     )
     trainer = SLRMTrainer(policy, args, train_dataset=pairs)
     trainer.train()
@@ -248,18 +251,19 @@ class _NewPairs(PolicyCallback):
             )
 
 
-def reward_of_second_round(work: Path, seed: int) -> Path:
-    """
-    The folder of a reward model of as many labels, half of them of pairs of a policy that TAPO has aligned with the first reward model. It
-    is trained if it is not there.
-    """
-    folder = work / f"slrm-second-{seed}"
+def reward_folder(name: str, work: Path, seed: int) -> Path:
+    """The folder of a reward model. It is trained if it is not there."""
+    folder = work / f"{name}-{seed}"
     if not folder.exists():
         mixture, policy = load(work / "base")
-        made = _NewPairs(mixture, seed + 50)
-        train(replace(best("TAPO"), seed=seed), work, split=0, callbacks=[made])
-        first = preference_pairs(mixture, policy, NUM_LABELS // 2, seed)
-        train_reward(policy, concatenate_datasets([first, made.pairs]), folder, seed)
+        if name == SECOND_ROUND:
+            made = _NewPairs(mixture, seed + 50)
+            train(replace(best("TAPO"), seed=seed), work, split=0, callbacks=[made])
+            first = preference_pairs(mixture, policy, NUM_LABELS // 2, seed)
+            pairs = concatenate_datasets([first, made.pairs])
+        else:
+            pairs = preference_pairs(mixture, policy, NUM_LABELS, seed)
+        train_reward(policy, pairs, folder, seed, **REWARDS.get(name, {}))
     return folder
 
 
@@ -275,9 +279,7 @@ def train(run: Run, work: Path, split: int, callbacks: Sequence[PolicyCallback] 
     """
     mixture, policy = load(work / "base")
     method = METHODS[run.method]
-    is_second = method.learns_from == "second round"
-    folder = reward_of_second_round(work, run.seed) if is_second else work / f"slrm-{run.seed}"
-    reward = SLRMModel.from_pretrained(str(folder))
+    reward = SLRMModel.from_pretrained(str(reward_folder(method.reward, work, run.seed)))
     counter = ForwardCounter()
     for callback in callbacks:
         callback.counter = counter
@@ -415,10 +417,7 @@ def main() -> None:
         if not (args.work_dir / "base").exists():
             pretrain(CHANNELS, args.work_dir / "base")
         for seed in range(args.seeds):
-            if not (args.work_dir / f"slrm-{seed}").exists():
-                mixture, policy = load(args.work_dir / "base")
-                pairs = preference_pairs(mixture, policy, NUM_LABELS, seed)
-                train_reward(policy, pairs, args.work_dir / f"slrm-{seed}", seed)
+            reward_folder("slrm", args.work_dir, seed)
     for name in args.methods if args.command == "search" else []:
         search(name, args.work_dir)
     for name in args.methods if args.command == "seeds" else []:
