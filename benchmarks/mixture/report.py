@@ -26,7 +26,7 @@ DISTANCES = (0.03, 0.1, 0.3)
 PLOTTED = (
     "TAPO",
     "TAPO, one-step estimates",
-    "TAPO, n = 2, P = 8, one-step estimates",
+    "TAPO, n = 2, P = 4, one-step estimates",
     "SPO's pairs",
     "online DPO",
     "Diffusion-DPO",
@@ -34,6 +34,13 @@ PLOTTED = (
     "DiffusionNFT",
 )
 """Methods with a learning curve, of the SLRM and of the true reward."""
+COMPARED = (
+    "TAPO",
+    "TAPO, n = 2, P = 8, one-step estimates",
+    "TAPO, n = 2, P = 4, one-step estimates",
+    "TAPO, true reward",
+)
+"""Methods that are compared with all others that learn from the same."""
 COLUMNS = ("reward", "style", "accuracy", "excess", "slrm", "distance", "diversity")
 
 
@@ -97,7 +104,7 @@ def write_report(names: Sequence[str], file: Path) -> str:
         equal.append([name, by_seconds, peak, *by_distance])
     claims = [
         claim(first, name, final[first], rows)
-        for first in ("TAPO", "TAPO, n = 2, P = 8, one-step estimates", "TAPO, true reward")
+        for first in COMPARED
         for name, rows in final.items()
         if first in final
         and name != first
