@@ -172,25 +172,34 @@ class Lab:
         finalists = {}
         for name, tried in self.search(methods).items():
             best_first = sorted(tried, key=lambda run: self.on_validation([run]), reverse=True)
-            finalists[name] = [self._with_all_seeds(name, methods[name], run) for run in best_first[:2]]
+            finalists[name] = [
+                [self.with_seed(name, methods[name], run, seed) for seed in self.seeds] for run in best_first[:2]
+            ]
         self.queue.make([run for pair in finalists.values() for of_seeds in pair for run in of_seeds])
         return {name: sorted(pair, key=self.on_validation, reverse=True) for name, pair in finalists.items()}
 
-    def search(self, methods: Mapping[str, Method]) -> dict[str, list[Run]]:
+    def search(
+        self, methods: Mapping[str, Method], budgets: int = 1, rates: Mapping[str, tuple[float, ...]] | None = None
+    ) -> dict[str, list[Run]]:
         """
         Runs of each method with the first seed and the world's learning rates, and with further ones, by the same factor, until
         the best lies between two others or there are [`MAX_RATES`].
+
+        Args:
+            methods (`Mapping[str, Method]`): by name.
+            budgets (`int`, *optional*, defaults to `1`): how many budgets a run may spend.
+            rates (`Mapping[str, tuple[float, ...]]`, *optional*): learning rates to begin with, in place of the world's.
         """
         first = {name: self.policy(name, method, self.seeds[0]) for name, method in methods.items()}
         budget, costs = self.budget(), self.forwards_per_step(list(first.values()))
-        steps = {name: max(1, round(budget / cost)) for name, cost in zip(first, costs, strict=True)}
+        steps = {name: budgets * max(1, round(budget / cost)) for name, cost in zip(first, costs, strict=True)}
         tried: dict[str, list[Run]] = {name: [] for name in methods}
-        rates = {name: self.world.learning_rates[run.command] for name, run in first.items()}
-        while any(rates.values()):
+        due = dict(rates or {name: self.world.learning_rates[run.command] for name, run in first.items()})
+        while any(due.values()):
             for name, run in first.items():
-                tried[name] += [run.with_options(max_steps=steps[name], learning_rate=rate) for rate in rates[name]]
+                tried[name] += [run.with_options(max_steps=steps[name], learning_rate=rate) for rate in due[name]]
             self.queue.make([run for runs in tried.values() for run in runs])
-            rates = {name: self._rates_beyond(runs) for name, runs in tried.items()}
+            due = {name: self._rates_beyond(runs) for name, runs in tried.items()}
         return tried
 
     def _rates_beyond(self, tried: Sequence[Run]) -> tuple[float, ...]:
@@ -202,9 +211,10 @@ class Lab:
         factor = rates[1] / rates[0]
         return (best / factor,) if best == rates[0] else (best * factor,)
 
-    def _with_all_seeds(self, name: str, method: Method, run: Run) -> list[Run]:
-        chosen = {option: run.options[option] for option in ("max_steps", "learning_rate")}
-        return [self.policy(name, method, seed, **chosen) for seed in self.seeds]
+    def with_seed(self, name: str, method: Method, trial: Run, seed: int) -> Run:
+        """A training with the steps and the learning rate of a trial, and with another seed of policy and reward model."""
+        chosen = {option: trial.options[option] for option in ("max_steps", "learning_rate")}
+        return self.policy(name, method, seed, **chosen)
 
     def on_validation(self, runs: Sequence[Run]) -> float:
         """What decides between runs: the mean of the primary judge on the prompts that are there for that."""

@@ -269,34 +269,38 @@ def recipe(lab: Lab) -> Report:
 def longer(lab: Lab) -> Report:
     """Methods at four times the cost, with a beta of their own."""
     final = replace(lab, samples_per_prompt=max(lab.samples_per_prompt, LONGER_SAMPLES))
-    rows, judged, found = [], {}, []
+    methods, rates, trials = {}, {}, {}
     for name, (method, betas) in SEARCHED_BETAS.items():
-        if not _is_available(lab, method):
-            continue
-        arms = {f"{name}, beta {beta:g}": _with_beta(method, beta) for beta in betas}
-        trials = {run: arms[arm] for arm, runs in lab.search(arms).items() for run in runs}
-        values = {run: lab.on_validation([run]) for run in trials}
-        best = max(values, key=values.get)
-        runs, other = _longer_runs(final, name, trials[best], best)
+        if _is_available(lab, method):
+            arms = {f"{name}, beta {beta:g}": _with_beta(method, beta) for beta in betas}
+            of_arms = {run: arms[arm] for arm, runs in lab.search(arms).items() for run in runs}
+            best = max(of_arms, key=lambda run: lab.on_validation([run]))
+            methods[name], trials[name] = of_arms[best], list(of_arms)
+            rates[name] = (best.options["learning_rate"] / 4, best.options["learning_rate"] / 2)
+    rows, judged, found = [], {}, []
+    for name, (runs, long) in _longer_runs(final, methods, rates).items():
         judged[name] = final.judged(runs)
+        tried = f"{len(trials[name])} + {len(long)}"
         cells = [*_training_cells(final, runs), *_judge_cells(final, runs)]
-        rows.append(
-            [name, f"{best.options['beta']:g}", len(trials), *cells, f"{_rate(other)}: {final.judged([other])}"]
-        )
-        texts = (f"beta {run.options['beta']:g} at {_rate(run)} gives {value:.2f}" for run, value in values.items())
+        rows.append([name, f"{runs[0].options['beta']:g}", tried, *cells])
+        texts = [
+            f"beta {run.options['beta']:g} at {run.options['learning_rate']:g} gives {lab.on_validation([run]):.2f}"
+            for run in trials[name]
+        ]
+        texts += [
+            f"{LONGER} times as long at {run.options['learning_rate']:g} {final.on_validation([run]):.2f}"
+            for run in long
+        ]
         found.append(f"Trials of {name}, `validation`: {', '.join(texts)}")
     return Report(
         title=f"Methods at {LONGER} times the cost, with a beta of their own",
         method=_method_text(
             final,
             "Pairs of steps have `step_weighting: velocity` and no clipping.",
-            finals=f"each beta has these trials, judged by {lab.samples_per_prompt} samples; the best trial is made {LONGER} times as long "
-            "with the first seed, with its learning rate and half of it, and the better of these two with all seeds",
+            finals=f"each beta has these trials, judged by {lab.samples_per_prompt} samples; the beta of the best trial is kept, and the learning "
+            f"rate is searched again with {LONGER} times the steps, first with a quarter and half of its own; the best has all seeds",
         ),
-        header=[
-            *("method", "beta", "trials", *TRAINING_HEADER, *lab.world.describe),
-            f"{lab.world.primary} of the first seed with the other learning rate",
-        ],
+        header=["method", "beta", "trials", *TRAINING_HEADER, *lab.world.describe],
         rows=rows,
         claims=[
             *(
@@ -310,18 +314,17 @@ def longer(lab: Lab) -> Report:
     )
 
 
-def _longer_runs(lab: Lab, name: str, method: Method, trial: Run) -> tuple[list[Run], Run]:
-    """A trial for longer, with all seeds and the better of two learning rates, and the first seed with the other one."""
-    steps, rate = LONGER * trial.options["max_steps"], trial.options["learning_rate"]
-    first = [lab.policy(name, method, lab.seeds[0], max_steps=steps, learning_rate=each) for each in (rate, rate / 2)]
-    lab.queue.make(first)
-    better, other = sorted(first, key=lambda run: lab.on_validation([run]), reverse=True)
-    options = {"max_steps": steps, "learning_rate": better.options["learning_rate"]}
-    return [lab.policy(name, method, seed, **options) for seed in lab.seeds], other
-
-
-def _rate(run: Run) -> str:
-    return f"{run.options['learning_rate']:g}"
+def _longer_runs(
+    lab: Lab, methods: dict[str, Method], rates: dict[str, tuple[float, ...]]
+) -> dict[str, tuple[list[Run], list[Run]]]:
+    """Of each method, the best training with all seeds, and those that its learning rate was searched with."""
+    searched = lab.search(methods, LONGER, rates)
+    made = {}
+    for name, long in searched.items():
+        best = max(long, key=lambda run: lab.on_validation([run]))
+        made[name] = [lab.with_seed(name, methods[name], best, seed) for seed in lab.seeds], long
+    lab.queue.make([run for runs, _ in made.values() for run in runs])
+    return made
 
 
 def _with_beta(method: Method, beta: float) -> Method:
