@@ -12,7 +12,7 @@
 # Variables: PYTHON (the interpreter that creates .venv), VENV, TORCH (any requirement pip understands: a version, a wheel
 # file or an address; "torch" lets pip choose), PIP_FLAGS (for example an index of CPU-only wheels), PYTEST_FLAGS, JOBS (tests
 # at once: a number, by default one per core and 8 at most), SLOW and DISTRIBUTED (which of these tests: `slow and not exhaustive`,
-# `distributed and not exhaustive` leave out the same check of every further family and engine), THREADS (of each of the demo's two
+# `distributed and not exhaustive` leave out the same check of every further family and engine), THREADS (of each of the demo's
 # processes), SLRM_CONFIG and TAPO_CONFIG (the recipes of the demo).
 
 PYTHON ?= python3
@@ -59,7 +59,7 @@ demo: install
 	@echo "3 of 4: TAPO aligns the model with the reward model (about two minutes; metrics in runs/emoji/tapo.log)"
 	@$(LAUNCH) examples/tapo_sd35.py --config $(TAPO_CONFIG) --per_device_train_batch_size 6 > runs/emoji/tapo.log
 	@echo "4 of 4: pictures before and after, and what the judges say (about a minute)"
-	@OMP_NUM_THREADS=2 $(BIN)/python examples/emoji/report.py
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/emoji/report.py
 
 demo-video: install
 	@echo "1 of 4: preference pairs of moving emoji (seconds)"
@@ -70,7 +70,7 @@ demo-video: install
 	@echo "3 of 4: TAPO aligns the model with the reward model (about two minutes; metrics in runs/moving_emoji/tapo.log)"
 	@$(LAUNCH) examples/tapo_wan21.py --config recipes/moving_emoji/tapo.yaml --per_device_train_batch_size 6 > runs/moving_emoji/tapo.log
 	@echo "4 of 4: clips before and after, and what the judges say (about two minutes)"
-	@OMP_NUM_THREADS=2 $(BIN)/python examples/moving_emoji/report.py
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/moving_emoji/report.py
 
 test: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 $(PYTEST_FLAGS)
