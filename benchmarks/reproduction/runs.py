@@ -9,9 +9,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from multiprocessing import get_context
@@ -246,7 +247,7 @@ def execute(run: Run, world_name: str, root: Path, threads: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     path = run.write_recipe(root)
     start = time.perf_counter()
-    with (folder / LOG).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+    with _printing_to(folder / LOG):
         result = {"command": f"tapo-trl {run.command} --config {path}", "forwards": _train(run, path)}
         result["train_seconds"] = time.perf_counter() - start
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -271,6 +272,32 @@ def execute(run: Run, world_name: str, root: Path, threads: int) -> None:
         aside.write_text(json.dumps(result, indent=1) + "\n")
 
 
+@contextmanager
+def _printing_to(file: Path) -> Iterator[None]:
+    """
+    All that the process prints goes to a file, the traceback of an error included. The descriptors are replaced, not `sys.stderr`,
+    because handlers of logging keep the stream that was there when they were made.
+    """
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+    terminal = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    with file.open("wb") as log:
+        for descriptor in terminal:
+            os.dup2(log.fileno(), descriptor)
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        for stream in streams:
+            stream.flush()
+        for descriptor, kept in terminal.items():
+            os.dup2(kept, descriptor)
+            os.close(kept)
+
+
 def _train(run: Run, recipe: Path) -> dict[str, int]:
     """Train, and count the forwards."""
     if run.command in (BASE_COMMAND, PROMPTS_COMMAND):
@@ -288,5 +315,4 @@ def _train(run: Run, recipe: Path) -> dict[str, int]:
     trainer.train()
     save_or_push(trainer)
     trainer.end()
-    sys.stdout.flush()
     return {"policy": counter.policy_forwards, "reward": counter.reward}

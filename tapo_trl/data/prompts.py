@@ -81,7 +81,8 @@ def encoder_fingerprint(policy: FlowPolicy, max_sequence_length: int | None, dty
             tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
             vocabulary = sorted(tokenizer.get_vocab().items())
             sides = [tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.truncation_side]
-            key = [tokenizer.model_max_length, tokenizer(_PROBE).input_ids, vocabulary, sides, str(encoder.dtype)]
+            tokens = tokenizer(_PROBE, verbose=False).input_ids  # no warning that they are too many for the encoder
+            key = [tokenizer.model_max_length, tokens, vocabulary, sides, str(encoder.dtype)]
             digest.update(json.dumps(key).encode())
             config = {key: value for key, value in encoder.config.to_dict().items() if key not in _NO_MATTER}
             digest.update(json.dumps(config, sort_keys=True, default=str).encode())

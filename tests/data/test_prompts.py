@@ -1,6 +1,8 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -58,6 +60,19 @@ class TestPromptCache:
         assert "GB" not in caplog.text
         cache.encode([f"another {index}" for index in range(60)])
         assert f"of 60 prompts will take about 0.0 GB in {cache.folder}: 0.0 MB each" in caplog.text
+
+    def test_a_short_tokenizer_is_not_warned_about(self, tmp_path, caplog):
+        policy = SD3Policy(make_pipeline())
+        policy.pipeline.tokenizer.model_max_length = 2
+        library = logging.getLogger("transformers.tokenization_utils_base")
+        library.addHandler(caplog.handler)
+        try:
+            PromptCache(policy, tmp_path, 3)
+            assert not caplog.text
+            policy.pipeline.tokenizer("a red fox")
+            assert "longer than the specified maximum" in caplog.text
+        finally:
+            library.removeHandler(caplog.handler)
 
     def test_half_precision_halves_the_files_and_leaves_half_precision_alone(self, tmp_path):
         policy = SD3Policy(make_pipeline())

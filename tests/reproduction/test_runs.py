@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from PIL import Image
 
 from tapo_trl.reproduction import Run, RunQueue, load_world
 from tapo_trl.reproduction.measure import CURVE_SIGMAS, Samples, measure_reward_model
-from tapo_trl.reproduction.runs import RECIPE, RESULT, read_results, write_results
+from tapo_trl.reproduction.runs import RECIPE, RESULT, _printing_to, read_results, write_results
 from tests.testing_utils import tiny_sd3_pipeline
 
 
@@ -199,7 +201,7 @@ class TestRunQueue:
         with pytest.raises(RuntimeError, match=r"The run `broken` failed: .* See .*log.txt; the same command goes on"):
             queue.make([broken])
         log = (tmp_path / broken.folder / "log.txt").read_text()
-        assert "`beta` must be positive, got -1.0." in log
+        assert "`beta` must be positive, got -1.0." in log and "Traceback" in log
         assert queue.result(broken.options["reward_model"]) is not None
 
     @pytest.mark.slow
@@ -227,6 +229,22 @@ class TestRunQueue:
             batch_size=4,
         )
         assert result["judges"]["test"]["bright"] == pytest.approx(images.mean().item(), abs=1e-6)
+
+
+def test_every_run_prints_to_its_own_log(tmp_path, monkeypatch):
+    """A handler of logging keeps the stream that was there when it was made: transformers' is made once per process."""
+    monkeypatch.setattr(sys, "stderr", open(2, "w", closefd=False))
+    first, second, third = (tmp_path / name for name in ("first.txt", "second.txt", "third.txt"))
+    with _printing_to(first):
+        handler = logging.StreamHandler()
+        handler.emit(logging.makeLogRecord({"msg": "of the first"}))
+    with _printing_to(second):
+        handler.emit(logging.makeLogRecord({"msg": "of the second"}))
+    with pytest.raises(ValueError), _printing_to(third):
+        raise ValueError("of the third")
+    assert first.read_text() == "of the first\n"
+    assert second.read_text() == "of the second\n"
+    assert third.read_text().startswith("Traceback") and third.read_text().endswith("ValueError: of the third\n")
 
 
 class TestLoadWorld:
