@@ -156,6 +156,7 @@ METHODS = {
     "online DPO": _ONLINE_DPO,
     "TAPO, one-step estimates": _of_estimates(_tapo()),
     "SPO's pairs, one-step estimates": _of_estimates(_spo()),
+    "SPO's pairs, n = 2, one-step estimates": _of_estimates(_spo(num_sde_steps=2)),
     "TAPO, n = 2, P = 8, one-step estimates": _of_estimates(_tapo(num_sde_steps=2, num_candidates=8)),
     "TAPO, n = 2, P = 4, one-step estimates": _of_estimates(_tapo(num_sde_steps=2)),
     "TAPO, n = 4, P = 8, one-step estimates": _of_estimates(_tapo(num_candidates=8)),

@@ -18,6 +18,7 @@ import numpy as np
 from tapo_trl.metrics.plots import check_matplotlib
 
 from ..reproduction.statistics import compare, estimate
+from .seconds import FILE, finished, read_seconds
 from .study import BUDGET, HERE, METHODS, best, end, read_runs, tried
 
 
@@ -85,7 +86,8 @@ def searched(name: str) -> str:
 def write_report(names: Sequence[str], file: Path) -> str:
     """The tables of the methods that have final trainings."""
     final = {name: rows_of(name) for name in names}
-    seconds = min(row["curve"][-1]["seconds"] for rows in final.values() for row in rows)
+    seconds = {name: value for name, value in read_seconds(FILE).items() if name in final}  # per 1,000 rows
+    equal_seconds = min(seconds.values(), default=0) * BUDGET / 1000
     first = next(iter(final.values()))[0]["curve"][0]
     main_rows, equal = [["base", "", "", "", *(f"{first[column]:.2f}" for column in COLUMNS)]], []
     for name, rows in final.items():
@@ -94,14 +96,17 @@ def write_report(names: Sequence[str], file: Path) -> str:
         cells = [f"{value.mean:.2f} ± {value.half_width or 0:.2f}" for value in last.values()]
         options = f"{chosen.beta:g} / {chosen.learning_rate:g}"
         main_rows.append([name, options, len(rows), rows[0]["curve"][-1]["step"], *cells])
-        by_seconds = estimate([at(row, "seconds", seconds) for row in rows])
+        by_seconds = ["not measured"] * 2
+        if name in seconds:
+            num_rows = 1000 * equal_seconds / seconds[name]
+            by_seconds = [f"{seconds[name]:.3f}", estimate([at(row, "forwards", num_rows) for row in rows])]
         peak = estimate([max(point["reward"] for point in row["curve"]) for row in rows])
         by_distance = []
         for distance in DISTANCES:
             reached = [row for row in rows if max(point["distance"] for point in row["curve"]) >= distance]
             values = [at(row, "distance", distance) for row in reached]
             by_distance.append(f"{estimate(values)} ({len(values)})" if values else "not reached")
-        equal.append([name, by_seconds, peak, *by_distance])
+        equal.append([name, *by_seconds, peak, *by_distance])
     claims = [
         claim(first, name, final[first], rows)
         for first in COMPARED
@@ -114,9 +119,10 @@ def write_report(names: Sequence[str], file: Path) -> str:
         [
             f"At {BUDGET:,} rows through the policy's network, mean and 95 % interval of the seeds.",
             table(["method", "beta / learning rate", "seeds", "updates", *COLUMNS], main_rows),
-            f"The true reward at equal seconds of a core ({seconds:.1f} s), at the best point of each curve, and where the distance from "
-            "the base first reaches a value (with the number of seeds that reach it):",
-            table(["method", "equal seconds", "best point", *(f"distance {d}" for d in DISTANCES)], equal),
+            "Processor seconds per 1,000 rows (median of rounds over all methods), and the true reward at equal seconds: those that the "
+            f"cheapest method takes for {BUDGET:,} rows, {equal_seconds:.1f} s. Then at the best point of each curve, and where the distance "
+            "from the base first reaches a value (with the number of seeds that reach it):",
+            table(["method", "seconds", "equal seconds", "best point", *(f"distance {d}" for d in DISTANCES)], equal),
             "\n".join(claims),
             "All trials, true reward at the end on the noise of `validation`, of the first seed or three (beta / learning rate):",
             table(["method", "trials"], [[name, searched(name)] for name in names]),
@@ -157,9 +163,7 @@ def plot(names: Sequence[str], file: Path) -> None:
 
 
 def main() -> None:
-    finals = {row["method"] for row in read_runs().values() if row["key"].endswith("test") and row["curve"]}
-    names = [name for name in METHODS if name in finals]
-    if not names:
+    if not (names := finished()):
         raise SystemExit("There are no final trainings: `python -m benchmarks.mixture.study seeds`.")
     print(write_report(names, HERE / "report.md"))
     plot([name for name in names if name.removesuffix(TRUTH) in PLOTTED], HERE / "curves.png")

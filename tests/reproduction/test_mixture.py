@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.mixture import methods, quality, report, study, world
+from benchmarks.mixture import methods, quality, report, seconds, study, world
 from tapo_trl import FlowMatchSDEScheduler
 from tapo_trl.rewards.scoring import PixelReward, WeightedReward
 from tapo_trl.rollouts import FlowGRPOSampler
@@ -106,7 +106,20 @@ def test_pretraining_search_seeds_and_report(tmp_path, monkeypatch):
     assert len({row["curve"][0]["reward"] for row in rows}) == 2  # the base, on the noise of each split
     study.make([replace(study.best("TAPO"), seed=0)], work, split=1)
     assert len(runs.read_text().splitlines()) == 6  # what is there is not made again
-    text = report.write_report(["TAPO", "Diffusion-DPO"], tmp_path / "report.md")
+    names = ["TAPO", "Diffusion-DPO"]
+    assert seconds.finished() == names
+    monkeypatch.setattr(seconds, "NUM_ROWS", 1500)
+    monkeypatch.setattr(seconds, "NUM_ROUNDS", 1)
+    monkeypatch.setattr(report, "FILE", tmp_path / "seconds.json")
+    assert "not measured" in report.write_report(names, tmp_path / "report.md")
+    seconds.measure(names, work, report.FILE)
+    assert {name: len(values) for name, values in json.loads(report.FILE.read_text()).items()} == {
+        "TAPO": 1,
+        "Diffusion-DPO": 1,
+    }
+    assert min(seconds.read_seconds(report.FILE).values()) > 0
+    text = report.write_report(names, tmp_path / "report.md")
+    assert "not measured" not in text
     assert "TAPO above Diffusion-DPO" in text and "nan" not in text.lower()
     report.plot(["TAPO", "Diffusion-DPO"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
