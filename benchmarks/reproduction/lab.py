@@ -33,17 +33,20 @@ class Method:
 
 REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe and options
     "SLRM": ("slrm", {}),
-    "SLRM, literal loss (no score preservation)": ("slrm", {"score_preservation_coef": 0.0}),
+    "SLRM with the paper's loss (no score preservation)": ("slrm", {"score_preservation_coef": 0.0}),
     "SLRM without score enhancement": ("slrm", {"velocity_target": "none", "score_preservation_coef": 0.0}),
-    "SLRM, deployable target": ("slrm", {"velocity_target": "reference"}),
+    "SLRM trained with the inference-time target": ("slrm", {"velocity_target": "reference"}),
     "SLRM, 20 steps": ("slrm", {"max_steps": 20}),
     "LRM": ("slrm_lrm", {}),
     "DiNa-LRM": ("slrm_dina", {}),
     "SPM": ("slrm_spm", {}),
     "SLRM without task tokens": ("slrm", {"num_task_tokens": 0}),
-    "SLRM without task tokens, deployable target": ("slrm", {"num_task_tokens": 0, "velocity_target": "reference"}),
+    "SLRM without task tokens, trained with the inference-time target": (
+        "slrm",
+        {"num_task_tokens": 0, "velocity_target": "reference"},
+    ),
     "SLRM, additive enhancement": ("slrm", {"enhancement": "additive"}),
-    "SLRM, additive enhancement, deployable target": (
+    "SLRM, additive enhancement, trained with the inference-time target": (
         "slrm",
         {"enhancement": "additive", "velocity_target": "reference"},
     ),

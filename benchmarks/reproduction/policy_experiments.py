@@ -8,7 +8,7 @@ from typing import Any
 
 from .lab import MAX_RATES, METHODS, TAPO, Lab, Method
 from .report import Report, bars, grid, lines
-from .reward_experiments import ADDITIVE, NO_TOKENS, accuracy_by_seed, available, deployable_rule
+from .reward_experiments import ADDITIVE, NO_TOKENS, accuracy_by_seed, available, inference_rule
 from .runs import Run
 from .statistics import Estimate, compare, difference, verdict
 
@@ -50,7 +50,9 @@ VARIANTS: dict[str, Method] = {
     "with that and scores of one-step estimates": _even(score_estimates=True, velocity_target="none"),
     "with that and a margin (pair_threshold 0.5)": _even(pair_threshold=[0.5]),
     "with that and consistent pairs alone": _even(consistent_pairs=True),
-    "with that and an SLRM trained for the deployable rule": _even("SLRM, deployable target"),
+    "with that and an SLRM trained with the inference-time target": _even(
+        "SLRM trained with the inference-time target"
+    ),
     "with that and an SLRM without score enhancement": _even("SLRM without score enhancement"),
     "with that and a DiNa-LRM": _even("DiNa-LRM"),
 }
@@ -92,7 +94,7 @@ def table1(lab: Lab) -> Report:
 
 
 OTHER_COMPONENTS = ("SLRM without score enhancement", NO_TOKENS, "LRM", ADDITIVE)
-COMPONENTS = (*OTHER_COMPONENTS, "SLRM", "SLRM, deployable target")
+COMPONENTS = (*OTHER_COMPONENTS, "SLRM", "SLRM trained with the inference-time target")
 
 
 def table3(lab: Lab) -> Report:
@@ -102,7 +104,7 @@ def table3(lab: Lab) -> Report:
     by_reward = _of_seeds(lab, {name: (_with_reward(name), {}) for name in components})
     by_steps = _of_seeds(lab, {steps: (TAPO, {"num_sde_steps": steps}) for steps in SDE_STEPS})
     for name, runs in by_reward.items():
-        accuracies[name] = accuracy_by_seed(lab, name, deployable_rule(lab, name))
+        accuracies[name] = accuracy_by_seed(lab, name, inference_rule(lab, name))
         judged[name] = lab.judged(runs)
         cells = [accuracies[name], _seconds_per_pair(lab, runs)]
         rows.append([f"reward: {name}", *cells, *_training_cells(lab, runs), *_judge_cells(lab, runs)])
@@ -113,7 +115,7 @@ def table3(lab: Lab) -> Report:
     for name in components:
         if name in OTHER_COMPONENTS:
             claims += [
-                f"SLRM is the better reward model than {name} (accuracy, deployable rule): "
+                f"SLRM is the better reward model than {name} (accuracy, inference-time target): "
                 + compare(accuracies["SLRM"], accuracies[name]),
                 f"TAPO is better with SLRM than with {name}: " + compare(judged["SLRM"], judged[name]),
             ]
@@ -128,7 +130,7 @@ def table3(lab: Lab) -> Report:
         ),
         header=[
             "",
-            "accuracy of the reward, deployable rule",
+            "accuracy of the reward, inference-time target",
             "seconds per pair",
             *TRAINING_HEADER,
             *lab.world.describe,

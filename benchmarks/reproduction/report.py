@@ -49,7 +49,7 @@ class Report:
         lines += ["| " + " | ".join(self.header) + " |", "|---" * len(self.header) + "|"]
         lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in self.rows]
         if self.claims:
-            lines += ["", "## Claims of the paper", "", *(f"- {claim}" for claim in self.claims)]
+            lines += ["", "## Claims", "", *(f"- {claim}" for claim in self.claims)]
         return "\n".join([*lines, ""])
 
     def write(self, folder: Path, name: str, command: str) -> None:
@@ -80,7 +80,7 @@ def write_index(folder: Path, names: Iterable[str]) -> None:
         folder (`Path`): where reports were written.
         names (`Iterable[str]`): the reports, in order; those that are missing are left out.
     """
-    lines = ["# Claims of the paper, measured here", ""]
+    lines = ["# Claims, measured here", ""]
     lines += ["Written by `tapo-trl reproduce`, see [Reproducing the paper](../../../docs/reproduction.md).", ""]
     for name in names:
         file = folder / f"{name}.json"

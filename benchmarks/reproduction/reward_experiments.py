@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 RANGES = {"501-1000": "t in [501, 1000]", "1-500": "t in [1, 500]", "clean": "t = 0"}
 RULES = {
-    "ground_truth": "paper's rule, which sees the clean latent",
-    "reference": "deployable: base model's velocity",
-    "none": "deployable: logit alone",
+    "ground_truth": "ground-truth target, which sees the clean latent",
+    "reference": "inference-time target: the base model's velocity",
+    "none": "logit alone",
 }
-NO_ENHANCEMENT, DEPLOYABLE = "SLRM without score enhancement", "SLRM, deployable target"
+TRAINED_WITH = "trained with the inference-time target"
+NO_ENHANCEMENT, INFERENCE = "SLRM without score enhancement", f"SLRM {TRAINED_WITH}"
 NO_TOKENS, ADDITIVE, CLEAN = "SLRM without task tokens", "SLRM, additive enhancement", "SLRM trained at t = 0 only"
-ABLATIONS = (NO_TOKENS, f"{NO_TOKENS}, deployable target", ADDITIVE, f"{ADDITIVE}, deployable target", CLEAN)
-TABLE_4_REWARDS = ("SPM", "LRM", NO_ENHANCEMENT, "SLRM", DEPLOYABLE)
+ABLATIONS = (NO_TOKENS, f"{NO_TOKENS}, {TRAINED_WITH}", ADDITIVE, f"{ADDITIVE}, {TRAINED_WITH}", CLEAN)
+TABLE_4_REWARDS = ("SPM", "LRM", NO_ENHANCEMENT, "SLRM", INFERENCE)
 
 
 def table2(lab: Lab) -> Report:
@@ -45,13 +46,13 @@ def table2(lab: Lab) -> Report:
         + compare(cells[slrm, rule][name], cells[other, "none"][name])
         for other in available(lab)
         if other in ("LRM", "DiNa-LRM", "SPM", NO_ENHANCEMENT)
-        for slrm, rule in (("SLRM", "ground_truth"), ("SLRM", "reference"), (DEPLOYABLE, "reference"))
+        for slrm, rule in (("SLRM", "ground_truth"), ("SLRM", "reference"), (INFERENCE, "reference"))
         for name in ("501-1000", "1-500")
     ]
     leak = difference(cells["SLRM", "ground_truth"]["501-1000"].values, cells["SLRM", "reference"]["501-1000"].values)
     claims.append(
-        f"What the leak of the clean latent is worth, SLRM at t in [501, 1000]: the paper's rule is {leak} above the "
-        "deployable one."
+        f"What the leak of the clean latent is worth, SLRM at t in [501, 1000]: the ground-truth target is {leak} above the "
+        "inference-time one."
     )
     return Report(
         title="Table 2: reward models by timestep",
@@ -73,11 +74,12 @@ def table4(lab: Lab) -> Report:
             }
     paper, without = curves[f"SLRM ({RULES['ground_truth']})"], curves[NO_ENHANCEMENT]
     claims = [
-        f"Score enhancement helps at t = {t} (paper's rule): {compare(paper[t], without[t])}" for t in (101, 501, 901)
+        f"Score enhancement helps at t = {t} (ground-truth target): {compare(paper[t], without[t])}"
+        for t in (101, 501, 901)
     ]
     for name, what in (
-        ("SLRM", "It still does under the deployable rule"),
-        (DEPLOYABLE, "And if it is trained for that rule"),
+        ("SLRM", "It still does with the inference-time target"),
+        (INFERENCE, "And if it is trained with that target"),
     ):
         curve = curves[f"{name} ({RULES['reference']})"]
         claims += [f"{what} at t = {t}: {compare(curve[t], without[t])}" for t in (101, 501, 901)]
@@ -107,7 +109,7 @@ def figure12(lab: Lab) -> Report:
             never[label] = estimate([part["never_flips"] for part in parts])
             rows.append([label, estimate([part["flips_per_pair"] for part in parts]), never[label]])
     without, paper = never[NO_ENHANCEMENT], never[f"SLRM ({RULES['ground_truth']})"]
-    deployable, trained = (never[f"{name} ({RULES['reference']})"] for name in ("SLRM", DEPLOYABLE))
+    inference, trained = (never[f"{name} ({RULES['reference']})"] for name in ("SLRM", INFERENCE))
     return Report(
         title="Figure 12: rankings that flip between timesteps",
         method=_pairs_text(lab)
@@ -116,9 +118,9 @@ def figure12(lab: Lab) -> Report:
         rows=rows,
         claims=[
             f"The ranking of a pair depends on the timestep: {1 - without.mean:.0%} of the pairs flip without enhancement.",
-            f"Enhancement makes rankings consistent (paper's rule, pairs that never flip): {compare(paper, without)}",
-            f"It still does under the deployable rule: {compare(deployable, without)}",
-            f"And if it is trained for that rule: {compare(trained, without)}",
+            f"Enhancement makes rankings consistent (ground-truth target, pairs that never flip): {compare(paper, without)}",
+            f"It still does with the inference-time target: {compare(inference, without)}",
+            f"And if it is trained with that target: {compare(trained, without)}",
         ],
         panels=[lines("rankings other than at the cleanest level", "t", curves, chance=0.5)],
     )
@@ -126,7 +128,7 @@ def figure12(lab: Lab) -> Report:
 
 def figure4(lab: Lab) -> Report:
     """Accuracy by noise level along the training of an SLRM."""
-    shown = [("SLRM", "ground_truth"), ("SLRM", "reference"), (DEPLOYABLE, "reference"), (NO_ENHANCEMENT, "none")]
+    shown = [("SLRM", "ground_truth"), ("SLRM", "reference"), (INFERENCE, "reference"), (NO_ENHANCEMENT, "none")]
     results = {name: lab.queue.make([lab.reward_curve(name, seed) for seed in lab.seeds]) for name, _ in shown}
     curves: dict[str, dict[str, dict[int, Estimate]]] = {}
     for name, rule in shown:
@@ -163,10 +165,10 @@ def figure4(lab: Lab) -> Report:
 
 def figure14(lab: Lab) -> Report:
     """Distributions of the scores of chosen and rejected samples, with and without enhancement."""
-    shown = [("SLRM", "ground_truth"), ("SLRM", "reference"), (DEPLOYABLE, "reference"), (NO_ENHANCEMENT, "none")]
+    shown = [("SLRM", "ground_truth"), ("SLRM", "reference"), (INFERENCE, "reference"), (NO_ENHANCEMENT, "none")]
     rows, panels, areas = _distributions(lab, shown)
     with_, without = areas["SLRM", "ground_truth"], areas[NO_ENHANCEMENT, "none"]
-    deployable, trained = areas["SLRM", "reference"], areas[DEPLOYABLE, "reference"]
+    inference, trained = areas["SLRM", "reference"], areas[INFERENCE, "reference"]
     high = _level(with_, 0.901)
     return Report(
         title="Figure 14: distributions of the scores",
@@ -174,9 +176,9 @@ def figure14(lab: Lab) -> Report:
         header=DISTRIBUTIONS_HEADER,
         rows=rows,
         claims=[
-            f"Enhancement keeps the two apart under noise (paper's rule, t = 901): {compare(with_[high], without[high])}",
-            f"It still does under the deployable rule: {compare(deployable[high], without[high])}",
-            f"And if it is trained for that rule: {compare(trained[high], without[high])}",
+            f"Enhancement keeps the two apart under noise (ground-truth target, t = 901): {compare(with_[high], without[high])}",
+            f"It still does with the inference-time target: {compare(inference[high], without[high])}",
+            f"And if it is trained with that target: {compare(trained[high], without[high])}",
         ],
         panels=panels,
     )
@@ -236,7 +238,7 @@ def _distributions(lab: Lab, shown: "Sequence[tuple[str, str]]") -> tuple[list, 
 
 def ablation(lab: Lab) -> Report:
     """The parts of SLRM, one change at a time."""
-    names = _trained(lab, ("SLRM", DEPLOYABLE, NO_ENHANCEMENT, "LRM", *ABLATIONS))
+    names = _trained(lab, ("SLRM", INFERENCE, NO_ENHANCEMENT, "LRM", *ABLATIONS))
     cells = {
         (name, rule): {split_range: _by_range(lab, name, rule, split_range) for split_range in RANGES}
         for name in names
@@ -245,9 +247,9 @@ def ablation(lab: Lab) -> Report:
     claims = []
     for changed, whole, rule in (
         (NO_TOKENS, "SLRM", "ground_truth"),
-        (f"{NO_TOKENS}, deployable target", DEPLOYABLE, "reference"),
+        (f"{NO_TOKENS}, {TRAINED_WITH}", INFERENCE, "reference"),
         (ADDITIVE, "SLRM", "ground_truth"),
-        (f"{ADDITIVE}, deployable target", DEPLOYABLE, "reference"),
+        (f"{ADDITIVE}, {TRAINED_WITH}", INFERENCE, "reference"),
         (CLEAN, "SLRM", "ground_truth"),
         (CLEAN, "SLRM", "none"),
     ):
@@ -295,7 +297,7 @@ def _label(lab: Lab, name: str, rule: str) -> str:
     return name if len(_rules(lab, name)) == 1 else f"{name} ({RULES[rule]})"
 
 
-def deployable_rule(lab: Lab, name: str) -> str:
+def inference_rule(lab: Lab, name: str) -> str:
     """How rollouts can score: with the base's velocity, or by the logit where there is no enhancement."""
     return "reference" if "reference" in _rules(lab, name) else "none"
 

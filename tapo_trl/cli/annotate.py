@@ -26,7 +26,7 @@ def main(args) -> None:
 
         from ..human.server import AnnotationPage, LivePage
     except ImportError as error:
-        raise SystemExit(f"The page needs `pip install tapo-trl[annotate]` ({error}).") from error
+        raise SystemExit(f"The page needs `pip install starlette uvicorn` ({error}).") from error
     import socket
     from pathlib import Path
 

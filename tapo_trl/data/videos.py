@@ -270,7 +270,7 @@ def _import_av() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ImportError("Video files need PyAV: `pip install tapo_trl[video]`.") from error
+        raise ImportError("Video files need PyAV: `pip install av`.") from error
     return av
 
 

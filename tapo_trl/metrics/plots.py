@@ -27,7 +27,7 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "Plots need matplotlib, which is not installed: `pip install tapo-trl[demo]` or `pip install matplotlib`."
+            "Plots need matplotlib, which is not installed: `pip install matplotlib`."
         ) from error
 
 

@@ -50,7 +50,7 @@ class DiffusionConfig:
             Frames per second of videos that are read or written. The policy itself knows no speed.
         max_sequence_length (`int`, *optional*):
             Number of tokens of a prompt (SD3.5, FLUX.1: of its T5 embeddings). Defaults to the model family's: 256 for SD3.5
-            and 512 for the others.
+            and HunyuanVideo, 1000 for HunyuanVideo-1.5, 512 for the others.
         vae_tiling (`bool`, *optional*, defaults to `False`):
             Whether to encode and decode large images or videos in overlapping tiles, which needs less memory and changes them
             a little.
@@ -100,7 +100,7 @@ class DiffusionConfig:
     )
     fps: int = option("Frames per second of videos that are read or written.", 16)
     max_sequence_length: int | None = option(
-        "Number of tokens of a prompt. By default the model family's: 256 for SD3.5, 512 for the others."
+        "Number of tokens of a prompt. By default the model family's, such as 256 for SD3.5 and 512 for Wan."
     )
     vae_tiling: bool = option("Whether the VAE works on large images or videos in overlapping tiles.", False)
     vae_slicing: bool = option("Whether the VAE works on the images or videos of a batch one at a time.", False)

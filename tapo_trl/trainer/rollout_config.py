@@ -17,8 +17,8 @@ SDE_TYPES = ("flow", "constant", "cps")
 @dataclass
 class RolloutConfig(PolicyConfig, _BaseConfig):
     r"""
-    Options of all online trainers, which draw samples while they train: [`TAPOConfig`], [`OnlineDiffusionDPOConfig`] and
-    [`FlowGRPOConfig`]. Further ones are those of [`PolicyConfig`] and [`DiffusionConfig`].
+    Options of all online trainers, which draw samples while they train: [`TAPOConfig`], [`OnlineDiffusionDPOConfig`],
+    [`FlowGRPOConfig`], [`ReFLConfig`] and [`DiffusionNFTConfig`]. Further ones are those of [`PolicyConfig`] and [`DiffusionConfig`].
 
     Parameters:
         > Parameters that control the model

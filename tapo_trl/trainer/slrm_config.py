@@ -71,8 +71,9 @@ class SLRMConfig(PreferenceDataConfig, RewardConfig):
     This class includes only the parameters that are specific to SLRM training. For a full list of training arguments,
     please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this class may
     differ from those in [`~transformers.TrainingArguments`]. The defaults are the paper's for SD3.5-medium (Table 5),
-    except the number of epochs (3 instead of 5) and the batch size (32 pairs in the paper). The recipe
-    `recipes/sd35/slrm.yaml` sets all values of the paper. Further parameters are those of [`PreferenceDataConfig`] and
+    except the number of epochs (3 instead of 5), the batch size (32 pairs in the paper), `velocity_target`
+    (`"ground_truth"`) and `score_preservation_coef` (0). The recipe `recipes/sd35/slrm.yaml` sets all values of the
+    paper but the last one. Further parameters are those of [`PreferenceDataConfig`] and
     [`DiffusionConfig`].
 
     When you continue the training of a reward model, `rho`, `score_link`, `velocity_target`, the size (`resolution`,

@@ -163,10 +163,10 @@ class TAPOConfig(StochasticRolloutConfig):
         "Pairs of each prompt that an optimiser step trains on, drawn at random. All by default."
     )
     reward_min_sigma: list[float] | None = option(
-        "Noise level from which on each of several reward models counts. 0 by default."
+        "Lowest noise level at which each of several reward models counts, inclusive. 0 by default."
     )
     reward_max_sigma: list[float] | None = option(
-        "Noise level from which on each of several reward models counts no more. Infinite by default."
+        "Upper bound of the noise levels at which each of several reward models counts, exclusive. None by default."
     )
     score_estimates: bool = option(
         "Whether latent reward models score one-step estimates of the candidates instead of the noisy candidates.",

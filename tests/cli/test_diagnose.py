@@ -106,7 +106,7 @@ class TestCommand:
 
     def test_without_matplotlib_it_stops_before_any_work(self, folder, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(ImportError, match=r"pip install tapo-trl\[demo\]"):
+        with pytest.raises(ImportError, match=r"pip install matplotlib"):
             main(["diagnose", *pair_flags(folder), "--output_dir", str(tmp_path / "out")])
         assert not (tmp_path / "out").exists()
 

@@ -59,7 +59,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install tapo-trl[browser]`")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium (Debian's package chromium)")

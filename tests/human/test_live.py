@@ -123,7 +123,7 @@ class TestReward:
 
 class TestPage:
     def test_best_and_worst_by_number(self, tmp_path, samples):
-        pytest.importorskip("starlette", reason="the annotation page needs `tapo-trl[annotate]`")
+        pytest.importorskip("starlette", reason="the annotation page needs `pip install starlette uvicorn`")
         from starlette.testclient import TestClient
 
         from tapo_trl.human.access import Access

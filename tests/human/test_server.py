@@ -9,7 +9,7 @@ import sys
 import pytest
 
 
-pytest.importorskip("starlette", reason="the annotation page needs `tapo-trl[annotate]`")
+pytest.importorskip("starlette", reason="the annotation page needs `pip install starlette uvicorn`")
 
 from starlette.testclient import TestClient
 

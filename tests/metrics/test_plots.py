@@ -49,6 +49,6 @@ class TestPlotDiagnosis:
 
     def test_without_matplotlib(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(ImportError, match=r"Plots need matplotlib.*pip install tapo-trl\[demo\]"):
+        with pytest.raises(ImportError, match=r"Plots need matplotlib.*pip install matplotlib"):
             plot_diagnosis({"runs": {"a": RUN}}, tmp_path / "plot.png")
         assert not list(tmp_path.iterdir())

@@ -131,7 +131,7 @@ def test_curves_are_means_over_the_splits_and_say_where_they_turn(world):
     report = EXPERIMENTS["fig4"](lab_of(world))
     assert report.header[2:] == ["after 60 steps", "after 120 steps", "after 180 steps"]
     noisiest = report.rows[3]
-    assert noisiest[:2] == ["SLRM (paper's rule, which sees the clean latent)", "t = 901"]
+    assert noisiest[:2] == ["SLRM (ground-truth target, which sees the clean latent)", "t = 901"]
     for value, step in zip(noisiest[2:], (60, 120, 180), strict=True):
         assert value.mean == pytest.approx(0.9 - 0.901 * step / 600 + 0.001)
     falls = [claim for claim in report.claims if "more training harms" in claim]
@@ -275,12 +275,12 @@ class TestClaims:
             claims = EXPERIMENTS[name](lab_of(world, enhanced=enhanced)).claims
             assert any(expected in claim for claim in claims if "nhancement" in claim)
 
-    def test_the_deployable_rule_is_named_beside_the_leaking_one(self, world):
+    def test_the_inference_rule_is_named_beside_the_leaking_one(self, world):
         report = EXPERIMENTS["table2"](lab_of(world))
         assert any("leak of the clean latent" in claim for claim in report.claims)
         labels = [row[0] for row in report.rows]
         assert any("sees the clean latent" in label for label in labels)
-        assert any("deployable" in label for label in labels)
+        assert any("inference-time target" in label for label in labels)
 
 
 def test_pairings_differ_in_their_pairs_alone(world):

@@ -70,7 +70,7 @@ def _engine(detector_side: int, pad_lines: bool):
         from rapidocr import RapidOCR
     except ImportError as error:
         raise ImportError(
-            f"The reward `ocr` needs RapidOCR and onnxruntime: `pip install tapo-trl[rewards]`. {error}"
+            f"The reward `ocr` needs RapidOCR and onnxruntime: `pip install rapidocr onnxruntime`. {error}"
         ) from error
     return RapidOCR(
         params={

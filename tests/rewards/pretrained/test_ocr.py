@@ -116,5 +116,5 @@ def test_without_rapidocr(monkeypatch):
         return plain(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install tapo-trl\[rewards\]"):
+    with pytest.raises(ImportError, match=r"pip install rapidocr onnxruntime"):
         get_reward("ocr")
