@@ -60,7 +60,7 @@ MOVED = {
     "trainer.preference_data": ("trainer.preference_trainer",),
     "trainer.reward_curve": ("callbacks.reward_curve",),
     "trainer.reward_loading": ("trainer.reward_setup",),
-    "trainer.rollout_metrics": ("rollouts.base",),
+    "trainer.rollout_metrics": ("rollouts.base", "rollouts.groups"),
     "trainer.rollout_reuse": ("rollouts.base", "trainer.rollout_trainer"),
     "trainer.slrm_trainer": ("trainer.slrm_loading",),
     "trainer.speed": (

@@ -210,14 +210,14 @@ def read_prompts_and_columns(prompts: list[str], option: str) -> tuple[list[str]
     Prompts as they are, or those of the one file that is named.
 
     Args:
-        prompts (`list[str]`): Prompts, or the path of one `.txt` file with a prompt per line, or of one `.parquet`, `.jsonl` or
-            `.csv` file with the column `prompt`.
+        prompts (`list[str]`): Prompts, or the path of one `.txt` file with a prompt per line, or of one `.parquet`, `.json`, `.jsonl`
+            or `.csv` file with the column `prompt`.
         option (`str`): Name of the option, for the error.
 
     Returns:
         `tuple[list[str], dict[str, list]]`: At least one prompt, and further columns, one value per prompt.
     """
-    if len(prompts) == 1 and Path(prompts[0]).suffix in (".parquet", ".jsonl", ".csv"):
+    if len(prompts) == 1 and Path(prompts[0]).suffix in FILE_BUILDERS.keys() - {".txt"}:
         columns = load_prompts(prompts[0])[:]
         prompts = columns.pop("prompt")
         if not prompts:

@@ -26,9 +26,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "Plots need matplotlib, which is not installed: `pip install matplotlib`."
-        ) from error
+        raise ImportError("Plots need matplotlib, which is not installed: `pip install matplotlib`.") from error
 
 
 def plot_diagnosis(diagnosis: dict[str, dict], path: str | Path) -> None:

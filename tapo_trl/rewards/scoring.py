@@ -348,7 +348,7 @@ class EstimateReward(CandidateReward):
 
 class WeightedReward:
     """
-    Weighted sum of rewards. The rewards of the last call are kept in `last_scores`, by name, for logging. Values that are
+    Weighted sum of rewards. Those of the last call are kept for logging in `last_scores`, by name, and `last_sum`. Values that are
     not finite are passed on: a rollout goes on with them, so that all processes make the same forwards, and
     [`TAPOTrainer`] skips its update.
 
@@ -359,7 +359,7 @@ class WeightedReward:
             such a function is 0 the reward is not computed, and its `last_scores` are NaN.
         standardize (`bool`, *optional*, defaults to `False`):
             whether to bring each reward to mean 0 and standard deviation 1 over the candidates of a prompt before the sum, so
-            that the weights compare. `last_scores` stay as they are.
+            that the weights compare. `last_scores` and `last_sum` stay as they are.
     """
 
     def __init__(
@@ -382,12 +382,10 @@ class WeightedReward:
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         """The same with gradients to the latents, see [`CandidateReward`]. A reward whose weight is 0 needs none."""
+        parts = self._parts(candidates)
         return self._sum(
             candidates,
-            [
-                (reward.score if weight else reward) if needed else None
-                for reward, needed, weight in self._parts(candidates)
-            ],
+            [(reward.score if weight else reward) if needed else None for reward, needed, weight in parts],
         )
 
     def weights_at(self, sigma: float) -> list[float]:
@@ -414,10 +412,12 @@ class WeightedReward:
             name: missing if values is None else values.detach()
             for name, values in zip(self.names, scores, strict=True)
         }
+        pairs = [pair for pair in zip(self._weights(candidates), scores, strict=True) if pair[1] is not None]
+        total = sum(weight * values for weight, values in pairs)
+        self.last_sum = total.detach()
         if self.standardize:
-            scores = [None if part is None else standardize_groups(part, candidates.prompts) for part in scores]
-        pairs = zip(self._weights(candidates), scores, strict=True)
-        return sum(weight * values for weight, values in pairs if values is not None)
+            total = sum(weight * standardize_groups(values, candidates.prompts) for weight, values in pairs)
+        return total
 
 
 def standardize_groups(scores: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

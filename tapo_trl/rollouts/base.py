@@ -1,7 +1,7 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A stored rollout, its mini-batches and its metrics, the sampler that makes it, and what is trained on several times."""
+"""A stored rollout, its mini-batches and their metrics, the sampler that makes it, and what is trained on several times."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +33,9 @@ class Rollout(ABC):
         rewards (`torch.Tensor`):
             Rewards of all that was scored.
         reward_parts (`dict[str, torch.Tensor]`):
-            The same as `rewards` for each reward by name.
+            The same for each reward by name.
+        raw_rewards (`torch.Tensor`, *optional*):
+            Their weighted sum, if `rewards` are that of standardized ones.
         ref_velocities (`dict[tuple[int, int], torch.Tensor]`, *optional*):
             Velocities of the reference, by the first and the last example of a chunk, see [`~Rollout.transitions`].
         examples (`torch.LongTensor`, *optional*):
@@ -44,6 +46,7 @@ class Rollout(ABC):
     weights: torch.Tensor
     rewards: torch.Tensor
     reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    raw_rewards: torch.Tensor | None = None
     ref_velocities: dict[tuple[int, int], torch.Tensor] | None = None
     examples: torch.Tensor | None = None
 
@@ -55,6 +58,11 @@ class Rollout(ABC):
     def num_examples(self) -> int:
         """n x N, or the number of `examples`."""
         return self.weights.numel() if self.examples is None else len(self.examples)
+
+    @property
+    def logged_rewards(self) -> torch.Tensor:
+        """The rewards before `standardize_rewards`, which makes their mean 0."""
+        return self.rewards if self.raw_rewards is None else self.raw_rewards
 
     def transitions(
         self,
@@ -158,6 +166,11 @@ class Transitions(ABC):
         counts = self.weights.cpu() > 0
         return counts if self.is_real is None else counts & self.is_real
 
+    def outline(self) -> "Transitions":
+        """The same without what takes memory: enough for [`~Transitions.describe_loss`]."""
+        heavy = {"prompt_embeds", "ref_velocity", "keep_ref_velocity", *self.on_device} - {"sigmas"}
+        return replace(self, **dict.fromkeys(heavy))
+
     def describe_loss(self, index: tuple[int, ...]) -> str:
         """What the loss of an example is, in words, with its prompt."""
         return f"the loss for the prompt {self.prompts[index[0]]!r} at step {self.step_indices[index].item()}"
@@ -260,9 +273,7 @@ class RolloutSampler(ABC):
             velocity = self.policy.velocity(inputs.model, latents.flatten(0, 1), sigma, *prompts, scale)
         return velocity.view_as(latents)
 
-    def score(
-        self, inputs: RolloutInputs, latents: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def score(self, inputs: RolloutInputs, latents: torch.Tensor, noise: torch.Tensor) -> dict[str, Any]:
         """
         Rewards of final samples.
 
@@ -272,7 +283,7 @@ class RolloutSampler(ABC):
             noise (`torch.Tensor`, shaped as `latents`): the noise that they come from.
 
         Returns:
-            `tuple`: rewards of shape `(B, num_generations)`, and the same of each reward by name.
+            `dict`: `rewards`, `raw_rewards` and `reward_parts` of a [`Rollout`], of shape `(B, num_generations)` each.
         """
         times, batch_size = latents.shape[:2]
         samples = CleanSamples(
@@ -285,37 +296,13 @@ class RolloutSampler(ABC):
         with self.timer.stage("reward", latents=len(samples)):
             rewards = self.reward(samples)
         parts = {name: part.view(times, batch_size).T for name, part in self.reward.last_scores.items()}
-        return rewards.view(times, batch_size).T, parts
+        sums = {"rewards": rewards, "raw_rewards": self.reward.last_sum}
+        return {name: values.view(times, batch_size).T for name, values in sums.items()} | {"reward_parts": parts}
 
 
 def randn(generators: list[torch.Generator], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Standard normal noise, row b from generator b, drawn on the CPU so that it is the same on every device."""
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-
-
-def group_metrics(rollout: Rollout) -> dict[str, torch.Tensor]:
-    """
-    Metrics of the rewards of several samples per prompt.
-
-    Args:
-        rollout ([`~rollouts.base.Rollout`]): with `rewards` of shape `(B, num_generations)`.
-
-    Returns:
-        `dict[str, torch.Tensor]` of shape `(B,)`: `reward` and `reward_std` over the samples of a prompt;
-            `frac_reward_zero_std`, 1 where all of them are rewarded alike; and mean and deviation of each reward, if there
-            are several.
-    """
-    rewards = rollout.rewards
-    metrics = {
-        "reward": rewards.mean(1),
-        "reward_std": rewards.std(1),
-        "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float(),
-    }
-    if len(rollout.reward_parts) > 1:
-        for name, scores in rollout.reward_parts.items():
-            metrics[f"rewards/{name}/mean"] = scores.mean(1)
-            metrics[f"rewards/{name}/std"] = scores.std(1)
-    return metrics
 
 
 def metrics_of_steps(

@@ -131,15 +131,39 @@ class FlowGRPOSampler(RolloutSampler):
             )
             latents = mean + change
 
-        rewards, parts = self.score(inputs, latents, noise.expand_as(latents))
+        scores = self.score(inputs, latents, noise.expand_as(latents))
         return TrajectoryGroups(
             prompt_embeds=inputs.prompt_embeds.repeat(self.num_generations),
             weights=torch.ones(shape[:2], device=device),
-            rewards=rewards,
-            reward_parts=parts,
+            **scores,
             step_indices=torch.tensor(self.step_indices),
             latents=parents,
             next_latents=children,
             means=means,
             final_latents=latents,
         )
+
+
+def group_metrics(rollout: Rollout) -> dict[str, torch.Tensor]:
+    """
+    Metrics of the rewards of several samples per prompt.
+
+    Args:
+        rollout ([`~rollouts.base.Rollout`]): with `rewards` of shape `(B, num_generations)`.
+
+    Returns:
+        `dict[str, torch.Tensor]` of shape `(B,)`: `reward` and `reward_std` over the samples of a prompt;
+            `frac_reward_zero_std`, 1 where all of them are rewarded alike; and mean and deviation of each reward, if there
+            are several.
+    """
+    rewards = rollout.logged_rewards
+    metrics = {
+        "reward": rewards.mean(1),
+        "reward_std": rewards.std(1),
+        "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float(),
+    }
+    if len(rollout.reward_parts) > 1:
+        for name, scores in rollout.reward_parts.items():
+            metrics[f"rewards/{name}/mean"] = scores.mean(1)
+            metrics[f"rewards/{name}/std"] = scores.std(1)
+    return metrics

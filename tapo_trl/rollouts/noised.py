@@ -110,7 +110,7 @@ class NFTSampler(RolloutSampler):
         latents = noise  # (K, B, *latent_shape)
         for index in self.steps():
             latents = self.scheduler.ode_step(latents, self.velocity(inputs, latents, index), index)
-        rewards, parts = self.score(inputs, latents, noise)
+        scores = self.score(inputs, latents, noise)
 
         draws = [[self.draw_sigmas(own) for own in inputs.generators] for _ in range(self.num_generations)]
         sigmas = torch.stack([sigmas for row in draws for sigmas in row], dim=1)  # (n, K B)
@@ -119,8 +119,7 @@ class NFTSampler(RolloutSampler):
         return RewardedSamples(
             prompt_embeds=inputs.prompt_embeds.repeat(self.num_generations),
             weights=torch.ones(sigmas.shape, device=device),
-            rewards=rewards,
-            reward_parts=parts,
+            **scores,
             samples=latents.flatten(0, 1).to(self.store_on or device),
             sigmas=sigmas,
             noise=noise.to(self.store_on or device),

@@ -172,7 +172,7 @@ class TAPOSampler(RolloutSampler):
 
         final_rewards = None
         if self.pairing.consistent:
-            final_rewards = self.score(inputs, latents, noise.expand_as(latents))[0].T
+            final_rewards = self.score(inputs, latents, noise.expand_as(latents))["rewards"].T
         return record.pairs(latents, final_rewards)
 
     def _draw(
@@ -206,8 +206,7 @@ class TAPOSampler(RolloutSampler):
 
         def predict_reference() -> torch.Tensor:
             with self.reference(inputs.model) as network:
-                # Without classifier-free guidance, as the target of an SLRM's training
-                return predict(network, None, self.policy.unguided(self.guidance_scale))
+                return predict(network)  # without a guidance scale, as the target of an SLRM's training
 
         def per_candidate(values: list) -> list:
             return [value for value in values * branches for _ in range(self.num_candidates)]
@@ -238,7 +237,7 @@ class _Record:
         self.latents = torch.empty(num_steps, self.pairing.num_parents, *shape, device=device)
         self.next_latents = torch.empty(num_steps, 2, *shape, device=device)
         self.candidate_means = torch.empty_like(self.latents) if sampler.keep_candidate_means else None
-        self.stds, self.rewards, self.pair_rewards, self.parts = [], [], [], []
+        self.stds, self.rewards, self.raw_rewards, self.pair_rewards, self.parts = [], [], [], [], []
 
     def add(
         self,
@@ -257,6 +256,7 @@ class _Record:
             self.candidate_means[step] = self.pairing.parents(of_parents)
         self.stds.append(std.flatten()[0])
         self.rewards.append(scores)
+        self.raw_rewards.append(self.reward.last_sum.view_as(scores))
         self.pair_rewards.append(self.pairing.pairs(scores.amax(-1), scores.amin(-1)))
         self.parts.append({name: part.view_as(scores) for name, part in self.reward.last_scores.items()})
 
@@ -270,6 +270,7 @@ class _Record:
             pair_rewards=pair_rewards,
             weights=self.pairing.weights(pair_rewards, torch.stack(self.stds), final_rewards),
             rewards=torch.stack(self.rewards),
+            raw_rewards=torch.stack(self.raw_rewards),
             final_latents=final_latents,
             candidate_means=self.candidate_means,
             reward_parts={name: torch.stack([part[name] for part in self.parts]) for name in self.reward.names},
@@ -302,8 +303,8 @@ def pair_metrics(pairs: TrajectoryPairs) -> dict[str, torch.Tensor]:
         return values.reshape(-1, num_prompts).mean(0)
 
     metrics = {
-        "reward": pairs.rewards.mean(dim=(0, 1, 3)),
-        "reward_std": pairs.rewards.std(dim=-1).mean(dim=(0, 1)),
+        "reward": pairs.logged_rewards.mean(dim=(0, 1, 3)),
+        "reward_std": pairs.logged_rewards.std(dim=-1).mean(dim=(0, 1)),
         "reward_gap": of_prompts(pairs.pair_rewards[:, WIN] - pairs.pair_rewards[:, LOSE]),
         "pairs_kept": of_prompts(pairs.weights),
     }

@@ -110,7 +110,8 @@ class OnlineDPOSampler(RolloutSampler):
         for index in self.steps():
             latents = self.scheduler.ode_step(latents, self.velocity(inputs, latents, index), index)
 
-        rewards, parts = self.score(inputs, latents, noise)
+        scores = self.score(inputs, latents, noise)
+        rewards = scores["rewards"]
         with self.timer.stage("selection"):
             rows = torch.arange(len(inputs.prompts), device=device)
             pairs = torch.stack([latents[rewards.argmax(1), rows], latents[rewards.argmin(1), rows]])
@@ -123,8 +124,7 @@ class OnlineDPOSampler(RolloutSampler):
             prompt_embeds=inputs.prompt_embeds,
             # 0 where all samples are rewarded alike
             weights=(rewards.amax(1) != rewards.amin(1)).to(sigmas.dtype).repeat(self.num_noise_levels, 1),
-            rewards=rewards,
-            reward_parts=parts,
+            **scores,
             samples=pairs.to(self.store_on or device),
             sigmas=sigmas,
             noise=inputs.randn(self.num_noise_levels, *self.latent_shape).transpose(0, 1).to(self.store_on or device),

@@ -121,9 +121,10 @@ class GracefulStopCallback(TrainerCallback):
         torch.distributed.all_reduce(signalled, op=torch.distributed.ReduceOp.MAX)
         return signalled.item() > 0
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+    def restore_handlers(self) -> None:
+        """Give signals back to those who had them before the training, which may have ended with an error."""
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
 
 # NaN and Inf

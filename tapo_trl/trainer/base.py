@@ -3,6 +3,7 @@
 
 """Base class of all trainers: [`DiffusionTrainer`]."""
 
+import copy
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -107,6 +108,7 @@ class DiffusionTrainer(_BaseTrainer):
     ):
         if args is None:
             args = self.config_class(f"{Path(model).name if isinstance(model, str) else 'policy'}-{self._name}")
+        args, peft_config = copy.copy(args), copy.deepcopy(peft_config)  # the user's stay as they are
         callbacks = list(callbacks or [])
 
         # Everything that can be wrong and is cheap to find out
@@ -132,7 +134,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._release_encoders(model, args)
 
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self.hub, self.checkpoints = HubUploads(args), Checkpoints(args)
+        self.hub, self.checkpoints, self.graceful_stop = HubUploads(args), Checkpoints(args), GracefulStopCallback()
         _BaseTrainer.__init__(  # also where `RewardTrainer`, whose own is for language models, comes in between
             self,
             model=network,
@@ -151,7 +153,7 @@ class DiffusionTrainer(_BaseTrainer):
                 callback.attach(self)
         check_optimizer(self.optimizer, self.model)
         self.nonfinite_guard = NonFiniteGuard(self, self._updates_per_batch)
-        for callback in (self.nonfinite_guard, GracefulStopCallback(), self.checkpoints):  # the last ones
+        for callback in (self.nonfinite_guard, self.graceful_stop, self.checkpoints):  # the last ones
             self.add_callback(callback)
 
     # What a subclass makes of `__init__`
@@ -279,6 +281,7 @@ class DiffusionTrainer(_BaseTrainer):
         try:
             output = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
         finally:  # also of a run that was interrupted, after which one may go on
+            self.graceful_stop.restore_handlers()
             self._was_trained = self._was_trained or self.state.global_step > 0
         self.nonfinite_guard.raise_if_over()
         return output
@@ -338,10 +341,8 @@ class DiffusionTrainer(_BaseTrainer):
     def _pop_metrics(self, mode: str, only: str | None = None) -> dict[str, float]:
         """What [`means_of`] says of all that was recorded since the last call, of `"train"` or `"eval"`."""
         names = [name for name in sorted(self._metrics[mode]) if only in (None, name)]
-        if not names:
-            return {}
         recorded = {name: torch.cat([v.flatten().float() for v in self._metrics[mode].pop(name)]) for name in names}
-        return means_of(recorded, self.accelerator)
+        return means_of(recorded, self.accelerator) if names else {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" in logs:

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sig
 from ..seeding import seeded_generator
 from .diffusion_dpo_config import DiffusionDPOConfig
 from .policy_setup import trained_levels
-from .preference_trainer import PreferenceTrainer, describe_loss
+from .preference_trainer import PreferenceTrainer, loss_description
 
 
 VARIANT_CARDS = {
@@ -203,10 +202,8 @@ class DiffusionDPOTrainer(PreferenceTrainer):
     def _set_up(self) -> None:
         """Noise levels of the training, from noise to data, and how likely each is."""
         super()._set_up()
-        args = self.args
-        scheduler = self.policy.build_scheduler(args.num_inference_steps, self.latent_shape)
-        by_position = args.variant in ("diffusion_dpo", "video_dpo")  # else with `step_probabilities`
-        sigmas = training_sigmas(scheduler) if by_position else scheduler.sigmas[:-1]
+        args, by_position = self.args, self._draws_positions
+        sigmas = self._noise_levels(self.latent_shape)
         levels = trained_levels(self.policy, sigmas)
         self.sigmas = sigmas[levels] if by_position else sigmas
         gamma = args.gamma if args.variant == "dense_reward" else 1.0
@@ -217,6 +214,16 @@ class DiffusionDPOTrainer(PreferenceTrainer):
 
     # Noisy latents
 
+    @property
+    def _draws_positions(self) -> bool:
+        """Whether noise levels are drawn from all of the pipeline's, or from those of the sampling steps by `step_probabilities`."""
+        return self.args.variant in ("diffusion_dpo", "video_dpo")
+
+    def _noise_levels(self, latent_shape: tuple[int, ...]) -> torch.Tensor:
+        """Those of latents of a shape, on which the shift of some families depends."""
+        scheduler = self.policy.build_scheduler(self.args.num_inference_steps, latent_shape)
+        return training_sigmas(scheduler) if self._draws_positions else scheduler.sigmas[:-1]
+
     def _draw(self, rows: list[int], shape: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Steps `(batch_size,)` and noise `(batch_size, *shape)`, on the CPU. They depend on the seed, the update and
@@ -225,7 +232,7 @@ class DiffusionDPOTrainer(PreferenceTrainer):
         steps, noise = [], []
         for row in rows:
             generator = seeded_generator("diffusion_dpo", self.args.seed, self.state.global_step, row)
-            if self.args.variant in ("diffusion_dpo", "video_dpo"):
+            if self._draws_positions:
                 position = draw_uniform_or_logit_normal(self.args.timestep_sampling, generator)
                 steps.append((position * len(self.sigmas)).long())
             else:
@@ -239,7 +246,8 @@ class DiffusionDPOTrainer(PreferenceTrainer):
         """Noisy latents, their velocities and their noise levels at `steps`, of [chosen; rejected]."""
         clean = torch.cat([inputs["chosen_latents"], inputs["rejected_latents"]])
         steps = steps.repeat(2)
-        sigma = self.sigmas[steps].to(clean.device)
+        sigmas = self.sigmas if self._draws_positions else self._noise_levels(tuple(clean.shape[1:]))
+        sigma = sigmas[steps].to(clean.device)
         broadcast = sigma.view(-1, *[1] * (clean.ndim - 1))
         if self.args.variant == "inversion_dpo":
             first_index, trajectory = self._inverted(inputs, clean, steps.min().item())
@@ -288,7 +296,7 @@ class DiffusionDPOTrainer(PreferenceTrainer):
         if self.model.training:
             steps, noise = self._draw(rows, inputs["chosen_latents"].shape[1:])
             losses, metrics = self._pair_losses(model, inputs, steps, noise)
-            self.nonfinite_guard.watch(losses, partial(describe_loss, inputs, self.sigmas[steps]), inputs["prompt"])
+            self.nonfinite_guard.watch(losses, loss_description(inputs, self.sigmas[steps]), inputs["prompt"])
             if self.args.variant == "video_dpo":
                 losses = losses * self.pair_weights[rows].to(losses)
             loss = self.nonfinite_guard.mark(losses.mean())

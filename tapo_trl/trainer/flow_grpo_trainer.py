@@ -9,7 +9,7 @@ from peft import PeftConfig
 from ..losses import flow_dppo_loss, flow_grpo_loss
 from ..method_card import MethodCard
 from ..rollouts import FlowGRPOSampler, GroupTransitions, TrajectoryGroups
-from ..rollouts.base import group_metrics
+from ..rollouts.groups import group_metrics
 from ..runs.checks import check_train_cfg
 from ..schedulers import gaussian_kl, normalised_log_ratio, window_step_indices
 from .flow_grpo_config import FlowGRPOConfig

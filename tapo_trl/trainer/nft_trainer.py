@@ -10,7 +10,7 @@ import torch
 from ..losses import diffusion_nft_loss, optimality_rewards
 from ..method_card import MethodCard
 from ..rollouts import NFTSampler, NoisedSamples, RewardedSamples
-from ..rollouts.base import group_metrics
+from ..rollouts.groups import group_metrics
 from ..runs.shards import TrainedWeights
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from .group_rewards import advantages_of_process

@@ -6,7 +6,7 @@ import torch
 from ..losses import diffusion_dpo_loss, transferred_beta, velocity_error_change
 from ..method_card import MethodCard
 from ..rollouts import NoisedPairs, OnlineDPOSampler, SamplePairs
-from ..rollouts.base import group_metrics
+from ..rollouts.groups import group_metrics
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from .online_dpo_config import OnlineDiffusionDPOConfig
 from .policy_setup import trained_levels

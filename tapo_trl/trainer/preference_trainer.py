@@ -3,6 +3,8 @@
 
 """Base class of trainers that learn from a dataset of images or videos: [`PreferenceTrainer`]."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +39,11 @@ def describe_loss(inputs: dict[str, Any], sigma: torch.Tensor, index: tuple[int,
     """What the loss of the row at `index` of a batch is, for [`NonFiniteGuard.watch`]."""
     row, level = inputs["row"][index].item(), sigma[index].item()
     return f"the loss for the prompt {inputs['prompt'][index[0]]!r} (row {row}) at noise level {level:.4f}"
+
+
+def loss_description(inputs: dict[str, Any], sigma: torch.Tensor) -> Callable[[tuple[int, ...]], str]:
+    """[`describe_loss`] of a batch, whose latents are not kept."""
+    return partial(describe_loss, {name: inputs[name] for name in ("row", "prompt")}, sigma)
 
 
 class PreferenceTrainer(DiffusionTrainer):
@@ -131,11 +138,17 @@ class PreferenceTrainer(DiffusionTrainer):
         """Mean of losses of shape `(num_rows,)` over rows that are not padding; NaN if there are none, which `Trainer` ignores."""
         return losses[: self._num_real_rows(len(losses)) or None].mean()
 
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """
+        Rows of all processes, in evaluation without padding. In training `gather_for_metrics` would cut every batch of an epoch's last
+        update, because all of them are fetched ahead.
+        """
+        return self.accelerator.gather(rows) if self.model.training else self.accelerator.gather_for_metrics(rows)
+
     @torch.no_grad()
     def _record_pairs(self, metrics: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
         """Record metrics of shape `(batch_size,)` of the pairs of all processes. Accuracies leave ties out."""
-        table = torch.stack([labels, *metrics.values()], dim=1)
-        labels, *columns = self.accelerator.gather_for_metrics(table).unbind(dim=1)
+        labels, *columns = self._gather(torch.stack([labels, *metrics.values()], dim=1)).unbind(dim=1)
         for name, values in zip(metrics, columns, strict=True):
             values = values[labels != TIE] if "accurac" in name else values
             if len(values) > 0:

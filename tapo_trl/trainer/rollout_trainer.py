@@ -250,7 +250,7 @@ class RolloutTrainer(DiffusionTrainer):
 
         loss = weighted_losses.mean() * inputs.share
         if self.model.training:
-            self.nonfinite_guard.watch(losses, inputs.describe_loss)
+            self.nonfinite_guard.watch(losses, inputs.outline().describe_loss)
             loss = self.nonfinite_guard.mark(loss)
         return (loss, metrics) if return_outputs else loss
 
@@ -352,11 +352,10 @@ class RolloutTrainer(DiffusionTrainer):
         the loss is the mean over those that count, of all processes.
         """
         rollouts = [self.rollout(batch, seed_step) for batch in batches]
-        totals = [torch.tensor([rollout.weights.sum(), rollout.num_examples]) for rollout in rollouts]
-        totals = torch.stack(totals).sum(0).to(self.accelerator.device)
-        count, number = self.accelerator.reduce(totals, reduction="sum").tolist()
-        for batch, rollout in zip(batches, rollouts, strict=True):
-            rollout.weights = rollout.weights.cpu() * (number / count if count else 1.0)
+        totals = torch.stack([torch.tensor([rollout.weights.sum(), 1.0]) for rollout in rollouts]).sum(0)
+        count, number = self.accelerator.reduce(totals.to(self.accelerator.device), reduction="sum").tolist()
+        for batch, rollout in zip(batches, rollouts, strict=True):  # each loss is a mean, maybe of fewer
+            rollout.weights = rollout.weights.cpu() * (rollout.num_examples * number / count if count else 1.0)
             self.buffer.rollouts.append(([row[ROW_COLUMN] for row in batch], rollout))
 
     def prediction_step(

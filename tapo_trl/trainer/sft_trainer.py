@@ -1,7 +1,6 @@
 # Copyright 2026 The tapo_trl authors
 # SPDX-License-Identifier: Apache-2.0
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..metrics.pair_scores import evaluation_noise
 from ..schedulers.noise_levels import draw_uniform_or_logit_normal, training_sigmas
 from ..seeding import seeded_generator
 from .policy_setup import make_trainable, trained_levels
-from .preference_trainer import PreferenceTrainer, describe_loss
+from .preference_trainer import PreferenceTrainer, loss_description
 from .sft_config import DiffusionSFTConfig
 
 
@@ -158,7 +157,7 @@ class DiffusionSFTTrainer(PreferenceTrainer):
             ]
             inputs["prompt_embeds"] = self.prompt_cache.load(prompts).to(latents.device)
         losses = self._sample_losses(model, inputs, latents, steps, noise)
-        self.nonfinite_guard.watch(losses, partial(describe_loss, inputs, self.sigmas[steps]), inputs["prompt"])
+        self.nonfinite_guard.watch(losses, loss_description(inputs, self.sigmas[steps]), inputs["prompt"])
         loss = self.nonfinite_guard.mark(losses.mean())
         return (loss, {"losses": losses}) if return_outputs else loss
 

@@ -3,7 +3,6 @@
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from ..schedulers.noise_levels import draw_uniform_or_logit_normal
 from ..seeding import seeded_generator
 from .base import COMMON_OPTIONS
 from .policy_setup import check_peft_config, make_config_trackable
-from .preference_trainer import PreferenceTrainer, describe_loss
+from .preference_trainer import PreferenceTrainer, loss_description
 from .slrm_config import SLRM_FIELDS, SLRMConfig
 from .slrm_loading import check_engine, load_base_and_reward_model
 
@@ -168,7 +167,7 @@ class SLRMTrainer(PreferenceTrainer, RewardTrainer):
         if self.model.training:
             sigma, noise = self._draw_noise(inputs["row"].tolist(), inputs["chosen_latents"].shape[1:])
             losses, scores = self._pair_loss(model, inputs, sigma, noise)
-            self.nonfinite_guard.watch(losses, partial(describe_loss, inputs, sigma), inputs["prompt"])
+            self.nonfinite_guard.watch(losses, loss_description(inputs, sigma), inputs["prompt"])
         else:
             # The same noise in every evaluation, at each of `eval_sigmas`
             noise = evaluation_noise(inputs["row"].tolist(), self.latent_shape, self.args.seed)
@@ -246,7 +245,7 @@ class SLRMTrainer(PreferenceTrainer, RewardTrainer):
                 metrics[f"accuracy_{rule}/sigma_{sigma[0].item():.3g}"] = pair_accuracies(margins, labels)
         scores = torch.stack([chosen, rejected], dim=1).detach()
         self._record_pairs(metrics, labels)
-        everyones = self.accelerator.gather_for_metrics(scores)
+        everyones = self._gather(scores)
         self._record({"min_reward": everyones.min(), "mean_reward": everyones.mean(), "max_reward": everyones.max()})
         return losses, torch.stack([chosen, rejected], dim=1)
 

@@ -17,6 +17,7 @@ from tapo_trl.data.loading import (
     load_prompts,
     load_split,
     read_prompts,
+    read_prompts_and_columns,
 )
 
 
@@ -265,3 +266,11 @@ class TestReadPrompts:
         (tmp_path / "empty.txt").write_text("\n")
         with pytest.raises(ValueError, match="`prompts` has no prompt"):
             read_prompts(["empty.txt"], "prompts")
+
+    @pytest.mark.parametrize("suffix", ["parquet", "csv", "json", "jsonl"])
+    def test_files_with_columns(self, tmp_path, suffix):
+        dataset = Dataset.from_dict({"prompt": ["a cat", "a dog"], "kind": ["x", "y"]})
+        getattr(dataset, f"to_{suffix.replace('jsonl', 'json')}")(f"prompts.{suffix}")
+        assert read_prompts_and_columns([f"prompts.{suffix}"], "prompts") == (["a cat", "a dog"], {"kind": ["x", "y"]})
+        with pytest.raises((FileNotFoundError, ValueError), match="promts"):
+            read_prompts_and_columns([f"promts.{suffix}"], "prompts")

@@ -103,6 +103,14 @@ METHOD_PARITY = {
         "sft": {"learning_rate": 1.0},
     }.items()
 }
+# Each process trains on pairs of other steps, whose names it logs
+SUBSET = {
+    "subset": {
+        "trainer": "tapo",
+        "global_batch": 2,
+        "args": PARITY["tapo"]["args"] | {"max_steps": 4, "pairs_per_update": 1, "logging_steps": 2},
+    }
+}
 # The second update of three is skipped, by whichever process saw that a reward is not finite
 SKIPPED = {"skipped": {"trainer": "tapo", "global_batch": 4, "args": PARITY["tapo"]["args"]}}
 SKIPPED_ALONE = {"skipped": SKIPPED["skipped"] | {"bad": {"process": 0, "steps": [2]}}}
@@ -167,8 +175,8 @@ NOT_SHARDED = {
 EVERYWHERE = PARITY | NFT_PARITY | SLRM_PARITY | VIDEO_PARITY | SLRM_VIDEO
 SEVERAL = EVERYWHERE | SKIPPED_BY_ONE | EMA_RESUME | NFT_RESUME | BF16_RESUME | SLRM_RESUME
 RUNS = {
-    "single": EVERYWHERE | FAMILY_PARITY | METHOD_PARITY | SLRM_FULL | DINA | LRM | SKIPPED_ALONE,
-    "ddp": SEVERAL | FAMILY_PARITY | METHOD_PARITY | LRM | GAVE_UP | UNEVEN,
+    "single": EVERYWHERE | FAMILY_PARITY | METHOD_PARITY | SUBSET | SLRM_FULL | DINA | LRM | SKIPPED_ALONE,
+    "ddp": SEVERAL | FAMILY_PARITY | METHOD_PARITY | SUBSET | LRM | GAVE_UP | UNEVEN,
     "zero1": {"tapo": PARITY["tapo"]},
     "zero2": SEVERAL | FAMILY_PARITY | REFUSED_LRM | GAVE_UP | ALONE,
     "zero3": SEVERAL | KEPT_WHOLE | SLRM_FULL | DINA | REFUSED_LRM,

@@ -94,6 +94,18 @@ class TestTAPO:
             for name in LOGGED:
                 assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), (name, expected["step"])
 
+    def test_pairs_of_other_steps_on_each_process(self, results):
+        single, several = results("single"), results("ddp")
+        assert largest_difference(several.weights("subset"), single.weights("subset")) < 1e-5
+        logs = [result.facts["subset"]["log_history"] for result in (single, several)]
+        for expected, found in zip(*logs, strict=True):
+            names = {name for name in expected if name.startswith("step_")}
+            assert names == {name for name in found if name.startswith("step_")}
+            assert {name: found[name] for name in names} == pytest.approx(
+                {name: expected[name] for name in names}, rel=1e-3
+            )
+        assert any(name.startswith("step_") for name in logs[0][0])
+
     @pytest.mark.parametrize("engine", ENGINES)
     def test_every_process_generates_the_same(self, results, engine):
         expected = torch.tensor(results("single").facts["tapo"]["processes"][0]["samples"])

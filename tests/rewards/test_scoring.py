@@ -109,6 +109,9 @@ class TestRewards:
         assert reward.names == ["one_0", "row", "one_1"]
         assert reward(make_candidates()).tolist() == [3.0, 3.5, 4.0, 4.5]
         assert reward.last_scores["row"].tolist() == [0.0, 1.0, 2.0, 3.0]
+        standard = WeightedReward([one, row, one], weights=[2.0, 0.5, 1.0], standardize=True)
+        assert standard(make_candidates()).tolist() != reward.last_sum.tolist() == [3.0, 3.5, 4.0, 4.5]
+        assert standard.last_sum.tolist() == [3.0, 3.5, 4.0, 4.5]
 
     def test_names_are_unique(self):
         def rewards(*names):

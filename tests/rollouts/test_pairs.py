@@ -7,6 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from tapo_trl.policies import SD3Policy
+from tapo_trl.policies.flux import FluxPolicy
 from tapo_trl.rewards import LatentReward, PixelReward, SLRMModel, WeightedReward
 from tapo_trl.rewards.targets import training_targets, velocity_target
 from tapo_trl.rollouts import TAPOSampler, TrajectoryPairs
@@ -171,9 +173,11 @@ class TestCandidates:
         assert len(calls) == 7  # of 7 steps 3 are spared, and 3 rewards need one
         torch.testing.assert_close(reused.final_latents, plain.final_latents, rtol=1e-4, atol=1e-4)
 
-    def test_the_reference_is_compared_to_as_in_the_training_of_a_reward_model(self, tiny_sd3_policy):
-        """Without guidance; the policy's velocity, which the next step uses again, has it."""
-        policy, network, targets = tiny_sd3_policy, tiny_sd3_policy.transformer, []
+    @pytest.mark.parametrize("make_policy", [SD3Policy, FluxPolicy])
+    def test_the_reference_is_compared_to_as_in_the_training_of_a_reward_model(self, make_policy):
+        """Without guidance, or with the family's own; the policy's velocity, which the next step uses again, has the run's."""
+        policy = make_policy(make_policy.tiny())
+        network, targets = policy.transformer, []
 
         def score(candidates):
             targets.append((candidates, *(velocity_target(candidates, kind) for kind in ("reference", "policy"))))

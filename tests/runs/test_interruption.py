@@ -71,6 +71,17 @@ class TestSignals:
         assert resumed.state.global_step == STEPS
         assert_same(resumed, unbroken)
 
+    def test_an_error_gives_signals_back(self, tmp_path):
+        handlers = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
+
+        def fail():
+            assert signal.getsignal(signal.SIGTERM) != handlers[0]
+            raise RuntimeError("out of memory")
+
+        with pytest.raises(RuntimeError, match="out of memory"):
+            make_trainer(tmp_path, callbacks=[AtStep(1, fail)], max_steps=2).train()
+        assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == handlers
+
     def test_does_not_wait_between_two_updates_from_a_rollout(self, tmp_path):
         stop = AtStep(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         trainer = make_trainer(tmp_path, callbacks=[stop], max_steps=6, num_iterations=2)

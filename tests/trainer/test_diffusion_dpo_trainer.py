@@ -22,6 +22,7 @@ from tapo_trl import (
 )
 from tapo_trl.losses import rare_pair_weights
 from tapo_trl.policies import SD3Policy
+from tapo_trl.policies.flux import FluxPolicy
 from tests.data.preference_pairs import color_pairs, latent_pairs
 from tests.data.video_files import color_videos
 from tests.testing_utils import tiny_sd3_pipeline, tiny_wan_pipeline
@@ -326,6 +327,20 @@ class TestNoisyLatents:
         noisy, target, sigma = before
         clean = torch.cat([inputs["chosen_latents"], inputs["rejected_latents"]])
         torch.testing.assert_close(noisy - sigma.view(-1, 1, 1, 1) * target, clean, rtol=1e-4, atol=1e-4)
+
+    def test_the_noise_levels_of_a_bucket_are_those_of_its_inversion(self, tmp_path):
+        """FLUX.1 shifts them by the number of tokens."""
+        options = {"variant": "inversion_dpo", "max_sequence_length": 4, "resolution": 256}
+        pairs = color_pairs(2, size=256)
+        trainer = make_trainer(tmp_path, pipeline=FluxPolicy.tiny(), pairs=pairs, **options)
+        policy, inputs = trainer.policy, first_batch(trainer)
+        clean = torch.randn(2, *policy.latent_shape(128, 256), generator=torch.Generator().manual_seed(0))
+        inputs |= {"chosen_latents": clean, "rejected_latents": clean + 0.1}
+        steps = torch.tensor([2, 4])
+        noisy, target, sigma = trainer._noisy_latents(inputs, steps, torch.zeros_like(clean))
+        of_bucket = policy.build_scheduler(trainer.args.num_inference_steps, clean.shape[1:]).sigmas
+        assert sigma.tolist() == of_bucket[steps].repeat(2).tolist() != trainer.sigmas[steps].repeat(2).tolist()
+        torch.testing.assert_close(noisy, torch.cat([clean, clean + 0.1]) + sigma.view(-1, 1, 1, 1) * target)
 
     def test_cached_inversions_are_the_computed_ones(self, tmp_path, monkeypatch):
         kwargs = {"variant": "inversion_dpo", "max_steps": 4, "eval_pairs": latent_pairs(4, seed=1)}

@@ -3,6 +3,7 @@
 
 """What must hold for every trainer of a policy, whatever its algorithm."""
 
+import gc
 import math
 
 import pytest
@@ -21,6 +22,7 @@ from tapo_trl import (
     SLRMTrainer,
     TAPOTrainer,
 )
+from tapo_trl.runs.stopping import NonFiniteGuard
 from tests.data.preference_pairs import latent_pairs
 from tests.testing_utils import tiny_sd3_pipeline
 from tests.trainer import (
@@ -53,22 +55,27 @@ def latents(method, number, seed=0):
     return pairs.rename_column("chosen", "image") if method == "sft" else pairs
 
 
-def make_trainer(
-    method, tmp_path, pipeline=None, peft_config=None, eval_dataset=None, optimizers=(None, None), **kwargs
-):
-    """The trainer of `method`; `eval_dataset` has prompts or pairs, as it needs."""
-    torch.manual_seed(0)
-    trainer_class, make_args = METHODS[method]
+def make_args(method, tmp_path, **kwargs):
+    if method == "slrm":
+        return make_slrm_args(tmp_path, **kwargs)
     counts = {
         "tapo": {"num_sde_steps": 1},
         "online_dpo": {"num_noise_levels": 1},
         "nft": {"num_noise_levels": 1},
     }.get(method, {})
+    return METHODS[method][1](tmp_path, **SMALL | counts | kwargs)
+
+
+def make_trainer(
+    method, tmp_path, pipeline=None, peft_config=None, eval_dataset=None, optimizers=(None, None), args=None, **kwargs
+):
+    """The trainer of `method`; `eval_dataset` has prompts or pairs, as it needs."""
+    torch.manual_seed(0)
     arguments = [tiny_sd3_pipeline() if pipeline is None else pipeline]
     arguments += [] if method in OFFLINE else [redness]
-    return trainer_class(
+    return METHODS[method][0](
         *arguments,
-        make_args(tmp_path, **SMALL | counts | kwargs),
+        make_args(method, tmp_path, **kwargs) if args is None else args,
         train_dataset=latents(method, 4) if method in OFFLINE else Dataset.from_dict({"prompt": PROMPTS}),
         eval_dataset=eval_dataset,
         optimizers=optimizers,
@@ -76,7 +83,7 @@ def make_trainer(
     )
 
 
-def make_slrm_trainer(tmp_path, pipeline=None, peft_config=None, eval_dataset=None, optimizers=(None, None), **kwargs):
+def make_slrm_args(tmp_path, **kwargs):
     defaults = {
         "output_dir": str(tmp_path / "out"),
         "cache_dir": str(tmp_path / "cache"),
@@ -93,9 +100,15 @@ def make_slrm_trainer(tmp_path, pipeline=None, peft_config=None, eval_dataset=No
         "save_strategy": "no",
         "disable_tqdm": True,
     }
+    return SLRMConfig(**defaults | kwargs)
+
+
+def make_slrm_trainer(
+    tmp_path, pipeline=None, peft_config=None, eval_dataset=None, optimizers=(None, None), args=None, **kwargs
+):
     return SLRMTrainer(
         tiny_sd3_pipeline() if pipeline is None else pipeline,
-        SLRMConfig(**defaults | kwargs),
+        make_slrm_args(tmp_path, **kwargs) if args is None else args,
         train_dataset=latent_pairs(4),
         eval_dataset=eval_dataset,
         optimizers=optimizers,
@@ -155,6 +168,50 @@ class TestPrecision:
         pipeline.text_encoder.to(torch.float16)
         with pytest.raises(ValueError, match="the `text_encoder` of `model` is float16"):
             make("tapo", tmp_path, pipeline, bf16=True)
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    def test_serves_several_trainers(self, tmp_path, method):
+        """What one trainer has done or filled in is not the user's."""
+        args = make_args(method, tmp_path, max_sequence_length=None, activation_checkpointing=True)
+        before, peft_config = args.to_dict(), LoraConfig(r=2, init_lora_weights="gaussian")
+        for _ in range(2):
+            trainer = make(method, tmp_path, None, peft_config, args=args)
+            assert trainer.policy.transformer.is_gradient_checkpointing or method == "slrm"  # which does so in `train`
+            assert args.to_dict() == before and peft_config.target_modules is None
+        assert trainer.args.height == 32 and trainer.args.max_sequence_length
+
+
+def reachable_latents(function) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that a function keeps alive, other than numbers per row."""
+    found, seen, stack = [], set(), [function]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or isinstance(item, (type, type(gc))) or type(item).__name__ in ("function", "builtin"):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            found += [tuple(item.shape)] if item.ndim > 1 else []
+        else:
+            stack += gc.get_referents(item)
+    return found
+
+
+class TestMemory:
+    @pytest.mark.parametrize("method", [*METHODS, "slrm"])
+    def test_nothing_of_a_batch_but_its_losses_waits_for_the_update(self, tmp_path, method, monkeypatch):
+        kept, watch = [], NonFiniteGuard.watch
+
+        def record(self, values, describe, prompts=()):
+            if values.ndim == 1 and "reward" not in getattr(describe, "__name__", repr(describe)):
+                kept.append(describe)
+            watch(self, values, describe, prompts)
+
+        monkeypatch.setattr(NonFiniteGuard, "watch", record)
+        make(method, tmp_path, None, make_lora()).train()
+        assert kept and "the loss" in kept[0]((0,))
+        assert [shapes for describe in kept if (shapes := reachable_latents(describe))] == []
 
 
 def lora(**kwargs):
@@ -447,3 +504,40 @@ def test_evaluation_on_columns_that_a_reward_does_not_take(tmp_path):
     trainer = make("tapo", tmp_path, None, make_lora())
     with pytest.raises(ValueError, match="called as arguments of the reward function `redness`: .'images'"):
         trainer.evaluate(Dataset.from_dict({"prompt": ["cat"], "images": [1]}))
+
+
+@pytest.mark.parametrize("method", ["tapo", "online_dpo", "grpo", "nft"])
+def test_every_prompt_of_an_update_counts_alike(tmp_path, method):
+    """Five prompts in batches of 2, 2 and 1, and in one of 5."""
+    prompts = Dataset.from_dict({"prompt": [*PROMPTS, "yak"]})
+    options = {"max_steps": -1, "num_train_epochs": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9}
+    options |= {"scale_rewards": "group"} if method == "nft" else {}  # otherwise by all samples of a batch
+    weights = []
+    for size, accumulation in ((2, 3), (5, 1)):
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = make(method, tmp_path / str(size), None, make_lora(), **options | batches)
+        trainer.train_dataset = trainer._encode_new(prompts, "train_dataset")
+        trainer.train()
+        assert trainer.state.global_step == 1
+        weights.append(trainable(trainer))
+    start = trainable(make(method, tmp_path / "start", None, make_lora()))
+    moved = max((weights[1][name] - value).abs().max() for name, value in start.items())
+    assert moved > 1e-5
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], atol=1e-3 * moved.item(), rtol=0)
+
+
+@pytest.mark.parametrize("method", ["dpo", "slrm"])
+def test_metrics_of_training_are_those_of_all_pairs(tmp_path, method):
+    """Also of the last update of an epoch: five pairs in batches of 2, 2 and 1."""
+    options = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 2}
+    trainer = make(method, tmp_path, None, make_lora(), gradient_accumulation_steps=3, **options)
+    trainer.train_dataset = trainer._encode_new(latent_pairs(5), "train_dataset")
+    numbers, record = [], trainer._record
+    name = {"dpo": "rewards/margins", "slrm": "margin"}[method]
+    trainer._record = lambda metrics: (
+        numbers.append(len(metrics[name])) if name in metrics else None,
+        record(metrics),
+    )
+    trainer.train()
+    assert numbers == [2, 2, 1] and trainer.state.global_step == 1

@@ -20,6 +20,7 @@ from tapo_trl.rewards.scoring import PixelReward, standardize_groups
 from tapo_trl.scripts.utils import TAPOScriptArguments, load_guard_reward, load_reward_models
 from tapo_trl.trainer.reward_setup import check_reward_functions, check_rewards, load_reward
 from tests.testing_utils import save_tiny_clip, tiny_sd3_pipeline
+from tests.trainer.test_flow_grpo_trainer import make_trainer as make_grpo_trainer
 from tests.trainer.test_tapo_trainer import make_args, make_trainer, redness
 
 
@@ -172,6 +173,18 @@ class TestTrainer:
             std = part.std((1, 3), keepdim=True, correction=0)
             standardized = standardized + weight * (part - mean) / std.where(std > 0, 1.0)
         torch.testing.assert_close(rollout.rewards, standardized, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("make", [make_trainer, make_grpo_trainer])
+    def test_the_logged_reward_is_not_standardised(self, tmp_path, make):
+        """Its mean would be 0, whatever the policy does."""
+        logs = []
+        for standardize in (False, True):
+            trainer = make(tmp_path / str(standardize), redness, standardize_rewards=standardize, max_steps=1)
+            trainer.train()
+            logs.append(trainer.state.log_history[0])
+        assert abs(logs[0]["reward"]) > 1e-3 and logs[0]["reward_std"] > 1e-3
+        for name in ("reward", "reward_std"):
+            assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-3), name
 
 
 @pytest.mark.parametrize("command", ["tapo", "grpo", "online_dpo"])
