@@ -15,8 +15,9 @@ from .statistics import Estimate, compare, difference, estimate
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
+SPLITS = ("validation", "test")
 RANGES = {"501-1000": "t in [501, 1000]", "1-500": "t in [1, 500]", "clean": "t = 0"}
 RULES = {
     "ground_truth": "ground-truth target, which sees the clean latent",
@@ -100,14 +101,14 @@ def figure12(lab: Lab) -> Report:
     curves, rows, never = {}, [], {}
     for name in _trained(lab):
         for rule in _rules(lab, name)[:2]:
-            parts = [part for result in lab.rewards(name) for part in _splits(result, rule, "consistency")]
-            label = _label(lab, name, rule)
+            label, of_seeds = _label(lab, name, rule), partial(_of_seeds, lab, name, rule, "consistency")
+            sigmas = lab.rewards(name)[0]["pairs"]["test"][rule]["consistency"]["flips_from_cleanest"]
             curves[label] = {
-                round(1000 * float(sigma)): estimate([part["flips_from_cleanest"][sigma] for part in parts])
-                for sigma in parts[0]["flips_from_cleanest"]
+                round(1000 * float(sigma)): of_seeds(lambda part, sigma=sigma: part["flips_from_cleanest"][sigma])
+                for sigma in sigmas
             }
-            never[label] = estimate([part["never_flips"] for part in parts])
-            rows.append([label, estimate([part["flips_per_pair"] for part in parts]), never[label]])
+            never[label] = of_seeds(lambda part: part["never_flips"])
+            rows.append([label, of_seeds(lambda part: part["flips_per_pair"]), never[label]])
     without, paper = never[NO_ENHANCEMENT], never[f"SLRM ({RULES['ground_truth']})"]
     inference, trained = (never[f"{name} ({RULES['reference']})"] for name in ("SLRM", INFERENCE))
     return Report(
@@ -216,10 +217,9 @@ DISTRIBUTIONS_HEADER = ["reward model", "AUC at t = 0", "AUC at t = 501", "AUC a
 
 def areas_of(lab: Lab, name: str, rule: str) -> dict[str, Estimate]:
     """AUC of a reward model by noise level."""
-    results = lab.rewards(name)
     return {
-        sigma: estimate([part[sigma]["auc"] for result in results for part in _splits(result, rule, "distributions")])
-        for sigma in results[0]["pairs"]["test"][rule]["distributions"]
+        sigma: _of_seeds(lab, name, rule, "distributions", lambda part, sigma=sigma: part[sigma]["auc"])
+        for sigma in lab.rewards(name)[0]["pairs"]["test"][rule]["distributions"]
     }
 
 
@@ -309,13 +309,14 @@ def _rules(lab: Lab, name: str) -> list[str]:
     return ["none"] if options.get("velocity_target") == "none" else rules
 
 
-def _splits(result: dict, rule: str, part: str) -> "Iterator[dict]":
-    return (result["pairs"][split][rule][part] for split in ("validation", "test"))
+def _of_seeds(lab: Lab, name: str, rule: str, part: str, read: "Callable[[dict], float]") -> Estimate:
+    """What `read` finds in a part of the results of each seed, the mean of both splits."""
+    results = [result["pairs"] for result in lab.rewards(name)]
+    return estimate([sum(read(pairs[split][rule][part]) for split in SPLITS) / len(SPLITS) for pairs in results])
 
 
-def _accuracies(lab: Lab, name: str, rule: str, read) -> Estimate:
-    per_seed = [[read(accuracy) for accuracy in _splits(result, rule, "accuracy")] for result in lab.rewards(name)]
-    return estimate([sum(values) / len(values) for values in per_seed])
+def _accuracies(lab: Lab, name: str, rule: str, read: "Callable[[dict], float]") -> Estimate:
+    return _of_seeds(lab, name, rule, "accuracy", read)
 
 
 def _by_range(lab: Lab, name: str, rule: str, split_range: str) -> Estimate:

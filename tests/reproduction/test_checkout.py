@@ -20,7 +20,10 @@ ROOT = Path(tapo_trl.__file__).parents[1]
 KNOWN = ROOT / "benchmarks" / "paper" / "emoji"
 
 
-@pytest.mark.parametrize(("name", "seeds"), [("table1", 5), ("recipe", 5), ("longer", 3), ("table4", 3)])
+@pytest.mark.parametrize(
+    ("name", "seeds"),
+    [("table1", 5), ("recipe", 5), ("longer", 3), ("table4", 3), ("ablation", 3), ("fig12", 3), ("fig15", 3)],
+)
 def test_known_results_are_still_known(name, seeds, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)  # recipes are named from there
     monkeypatch.syspath_prepend(ROOT / "examples" / "emoji")

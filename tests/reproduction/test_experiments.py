@@ -17,6 +17,7 @@ from tapo_trl.reproduction import EXPERIMENTS, Lab, Run, World
 from tapo_trl.reproduction.lab import METHODS
 from tapo_trl.reproduction.measure import CURVE_SIGMAS, SIGMAS
 from tapo_trl.reproduction.report import write_index
+from tapo_trl.reproduction.statistics import Estimate
 
 
 RECIPES = {"slrm": "slrm", "slrm_lrm": "slrm", "tapo": "tapo", "dpo": "dpo"}
@@ -120,6 +121,9 @@ def test_every_experiment_writes_its_report(world, tmp_path, name, seeds):
     report.write(tmp_path / "out", name, "the command")
     assert report.rows and report.claims
     assert all(len(row) == len(report.header) for row in report.rows)
+    # Splits and samples of a seed are no further seeds
+    estimates = [cell for row in report.rows for cell in row if isinstance(cell, Estimate)]
+    assert estimates and all(len(value.values) <= seeds for value in estimates)
     text = (tmp_path / "out" / f"{name}.md").read_text()
     assert "the command" in text and all(claim in text for claim in report.claims)
     content = json.loads((tmp_path / "out" / f"{name}.json").read_text())
