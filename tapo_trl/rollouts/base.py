@@ -35,7 +35,7 @@ class Rollout(ABC):
         reward_parts (`dict[str, torch.Tensor]`):
             The same for each reward by name.
         raw_rewards (`torch.Tensor`, *optional*):
-            Their weighted sum, if `rewards` are that of standardized ones.
+            Weighted sum of `reward_parts`, from which `rewards` differ with `standardize_rewards`. `rewards` by default.
         ref_velocities (`dict[tuple[int, int], torch.Tensor]`, *optional*):
             Velocities of the reference, by the first and the last example of a chunk, see [`~Rollout.transitions`].
         examples (`torch.LongTensor`, *optional*):
