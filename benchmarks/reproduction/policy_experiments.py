@@ -125,8 +125,8 @@ def table3(lab: Lab) -> Report:
         method=_method_text(
             lab,
             f"{TAPOS_RATE} All runs have {lab.world.num_steps} steps, so that more stochastic steps cost more. Seconds per pair are those of the "
-            "whole training, with its start, of the fastest seed; `tapo-trl bench` measures sampling, scoring and update on their "
-            "own.",
+            "whole training, with its start, of the fastest seed, and depend on what else the machine did: compare with `tapo-trl bench`, "
+            "which measures sampling, scoring and update in one run.",
         ),
         header=[
             "",
