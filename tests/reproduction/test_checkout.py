@@ -31,6 +31,7 @@ KNOWN = ROOT / "benchmarks" / "paper" / "emoji"
         ("fig12", 3),
         ("fig15", 3),
         ("fig4", 3),
+        ("table3", 3),
     ],
 )
 def test_known_results_are_still_known(name, seeds, monkeypatch, tmp_path):
