@@ -112,6 +112,7 @@ class Bench:
             args.output_dir = args.cache_dir = folder
             prompts = Dataset.from_dict({"prompt": ["prompt"]})
             self.trainer = TAPOTrainer(policy, slrm, args, prompts, peft_config=self._lora())
+        self.options = self.trainer.args  # whose changes have an effect
 
     @property
     def model(self) -> PeftModel:

@@ -262,6 +262,6 @@ class TestErrors:
 
     def test_without_pyav(self, clip, monkeypatch):
         monkeypatch.setitem(sys.modules, "av", None)
-        with pytest.raises(ImportError, match=r"pip install tapo_trl\[video\]"):
+        with pytest.raises(ImportError, match=r"pip install av"):
             VideoReader(32, 32, 9, 16).load(clip)
         assert VideoReader(32, 32, 2, 16).load(as_array(grey_clip(2))).shape == (3, 2, 32, 32)
